@@ -1,0 +1,40 @@
+# The verbs that people and CI run. `setup` is called by the others; it does its work once.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+SEED ?= 0
+
+.PHONY: setup demo test check format sim bench docs clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt torch
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[transformers,dev]'
+	touch $@
+
+demo: setup
+	$(VENV)/bin/embedwire demo
+
+test: setup
+	$(PY) -m pytest
+
+check: setup
+	$(VENV)/bin/ruff format --check src tests
+	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: setup
+	$(VENV)/bin/ruff format src tests
+	$(VENV)/bin/ruff check --fix src tests
+
+sim: setup
+	$(PY) -m embedwire.testing.simulation --seed $(SEED)
+
+bench: setup
+	$(VENV)/bin/embedwire bench transfer
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

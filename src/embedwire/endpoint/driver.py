@@ -1,0 +1,143 @@
+"""The thread that drives one protocol core: it alone touches the core and its sockets.
+
+Others hand it tasks (``post``, ``call``); it sleeps in one poll over its sockets, a wake-up descriptor and the core's next due
+time, so nothing is polled by sleeping. A task or message that raises is logged and does not end the thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+import zmq
+
+from embedwire.errors import ConfigurationError, UsageError
+from embedwire.transports import names
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FRAMES_PER_TURN_MAX = 256
+"""Frames read from one socket before the others and the timers have their turn."""
+
+
+def identity_of(incarnation: int) -> bytes:
+    """The routing id under which a receiver's socket is known to a sender's."""
+    return b"R" + incarnation.to_bytes(8, "big")
+
+
+def chosen(transports: Sequence[str] | None) -> tuple[str, ...]:
+    """The wires to offer, best first: all there are unless told. Raises ConfigurationError for none."""
+    wires = names() if transports is None else tuple(transports)
+    if not wires:
+        raise ConfigurationError("an endpoint needs at least one transport")
+    return wires
+
+
+class Driver(ABC):
+    """A thread, its poller and its tasks. Subclasses own the core and say what to do in a turn."""
+
+    def __init__(self, name: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._gate = threading.Lock()
+        self._is_open = True
+        self._is_running = True
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @abstractmethod
+    def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
+        """Read what has come in on one of the registered sockets."""
+
+    @abstractmethod
+    def _on_time(self, now: float) -> None:
+        """Carry out what is due."""
+
+    @abstractmethod
+    def _next_due(self) -> float | None:
+        """When ``_on_time`` has something to do."""
+
+    def post(self, task: Callable[[], None]) -> None:
+        """Run a task on the driver's thread, soon. Thread-safe; dropped when the driver has ended."""
+        self._tasks.append(task)
+        with self._gate:
+            if self._is_open:
+                os.eventfd_write(self._wake, 1)
+
+    def call(self, task: Callable[[], T]) -> T:
+        """Run a task on the driver's thread and return what it returned. Raises UsageError when the driver has ended."""
+        if threading.current_thread() is self._thread:
+            return task()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(task())
+            except BaseException as error:  # noqa: BLE001  # handed to the caller
+                future.set_exception(error)
+
+        self.post(run)
+        while self._thread.is_alive():
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if future.done():
+                    raise
+        if future.done():
+            return future.result()
+        raise UsageError(f"{self._thread.name} is closed")
+
+    def _run(self) -> None:
+        while self._is_running:
+            self._turn()
+        self._context.destroy(linger=200)
+        with self._gate:
+            self._is_open = False
+            os.close(self._wake)
+
+    def _turn(self) -> None:
+        due = self._next_due()
+        timeout_ms = None if due is None else math.ceil(max(0.0, due - time.monotonic()) * 1000)
+        if self._tasks:
+            timeout_ms = 0
+        for readable, _ in self._poller.poll(timeout_ms):
+            if readable == self._wake:
+                os.eventfd_read(self._wake)
+            else:
+                self._guard(partial(self._on_readable, readable))
+        for _ in range(len(self._tasks)):
+            self._guard(self._tasks.popleft())
+        self._guard(lambda: self._on_time(time.monotonic()))
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception:
+            logger.exception("%s: a step failed; the thread goes on", self._thread.name)
+
+    def _stop(self) -> None:
+        """End the thread after this turn. On the driver's thread."""
+        self._is_running = False
+
+    @staticmethod
+    def _read_all(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
+        """The frames that are there, up to a bound; the poll tells of the rest."""
+        frames: list[list[bytes]] = []
+        while len(frames) < FRAMES_PER_TURN_MAX:
+            try:
+                frames.append(socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                break
+        return frames

@@ -1,0 +1,402 @@
+"""A receiver as a library user sees it: open a room, get its arrays.
+
+``ReceiverEndpoint`` may be called from any thread. Its driver thread owns the protocol core, the pool, one control socket a sender, and
+drains blocks into assemblies.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+import zmq
+
+from embedwire.endpoint.driver import Driver, chosen, identity_of
+from embedwire.endpoint.stats import ReceiveReport, ReceiverStats
+from embedwire.errors import ConfigurationError, ProtocolViolation, TransferError, UsageError
+from embedwire.limits import (
+    DEFAULT_ALLOCATE_TOKENS,
+    DEFAULT_ASSEMBLY_BYTES,
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_LIMITS,
+    DEFAULT_NUM_BLOCKS,
+    MESSAGE_BYTES_MAX,
+    ROOM_MAX,
+    SLICE_BYTES,
+    TOKENS_MAX,
+    Limits,
+)
+from embedwire.memory.allocator import BlockAllocator
+from embedwire.memory.budget import Budget
+from embedwire.memory.checksum import FieldDigests
+from embedwire.memory.geometry import PoolGeometry
+from embedwire.memory.layout import Layout
+from embedwire.memory.pool import BlockPool
+from embedwire.protocol import messages
+from embedwire.protocol.actions import (
+    Address,
+    Assemble,
+    Drain,
+    Failed,
+    Finished,
+    Hangup,
+    Permit,
+    ReceiverAction,
+    Revoke,
+    Send,
+)
+from embedwire.protocol.messages import Cause, RoomKey
+from embedwire.protocol.receiver import ReceiverTransfer
+from embedwire.protocol.receiver_core import Offered, ReceiverCore
+from embedwire.transports import open_inbound
+
+logger = logging.getLogger(__name__)
+
+PROOF_POLL_S = 0.5
+"""How often to look whether a peer that may still write to quarantined blocks is gone."""
+
+Arrays = Mapping[str, np.ndarray]
+MakeAssembly = Callable[[int], Arrays]
+"""Called with total_tokens, on the driver's thread: one C-contiguous array (total_tokens, *field.shape) a field."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A whole embedding. ``arrays``: field name to array (total_tokens, *field.shape); ``aux``: sixteen int32, the first is the total.
+
+    The memory stays reserved until :meth:`release`, or until nobody holds the arrays any more.
+    """
+
+    room: int
+    attempt: int
+    arrays: Arrays = field(repr=False)
+    aux: tuple[int, ...]
+    report: ReceiveReport
+    _release: Callable[[], None] = field(repr=False, compare=False)
+
+    def release(self) -> None:
+        """Say that the arrays are no longer needed. Idempotent."""
+        self._release()
+
+
+class Reception:
+    """One room on its way in."""
+
+    def __init__(self, endpoint: ReceiverEndpoint, key: RoomKey, make_assembly: MakeAssembly) -> None:
+        self.key = key
+        self._endpoint = endpoint
+        self._future: Future[Received] = Future()
+        self.make_assembly = make_assembly
+        self.arrays: Arrays = {}
+        self.digests = FieldDigests(endpoint.layout)
+        self.first_grant_at = 0.0
+
+    def done(self) -> bool:
+        """Whether it has ended, either way."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Received:
+        """Wait for the embedding. Raises TransferError with the cause, or TimeoutError after ``timeout`` seconds."""
+        return self._future.result(timeout)
+
+    def cancel(self, detail: str = "the client no longer wants it") -> None:
+        """End the room on both sides, with cause ``aborted``. Harmless when it has ended."""
+        self._endpoint._cancel(self.key, detail)
+
+    def add_done_callback(self, callback: Callable[[Reception], None]) -> None:
+        """Call it at the end, on the driver's thread, where it must not block."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+
+class ReceiverEndpoint(Driver):
+    """Receives rooms of one layout from any number of senders, through one pool of ``num_blocks`` blocks of ``block_size`` tokens.
+
+    ``assembly_bytes`` bounds what rooms being received, or received and still held, take together; ``transports`` are the wires it
+    offers, best first. Raises ConfigurationError or TransportError when it can not be set up as told.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        num_blocks: int = DEFAULT_NUM_BLOCKS,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        default_allocate_tokens: int = DEFAULT_ALLOCATE_TOKENS,
+        assembly_bytes: int = DEFAULT_ASSEMBLY_BYTES,
+        host: str = "127.0.0.1",
+        transports: Sequence[str] | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        if not 1 <= default_allocate_tokens <= TOKENS_MAX:
+            raise ConfigurationError(
+                f"default_allocate_tokens is {default_allocate_tokens}; it has to be at least 1"
+            )
+        self.layout = layout
+        self.limits = limits
+        self._geometry = PoolGeometry(layout, block_size, num_blocks)
+        self._blocks = BlockAllocator(num_blocks, block_size)
+        self._budget = Budget(assembly_bytes)
+        self._inbounds = {name: open_inbound(name, host=host) for name in chosen(transports)}
+        first, *others = self._inbounds.values()
+        region = first.allocate(self._geometry.region_bytes)
+        for inbound in others:
+            inbound.register(region)
+        self._pool = BlockPool(self._geometry, region)
+        self._core = ReceiverCore(
+            incarnation=secrets.randbelow(2**62 - 1) + 1,
+            offered=Offered(
+                fields=layout.describe(),
+                block_size=block_size,
+                num_blocks=num_blocks,
+                wires=tuple((name, inbound.descriptor()) for name, inbound in self._inbounds.items()),
+                fenced=frozenset(name for name, inbound in self._inbounds.items() if inbound.is_fenced),
+            ),
+            blocks=self._blocks,
+            memory=self._budget,
+            token_bytes=layout.token_bytes,
+            default_allocate_tokens=default_allocate_tokens,
+            limits=limits,
+        )
+        super().__init__("embedwire-receiver")
+        self._receptions: dict[RoomKey, Reception] = {}
+        self._sockets: dict[Address, zmq.Socket[bytes]] = {}
+        self._pending: deque[ReceiverAction] = deque()
+        self._ended: Counter[str] = Counter()
+        self._rounds_total = self._bytes_total = self._frames_refused = 0
+        self._proof_at = 0.0
+        self._thread.start()
+
+    # ------------------------------------------------------------------ for the owner of the assembly; any thread
+
+    def open(
+        self, room: int, address: str, *, attempt: int = 0, make_assembly: MakeAssembly | None = None
+    ) -> Reception:
+        """Ask the sender at ``address`` (``tcp://host:port``) for a room; returns at once.
+
+        ``make_assembly`` says where the embedding is to lie (default: fresh numpy arrays). Raises OverloadedError when too many rooms
+        are open, UsageError for a room and attempt that are open already or an address that is none.
+        """
+        if not 0 <= room <= ROOM_MAX or attempt < 0:
+            raise UsageError(f"room {room} attempt {attempt}: rooms go from 0 to {ROOM_MAX}, attempts from 0")
+        reception = Reception(self, (room, attempt), make_assembly or self.layout.empty)
+        self.call(lambda: self._open(reception, address))
+        return reception
+
+    def _open(self, reception: Reception, address: Address) -> None:
+        if address not in self._sockets:
+            self._connect(address)
+        actions = self._core.open(reception.key, address, now=time.monotonic())
+        self._receptions[reception.key] = reception
+        self._carry_out(actions)
+
+    def _cancel(self, key: RoomKey, detail: str) -> None:
+        self.post(lambda: self._carry_out(self._core.abort(key, Cause.ABORTED, detail, now=time.monotonic())))
+
+    def stats(self) -> ReceiverStats:
+        """A snapshot."""
+        return self.call(self._stats)
+
+    def _stats(self) -> ReceiverStats:
+        admission = self._core.admission
+        return ReceiverStats(
+            rooms=Counter(room.state.value for room in self._core.rooms.values()),
+            ended=dict(self._ended),
+            waiting={"assembly": len(admission.for_assembly), "blocks": len(admission.for_blocks)},
+            sessions=len(self._core.sessions),
+            rounds_total=self._rounds_total,
+            bytes_total=self._bytes_total,
+            blocks_total=self._blocks.blocks_total,
+            blocks_free=self._blocks.blocks_free,
+            blocks_granted=self._blocks.blocks_granted,
+            blocks_quarantined=self._blocks.blocks_quarantined,
+            memory_reserved_bytes=self._budget.used_bytes,
+            memory_limit_bytes=self._budget.limit_bytes,
+            frames_refused_total=self._frames_refused,
+        )
+
+    def close(self) -> None:
+        """End all rooms (cause ``closed``), tell their senders, and free everything. Idempotent."""
+        if not self._thread.is_alive():
+            return
+        self.post(lambda: self._carry_out(self._core.close(now=time.monotonic())))
+        self.call(self._stop)
+        self._thread.join()
+        del self._pool  # its views have to be gone before the region is unmapped
+        for inbound in reversed(self._inbounds.values()):
+            inbound.close()
+
+    def __enter__(self) -> ReceiverEndpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the driver's thread
+
+    def _connect(self, address: Address) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        try:
+            socket.setsockopt(zmq.IDENTITY, identity_of(self._core.incarnation))
+            socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
+            socket.setsockopt(zmq.LINGER, 200)
+            socket.setsockopt(zmq.RECONNECT_IVL, 50)
+            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise UsageError(f"{address!r} is no control address: {error}") from error
+        self._sockets[address] = socket
+        self._poller.register(socket, zmq.POLLIN)
+
+    def _next_due(self) -> float | None:
+        due = self._core.next_due()
+        return due if not self._core.suspects else min(due or self._proof_at, self._proof_at)
+
+    def _on_time(self, now: float) -> None:
+        self._carry_out(self._core.on_tick(now))
+        if now >= self._proof_at and (suspects := self._core.suspects):
+            self._proof_at = now + PROOF_POLL_S
+            for incarnation in suspects:
+                if all(inbound.is_gone(incarnation) for inbound in self._inbounds.values()):
+                    self._carry_out(self._core.on_peer_gone(incarnation, now=now))
+
+    def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
+        address = next(a for a, s in self._sockets.items() if s is socket)
+        for frames in self._read_all(socket):
+            try:
+                message = messages.decode_for_receiver(frames[-1])
+            except ProtocolViolation as violation:
+                self._frames_refused += 1
+                logger.warning("! refused a frame from %s: %s", address, violation)
+                self._carry_out(self._core.on_violation(address, str(violation), now=time.monotonic()))
+                continue
+            logger.debug("< %s %s", address, message)
+            self._carry_out(self._core.on_message(message, address, now=time.monotonic()))
+
+    def _carry_out(self, actions: list[ReceiverAction]) -> None:
+        """In order; what a drain brings about queues behind what is there."""
+        self._pending.extend(actions)
+        while self._pending:
+            self._do(self._pending.popleft())
+
+    def _do(self, action: ReceiverAction) -> None:
+        match action:
+            case Send(address, message):
+                self._say(address, message)
+            case Permit(_, granted):
+                spans = self._geometry.grant_spans(granted.block_indices)
+                for inbound in self._inbounds.values():
+                    inbound.permit(granted.ticket, spans)
+            case Revoke(_, ticket):
+                for inbound in self._inbounds.values():
+                    inbound.revoke(ticket)
+            case Assemble(key, total_tokens):
+                self._assemble(key, total_tokens)
+            case Drain():
+                self._drain(action)
+            case Finished(key):
+                self._finish(self._core.rooms[key])
+            case Failed(key, cause, detail):
+                self._ended[cause.value] += 1
+                self._receptions.pop(key)._future.set_exception(TransferError(cause.value, detail))
+            case Hangup(address):
+                socket = self._sockets.pop(address)
+                self._poller.unregister(socket)
+                socket.close()
+
+    def _say(self, address: Address, message: messages.Message) -> None:
+        logger.debug("> %s %s", address, message)
+        try:
+            self._sockets[address].send(messages.encode(message), zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # its queue is full; it is asked again
+            logger.debug("! not sent to %s: %s", address, error)
+
+    def _assemble(self, key: RoomKey, total_tokens: int) -> None:
+        reception = self._receptions.get(key)
+        if reception is None:
+            return
+        try:
+            reception.arrays = reception.make_assembly(total_tokens)
+            rows = self.layout.rows(reception.arrays)
+            if len(rows[0]) != total_tokens:
+                raise UsageError(f"an assembly of {len(rows[0])} rows for {total_tokens} tokens")
+        except Exception as error:
+            detail = f"no assembly: {type(error).__name__}: {error}"
+            self._carry_out(self._core.abort(key, Cause.OVERLOADED, detail, now=time.monotonic()))
+
+    def _drain(self, drain: Drain) -> None:
+        room = self._core.rooms.get(drain.key)
+        if room is None or not room.is_live:
+            return  # it failed meanwhile; its blocks may be somebody else's
+        reception, granted = self._receptions[drain.key], drain.round
+        step = max(1, SLICE_BYTES // self.layout.token_bytes)
+        for first in range(drain.from_token, drain.to_token, step):
+            last = min(first + step, drain.to_token)
+            rows = {name: array[first:last] for name, array in reception.arrays.items()}
+            self._pool.get_buf(
+                granted.block_indices, rows, start=first - granted.start_token, tokens=last - first
+            )
+            reception.digests.update(rows)
+        aux = self._pool.read_aux(granted.block_indices[0]) if drain.from_token == 0 else None
+        digests = None
+        if drain.to_token == granted.end_token:
+            digests, reception.digests = reception.digests.digest(), FieldDigests(self.layout)
+            self._rounds_total += 1
+        self._bytes_total += (drain.to_token - drain.from_token) * self.layout.token_bytes
+        now = time.monotonic()
+        self._pending.extend(
+            self._core.on_drained(
+                drain.key, granted.number, drain.to_token, aux=aux, digests=digests, now=now
+            )
+        )
+
+    def _finish(self, room: ReceiverTransfer) -> None:
+        key, now = room.key, time.monotonic()
+        announced = room.announced
+        assert announced is not None
+        wire = self._core.sessions[room.address].wire or ""
+        report = ReceiveReport(
+            total_tokens=room.total_tokens,
+            rounds=tuple(room.round_sizes),
+            bytes=room.total_tokens * self.layout.token_bytes,
+            transport=wire,
+            source_ms=announced.source_ms,
+            wait_ms=(room.granted_at - room.ready_at) * 1000,
+            transfer_ms=(now - room.granted_at) * 1000,
+            content_hash=announced.content_hash,
+        )
+        reception = self._receptions.pop(key)
+        received = Received(key[0], key[1], reception.arrays, announced.aux, report, self._release_once(key))
+        self._release_with_arrays(reception.arrays, received._release)
+        self._ended[Cause.DONE.value] += 1
+        reception.arrays = {}
+        reception._future.set_result(received)
+
+    def _release_once(self, key: RoomKey) -> Callable[[], None]:
+        def release() -> None:
+            self.post(lambda: self._carry_out(self._core.on_assembly_released(key, now=time.monotonic())))
+
+        return release
+
+    @staticmethod
+    def _release_with_arrays(arrays: Arrays, release: Callable[[], None]) -> None:
+        """Release when the last of the arrays is collected."""
+        left = [len(arrays)]
+
+        def one_less() -> None:
+            left[0] -= 1
+            if not left[0]:
+                release()
+
+        for array in arrays.values():
+            weakref.finalize(array, one_less).atexit = False

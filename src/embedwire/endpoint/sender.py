@@ -1,0 +1,375 @@
+"""A sender as a library user sees it: offer a room, fill it, learn how it ended.
+
+``SenderEndpoint`` may be called from any thread. Its driver thread owns the protocol core, the control socket and the memory budget;
+one writer thread a receiver moves the bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from types import TracebackType
+
+import numpy as np
+import zmq
+
+from embedwire.endpoint.driver import Driver, chosen, identity_of
+from embedwire.endpoint.stats import SenderStats, SendReport
+from embedwire.endpoint.writer import SessionWriter, WriteJob
+from embedwire.errors import (
+    EmbedwireError,
+    NeverFitsError,
+    OverloadedError,
+    ProtocolViolation,
+    TransferError,
+    UsageError,
+)
+from embedwire.limits import (
+    AUX_WORDS,
+    DEFAULT_LIMITS,
+    DEFAULT_SOURCE_BYTES,
+    MESSAGE_BYTES_MAX,
+    TOKENS_MAX,
+    Limits,
+)
+from embedwire.memory.budget import Budget
+from embedwire.memory.geometry import PoolGeometry
+from embedwire.memory.layout import Layout
+from embedwire.memory.pool import pack_aux
+from embedwire.memory.source import Source
+from embedwire.protocol import messages
+from embedwire.protocol.actions import Attach, CancelWrites, Detach, Peer, Release, Reply, SenderAction, Write
+from embedwire.protocol.messages import Cause, RoomKey
+from embedwire.protocol.sender_core import SenderCore
+from embedwire.transports import open_outbound
+from embedwire.transports.contract import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+class Offer:
+    """One room on its way out. It ends when the receiver has said that it has all of it, or with a TransferError."""
+
+    def __init__(
+        self, endpoint: SenderEndpoint, key: RoomKey, total_tokens: int, aux: tuple[int, ...]
+    ) -> None:
+        self.key = key
+        self.total_tokens = total_tokens
+        self.aux = aux
+        self._endpoint = endpoint
+        self._offered_at = time.monotonic()
+        self._future: Future[SendReport] = Future()
+        self.source: Source | None = None
+        self.arrays: Mapping[str, np.ndarray] = {}
+        self.is_cancelled = False
+
+    def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """The source is ready: field name to a C-contiguous array (total_tokens, *field.shape). Nobody may change them until
+        the offer has ended. Raises UsageError when they do not match the layout; harmless after the end."""
+        source = Source(self._endpoint.layout, arrays)
+        if source.tokens != self.total_tokens:
+            raise UsageError(f"arrays of {source.tokens} tokens for a room of {self.total_tokens}")
+        self._endpoint._fill(self, source, arrays, source_ms=(time.monotonic() - self._offered_at) * 1000)
+
+    def fail(self, detail: str) -> None:
+        """The source can not be made: the room ends with cause ``encoder_failed`` on both sides."""
+        self._endpoint._end(self.key, Cause.ENCODER_FAILED, detail)
+
+    def abort(self, detail: str = "") -> None:
+        """Nobody wants it any more: the room ends with cause ``aborted`` on both sides."""
+        self._endpoint._end(self.key, Cause.ABORTED, detail)
+
+    def done(self) -> bool:
+        """Whether it has ended, either way."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> SendReport:
+        """Wait for the end. Raises TransferError with the cause, or TimeoutError after ``timeout`` seconds."""
+        return self._future.result(timeout)
+
+    def add_done_callback(self, callback: Callable[[Offer], None]) -> None:
+        """Call it at the end, on the driver's thread, where it must not block."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+
+class SenderEndpoint(Driver):
+    """Offers rooms of one layout to any number of receivers.
+
+    ``memory_bytes`` bounds what all rooms reserve together; ``transports`` are the wires that receivers may use. Raises
+    ConfigurationError or TransportError when it can not be set up as told. Use it as a context manager, or ``close`` it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        memory_bytes: int = DEFAULT_SOURCE_BYTES,
+        transports: Sequence[str] | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self.layout = layout
+        self.limits = limits
+        self._outbounds = {name: open_outbound(name, host=host) for name in chosen(transports)}
+        self._core = SenderCore(
+            incarnation=secrets.randbelow(2**62 - 1) + 1, fields=layout.describe(), limits=limits
+        )
+        super().__init__("embedwire-sender")
+        self._budget = Budget(memory_bytes)
+        self._offers: dict[RoomKey, Offer] = {}
+        self._writers: dict[Peer, SessionWriter] = {}
+        self._retired: list[SessionWriter] = []
+        self._landed: dict[tuple[RoomKey, int], int] = {}
+        self._ended: Counter[str] = Counter()
+        self._rounds_total = self._bytes_total = self._frames_refused = 0
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.bind(f"tcp://{host}:{port or '*'}")
+        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ for the owner of the source; any thread
+
+    def offer(
+        self,
+        room: int,
+        *,
+        total_tokens: int,
+        attempt: int = 0,
+        aux: Sequence[int] = (),
+        content_hash: bytes = b"",
+    ) -> Offer:
+        """Reserve memory for a room and announce it. ``aux`` are up to 15 int32 that follow the total in the aux row.
+
+        Raises NeverFitsError when it is larger than ``memory_bytes``, OverloadedError when that much is not free now or too many
+        rooms are offered, UsageError for a room and attempt that were offered before.
+        """
+        if not 1 <= total_tokens <= TOKENS_MAX:
+            raise UsageError(f"total_tokens is {total_tokens}; it has to be in 1 .. {TOKENS_MAX}")
+        row = (total_tokens, *aux, *([0] * (AUX_WORDS - 1 - len(aux))))
+        pack_aux(row)
+        return self.call(partial(self._offer, Offer(self, (room, attempt), total_tokens, row), content_hash))
+
+    def _offer(self, offer: Offer, content_hash: bytes) -> Offer:
+        need = offer.total_tokens * self.layout.token_bytes
+        if not self._budget.can_ever(need):
+            raise NeverFitsError(
+                f"{offer.total_tokens} tokens need {need} bytes of source memory; there are {self._budget.limit_bytes}"
+            )
+        if offer.key in self._offers:
+            raise UsageError(f"room {offer.key[0]} attempt {offer.key[1]} was offered before")
+        if not self._budget.try_reserve(offer.key, need):
+            raise OverloadedError(f"{need} bytes of source memory are not free now")
+        try:
+            actions = self._core.offer(
+                offer.key,
+                total_tokens=offer.total_tokens,
+                aux=offer.aux,
+                content_hash=content_hash,
+                now=time.monotonic(),
+            )
+        except EmbedwireError:
+            self._budget.release(offer.key)
+            raise
+        self._offers[offer.key] = offer
+        self._carry_out(actions)
+        return offer
+
+    def _fill(
+        self, offer: Offer, source: Source, arrays: Mapping[str, np.ndarray], *, source_ms: float
+    ) -> None:
+        def fill() -> None:
+            offer.source, offer.arrays = source, arrays
+            self._carry_out(self._core.ready(offer.key, source_ms=source_ms, now=time.monotonic()))
+
+        self.post(fill)
+
+    def _end(self, key: RoomKey, cause: Cause, detail: str) -> None:
+        self.post(lambda: self._carry_out(self._core.fail(key, cause, detail, now=time.monotonic())))
+
+    def stats(self) -> SenderStats:
+        """A snapshot."""
+        return self.call(self._stats)
+
+    def _stats(self) -> SenderStats:
+        return SenderStats(
+            rooms=Counter(room.state.value for room in self._core.rooms.values()),
+            ended=dict(self._ended),
+            sessions=len(self._core.sessions),
+            rounds_total=self._rounds_total,
+            bytes_total=self._bytes_total,
+            memory_reserved_bytes=self._budget.used_bytes,
+            memory_limit_bytes=self._budget.limit_bytes,
+            frames_refused_total=self._frames_refused,
+        )
+
+    def close(self) -> None:
+        """End all rooms (cause ``closed``), tell their receivers, and free everything. Idempotent."""
+        if not self._thread.is_alive():
+            return
+        self.post(lambda: self._carry_out(self._core.close(now=time.monotonic())))
+        self.call(self._retire_writers)
+        for writer in self._retired:
+            writer.join(self.limits.write_timeout_s)
+        self.call(self._stop)  # what the writers reported last is in the queue before this
+        self._thread.join()
+        for outbound in self._outbounds.values():
+            outbound.close()
+
+    def _retire_writers(self) -> None:
+        for peer in list(self._writers):
+            self._detach(peer)
+
+    def __enter__(self) -> SenderEndpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the driver's thread
+
+    def _next_due(self) -> float | None:
+        return self._core.next_due()
+
+    def _on_time(self, now: float) -> None:
+        self._carry_out(self._core.on_tick(now))
+
+    def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
+        for frames in self._read_all(socket):
+            identity, frame = frames[0], frames[-1]
+            try:
+                message = messages.decode_for_sender(frame)
+                if len(frames) != 2 or identity != identity_of(message.source):
+                    raise ProtocolViolation("a message under another receiver's name")
+            except ProtocolViolation as violation:
+                self._refuse(identity, violation)
+                continue
+            self._carry_out(self._core.on_message(message, now=time.monotonic()))
+
+    def _refuse(self, identity: bytes, violation: ProtocolViolation) -> None:
+        self._frames_refused += 1
+        logger.warning("! refused a frame: %s", violation)
+        if len(identity) == 9:
+            peer = int.from_bytes(identity[1:], "big")
+            self._carry_out(
+                self._core.on_peer_lost(peer, f"it sent no message: {violation}", now=time.monotonic())
+            )
+
+    def _carry_out(self, actions: list[SenderAction]) -> None:
+        for action in actions:
+            match action:
+                case Reply(peer, message):
+                    self._say(peer, message)
+                case Attach(peer, hello):
+                    self._writers[peer] = SessionWriter(
+                        peer,
+                        hello,
+                        self._outbounds,
+                        incarnation=self._core.incarnation,
+                        events=self,
+                        limits=self.limits,
+                    )
+                case Detach(peer):
+                    self._detach(peer)
+                case Write():
+                    self._write(action)
+                case CancelWrites(key):
+                    self._offers[key].is_cancelled = True
+                case Release():
+                    self._release(action)
+
+    def _say(self, peer: Peer, message: messages.Message) -> None:
+        logger.debug("> %x %s", peer, message)
+        try:
+            self._socket.send_multipart([identity_of(peer), messages.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # its queue is full or it is gone; the receiver asks again
+            logger.debug("! not sent to %x: %s", peer, error)
+
+    def _detach(self, peer: Peer) -> None:
+        writer = self._writers.pop(peer, None)
+        if writer is not None:
+            writer.close()
+            self._retired = [w for w in self._retired if w.is_alive()] + [writer]
+
+    def _write(self, write: Write) -> None:
+        offer = self._offers[write.key]
+        writer = self._writers.get(write.peer)
+        if writer is None:
+            self.written(write, Outcome.LOST, ())
+            return
+        assert offer.source is not None
+        hello = self._core.sessions[write.peer].hello
+        writer.submit(
+            WriteJob(
+                write=write,
+                source=offer.source,
+                arrays=offer.arrays,
+                aux=pack_aux(offer.aux),
+                is_permitted=lambda: not offer.is_cancelled,
+                geometry=PoolGeometry(self.layout, hello.block_size, hello.num_blocks),
+            )
+        )
+
+    def _release(self, release: Release) -> None:
+        offer = self._offers.pop(release.key)
+        self._budget.release(release.key)
+        self._ended[release.cause.value] += 1
+        offer.source, offer.arrays = None, {}
+        if release.cause is Cause.DONE:
+            nbytes = offer.total_tokens * self.layout.token_bytes
+            offer._future.set_result(SendReport(offer.total_tokens, release.rounds, nbytes))
+        else:
+            offer._future.set_exception(TransferError(release.cause.value, release.detail))
+
+    # ------------------------------------------------------------------ writers' reports, on their threads
+
+    def attached(self, peer: Peer, wire: str) -> None:
+        """A writer has reached its receiver."""
+        self.post(lambda: self._carry_out(self._core.on_attached(peer, wire)))
+
+    def attach_failed(self, peer: Peer, detail: str) -> None:
+        """A writer's receiver is out of reach; the writer has ended."""
+
+        def failed() -> None:
+            self._detach(peer)
+            self._carry_out(self._core.on_attach_failed(peer, detail))
+
+        self.post(failed)
+
+    def landed(self, write: Write, landed_tokens: int) -> None:
+        """Tokens of a round have landed. Reports that the driver has not read yet are merged into the newest."""
+        slot = (write.key, write.round.number)
+        is_waiting = slot in self._landed
+        self._landed[slot] = landed_tokens
+        if not is_waiting:
+            self.post(partial(self._on_landed, slot))
+
+    def _on_landed(self, slot: tuple[RoomKey, int]) -> None:
+        key, number = slot
+        self._carry_out(self._core.on_landed(key, number, self._landed.pop(slot), now=time.monotonic()))
+
+    def written(self, write: Write, outcome: Outcome, digests: tuple[int, ...]) -> None:
+        """A write has returned."""
+        self.post(partial(self._on_written, write, outcome, digests))
+
+    def _on_written(self, write: Write, outcome: Outcome, digests: tuple[int, ...]) -> None:
+        key, number, now = write.key, write.round.number, time.monotonic()
+        if outcome is Outcome.LANDED:
+            self._rounds_total += 1
+            self._bytes_total += (write.round.tokens - write.landed_tokens) * self.layout.token_bytes
+            self._carry_out(self._core.on_written(key, number, digests=digests, now=now))
+        elif outcome is Outcome.LOST:
+            self._carry_out(self._core.on_write_lost(key, number, "the write was lost", now=now))
+        else:
+            self._carry_out(self._core.on_write_unknown(key, number, "the write may still land", now=now))

@@ -1,0 +1,159 @@
+"""The encode half of a vision-language model of transformers: its tower and its embedding table, and no layer
+of text.
+
+Owns: those weights, and the arrays of a prompt room made with them. Must not know: rooms, wires, HTTP.
+``prepare`` is called from several threads, ``encode`` from one at a time (see
+:class:`embedwire.encode.interface.EncoderEngine`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from embedwire.encode.interface import ChatPrompt, PreparedPrompt
+from embedwire.engines.transformers.checkpoint import (
+    build_on_meta,
+    dtype_of,
+    fill,
+    load_config,
+    read_tensors,
+    resolve_model,
+)
+from embedwire.engines.transformers.families import deepstack_levels_of, family_of, layout_of
+from embedwire.engines.transformers.images import MAX_IMAGE_PIXELS
+from embedwire.engines.transformers.processing import Processed, PromptProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What ``prepare`` hands to ``encode``. ``positions`` is (T, 3) int32, None for a model without mrope."""
+
+    processed: Processed
+    positions: np.ndarray | None
+
+
+class TransformersEncoder:
+    """An :class:`~embedwire.encode.interface.EncoderEngine` that runs on transformers.
+
+    ``model`` is a directory or a Hub id, ``dtype`` that of the computation and of the embeddings. Raises
+    ConfigurationError for a model of a family that is not supported, or a checkpoint that does not hold what
+    its configuration says.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
+        path = resolve_model(model)
+        config = load_config(path)
+        self.model_name = model
+        self.layout = layout_of(config, dtype=dtype)
+        self.max_tokens: int = config.text_config.max_position_embeddings
+        self._image_token_id: int = config.image_token_id
+        self._device = torch.device(device)
+        self._mrope = family_of(config).mrope
+        self._levels = deepstack_levels_of(config)
+        self._processor = PromptProcessor(
+            path, config, max_tokens=self.max_tokens, max_image_pixels=max_image_pixels
+        )
+        self._model: Any = _load(path, config, dtype=dtype_of(dtype), device=device)
+
+    def prepare(self, prompt: ChatPrompt) -> PreparedPrompt:
+        """Decode, resize and tokenize; the positions follow from the sizes of the images alone."""
+        processed = self._processor.process(prompt)
+        positions, delta = self._positions(processed) if self._mrope else (None, 0)
+        return PreparedPrompt(
+            len(processed.ids), delta, processed.content_hash, _Inputs(processed, positions)
+        )
+
+    def encode(self, batch: Sequence[PreparedPrompt]) -> Sequence[Mapping[str, np.ndarray]]:
+        """One mapping of layout fields a prompt, bit-equal to what the undivided model merges for that prompt
+        alone."""
+        with torch.inference_mode():
+            return [self._encode_one(prompt.inputs) for prompt in batch]
+
+    def _encode_one(self, inputs: _Inputs) -> Mapping[str, np.ndarray]:
+        processed = inputs.processed
+        ids = torch.from_numpy(processed.ids).to(self._device)
+        rows = self._model.get_input_embeddings()(ids)
+        deepstack = rows.new_zeros(len(ids), self._levels, rows.shape[1]) if self._levels else None
+        if processed.pixels:
+            places = ids == self._image_token_id
+            self._put_image_rows(processed.pixels, places, rows=rows, deepstack=deepstack)
+        arrays = {"input_embeddings": _to_numpy(rows), "fill_ids": processed.ids.copy()}
+        if inputs.positions is not None:
+            arrays["mrope_positions"] = inputs.positions.copy()
+        if deepstack is not None:
+            arrays["deepstack_embeddings"] = _to_numpy(deepstack)
+        return arrays
+
+    def _put_image_rows(
+        self,
+        pixels: Mapping[str, np.ndarray],
+        places: torch.Tensor,
+        *,
+        rows: torch.Tensor,
+        deepstack: torch.Tensor | None,
+    ) -> None:
+        """Run the tower and write its rows (of all images, in order) to the places of their placeholders."""
+        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in pixels.items()}
+        features = self._model.get_image_features(**tensors, return_dict=True)
+        rows[places] = torch.cat(list(features.pooler_output)).to(rows.dtype)
+        if deepstack is not None:
+            for level, images in enumerate(features.deepstack_features):
+                deepstack[places, level] = torch.cat(list(images)).to(rows.dtype)
+
+    def _positions(self, processed: Processed) -> tuple[np.ndarray, int]:
+        """Rotary positions (T, 3) int32 in time, height and width, and what a decoded token's index is off
+        by."""
+        if not processed.pixels:
+            line = np.arange(len(processed.ids), dtype=np.int32)
+            return np.repeat(line[:, None], 3, axis=1), 0
+        ids = torch.from_numpy(processed.ids)[None]
+        positions, delta = self._model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == self._image_token_id).int(),
+            image_grid_thw=torch.from_numpy(processed.pixels["image_grid_thw"]),
+        )
+        return np.ascontiguousarray(positions[:, 0].T.numpy(), np.int32), int(delta)
+
+
+def _load(path: Path, config: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
+    """The model without its layers of text, their weights never read."""
+    family = family_of(config)
+    config = copy.deepcopy(config)
+    config.text_config.num_hidden_layers = 0
+    if getattr(config.text_config, "layer_types", None) is not None:
+        config.text_config.layer_types = []
+    model: Any = build_on_meta(lambda: AutoModel.from_config(config))
+    model.language_model.norm = model.language_model.rotary_emb = None
+
+    def wanted(name: str) -> str | None:
+        canonical = family.canonical(name)
+        return canonical.removeprefix("model.") if family.is_encode_key(canonical) else None
+
+    return fill(model, read_tensors(path, wanted, dtype=dtype), device=device)
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as an array, copied only when it lies on another device."""
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
+        bits: np.ndarray = tensor.view(torch.int16).numpy()
+        return bits.view(ml_dtypes.bfloat16)
+    array: np.ndarray = tensor.numpy()
+    return array

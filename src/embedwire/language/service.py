@@ -1,0 +1,178 @@
+"""From a room's number to generated tokens. Owns the bounded set of jobs; the engine owns its batch, the receiver its queues.
+
+Callbacks come from the receiver's and the engine's threads and must not block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from embedwire.endpoint import ReceiverEndpoint, Reception
+from embedwire.errors import EmbedwireError, OverloadedError
+from embedwire.language.assembly import assemble, report_of
+from embedwire.language.interface import (
+    AssembledPrompt,
+    Delta,
+    Generation,
+    LanguageEngine,
+    SamplingParams,
+    TransferReport,
+)
+
+DEFAULT_MAX_JOBS = 512
+
+OnDelta = Callable[[Delta], None]
+OnError = Callable[[EmbedwireError], None]
+OnReport = Callable[[TransferReport, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageStats:
+    """Jobs under way: those whose embedding is still on its way, and those with the engine."""
+
+    transferring: int
+    generating: int
+
+
+class Job:
+    """One answer, from its first byte of embedding to its last token."""
+
+    def __init__(self, service: LanguageService, *, on_delta: OnDelta, on_error: OnError) -> None:
+        self._service = service
+        self._on_delta = on_delta
+        self._on_error = on_error
+        self._lock = threading.Lock()
+        self._reception: Reception | None = None
+        self._generation: Generation | None = None
+        self._is_cancelled = False
+        self.prompt_tokens = 0
+
+    def cancel(self) -> None:
+        """Nobody wants the answer: end the room on both sides, or the generation, whichever runs. Harmless at the end."""
+        with self._lock:
+            self._is_cancelled = True
+            reception, generation = self._reception, self._generation
+        if generation is not None:
+            generation.cancel()
+        elif reception is not None:
+            reception.cancel()
+
+    @property
+    def is_generating(self) -> bool:
+        return self._generation is not None
+
+    def _submit(self, prompt: AssembledPrompt, sampling: SamplingParams) -> None:
+        """Hand a prompt to the engine; raises as the engine does."""
+        self.prompt_tokens = len(prompt.fill_ids)
+        generation = self._service.engine.submit(prompt, sampling, on_delta=self._pass_on)
+        with self._lock:
+            self._generation = generation
+            is_cancelled = self._is_cancelled
+        if is_cancelled:
+            generation.cancel()
+
+    def _pass_on(self, delta: Delta) -> None:
+        if delta.finish_reason is not None:
+            self._service._forget(self)
+        self._on_delta(delta)
+
+    def _fail(self, error: EmbedwireError) -> None:
+        self._service._forget(self)
+        self._on_error(error)
+
+
+class LanguageService:
+    """Answers prompts with one language engine, their embeddings received at one receiver. ``max_jobs`` bounds the answers under way.
+    Thread-safe."""
+
+    def __init__(
+        self, engine: LanguageEngine, receiver: ReceiverEndpoint, *, max_jobs: int = DEFAULT_MAX_JOBS
+    ) -> None:
+        self.engine = engine
+        self.receiver = receiver
+        self._max_jobs = max_jobs
+        self._lock = threading.Lock()
+        self._jobs: set[Job] = set()
+
+    def generate_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: SamplingParams,
+        *,
+        on_delta: OnDelta,
+        on_error: OnError,
+    ) -> Job:
+        """Answer a chat without media. Raises InvalidRequestError and OverloadedError at once."""
+        fill_ids = self.engine.tokenize(messages)
+        job = self._remember(Job(self, on_delta=on_delta, on_error=on_error))
+        try:
+            job._submit(AssembledPrompt(fill_ids=fill_ids), sampling)
+        except EmbedwireError:
+            self._forget(job)
+            raise
+        return job
+
+    def generate_room(
+        self,
+        room: int,
+        address: str,
+        sampling: SamplingParams,
+        *,
+        attempt: int = 0,
+        on_report: OnReport,
+        on_delta: OnDelta,
+        on_error: OnError,
+    ) -> Job:
+        """Answer a prompt whose embedding is room ``room`` of the sender at ``address``.
+
+        ``on_report`` is called once, when the embedding is whole, with how it came and the prompt's tokens; then ``on_delta``; or
+        ``on_error``, once, instead of what has not been called yet. Raises OverloadedError and UsageError at once.
+        """
+        job = self._remember(Job(self, on_delta=on_delta, on_error=on_error))
+        try:
+            reception = self.receiver.open(room, address, attempt=attempt)
+        except EmbedwireError:
+            self._forget(job)
+            raise
+
+        def on_received(ended: Reception) -> None:
+            try:
+                received = ended.result(0)
+                on_report(report_of(received), received.report.total_tokens)
+                job._submit(assemble(received), sampling)
+            except EmbedwireError as error:
+                job._fail(error)
+
+        with job._lock:
+            job._reception = reception
+        reception.add_done_callback(on_received)
+        return job
+
+    def stats(self) -> LanguageStats:
+        """A snapshot."""
+        with self._lock:
+            generating = sum(job.is_generating for job in self._jobs)
+            return LanguageStats(transferring=len(self._jobs) - generating, generating=generating)
+
+    def close(self) -> None:
+        """Cancel every job. The engine and the receiver are the caller's to close."""
+        with self._lock:
+            jobs = list(self._jobs)
+        for job in jobs:
+            job.cancel()
+
+    def _remember(self, job: Job) -> Job:
+        with self._lock:
+            if len(self._jobs) >= self._max_jobs:
+                raise OverloadedError(
+                    f"{len(self._jobs)} answers are under way; at most {self._max_jobs} at a time"
+                )
+            self._jobs.add(job)
+        return job
+
+    def _forget(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.discard(job)

@@ -1,0 +1,13 @@
+"""Floor 0: the transfer protocol without clocks, threads, sockets or arrays.
+
+Input is a message or an event, with ``now`` as an argument; output is a list of actions. So every interleaving can be
+tried, and every failure replayed from its seed.
+
+    states.py         both halves of a room as tables, and the sets that matter
+    messages.py       what travels, and how it is checked
+    sender.py         one room on the sending side            sender_core.py    all rooms and sessions of a sender
+    receiver.py       one room on the receiving side          receiver_core.py  all rooms and sessions of a receiver
+    admission.py      who gets assembly memory and blocks, in which order
+    timers.py         which room is due next
+    actions.py        the orders that the cores give to their drivers
+"""

@@ -1,0 +1,148 @@
+"""Who gets assembly memory and blocks, in which order. Pure bookkeeping over two first-in, first-out queues.
+
+The order in which a room takes things is what keeps any number of rooms from waiting for each other in a ring: the encoder's memory first
+(a room that is not announced as ready is not here), then the whole assembly, then blocks. A room in the block queue holds no block, and one
+that was granted blocks can always drain, since its assembly is there. So a pool of one block moves any number of rooms of any length.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+from embedwire.protocol.actions import Address, Round
+from embedwire.protocol.receiver import ReceiverTransfer
+
+
+class Blocks(Protocol):
+    """The allocator of the receive pool (``memory.allocator``)."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def blocks_total(self) -> int: ...
+    @property
+    def blocks_free(self) -> int: ...
+    def blocks_for(self, tokens: int) -> int: ...
+    def alloc_blocks(self, n: int) -> tuple[int, ...] | None: ...
+    def free(self, indices: Sequence[int]) -> None: ...
+    def quarantine(self, indices: Sequence[int], *, peer: int) -> None: ...
+    def release_quarantine(self, indices: Sequence[int]) -> None: ...
+
+
+class Memory(Protocol):
+    """The budget that assemblies are reserved from (``memory.budget``), in bytes."""
+
+    @property
+    def limit_bytes(self) -> int: ...
+    def can_ever(self, nbytes: int) -> bool: ...
+    def try_reserve(self, key: Hashable, nbytes: int) -> bool: ...
+    def release(self, key: Hashable) -> bool: ...
+
+
+class Admission:
+    """The two queues, and the blocks that each peer holds."""
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        memory: Memory,
+        *,
+        token_bytes: int,
+        default_allocate_tokens: int,
+        window_rounds: int,
+    ) -> None:
+        self.blocks = blocks
+        self.memory = memory
+        self.token_bytes = token_bytes
+        self.default_allocate_tokens = default_allocate_tokens
+        self.window_rounds = window_rounds
+        self.for_assembly: deque[ReceiverTransfer] = deque()
+        self.for_blocks: deque[ReceiverTransfer] = deque()
+        self.for_more: deque[ReceiverTransfer] = deque()
+        self.held: Counter[Address] = Counter()
+        self.in_quarantine: Counter[Address] = Counter()
+
+    def never_fits(self, total_tokens: int) -> str | None:
+        """Why a room of this size can never be served, or None."""
+        need = total_tokens * self.token_bytes
+        if self.memory.can_ever(need):
+            return None
+        return (
+            f"{total_tokens} tokens need {need} bytes of assembly; there are {self.memory.limit_bytes} in all"
+        )
+
+    def join(self, room: ReceiverTransfer) -> None:
+        """Queue a room whose source is ready."""
+        self.for_assembly.append(room)
+
+    def leave(self, room: ReceiverTransfer) -> None:
+        """The room waits for nothing any more."""
+        for queue in (self.for_assembly, self.for_blocks, self.for_more):
+            if room in queue:
+                queue.remove(room)
+
+    def admit(self) -> ReceiverTransfer | None:
+        """The first in the queue, once its whole assembly could be reserved; it then waits for blocks."""
+        if not self.for_assembly:
+            return None
+        room = self.for_assembly[0]
+        if not self.memory.try_reserve(room.key, room.total_tokens * self.token_bytes):
+            return None
+        self.for_assembly.popleft()
+        self.for_blocks.append(room)
+        return room
+
+    def rejoin(self, room: ReceiverTransfer) -> None:
+        """A partial room, holding no block, wants more."""
+        if room in self.for_more:
+            self.for_more.remove(room)
+        self.for_blocks.append(room)
+
+    def next_grant(self, *, peers: int) -> tuple[ReceiverTransfer, tuple[int, ...]] | None:
+        """The next room in turn with the blocks for its next round: as many as it wants or, if fewer are free, those."""
+        for queue in (self.for_blocks, self.for_more):
+            for room in queue:
+                count = min(self._wanted(room), self._available(room.address, peers=peers))
+                blocks = self.blocks.alloc_blocks(count) if count > 0 else None
+                if blocks is not None:
+                    queue.remove(room)
+                    self.held[room.address] += len(blocks)
+                    return room, blocks
+        return None
+
+    def on_granted(self, room: ReceiverTransfer) -> None:
+        """After the grant: with a window, the room may want another one while this one is open."""
+        if room.remaining_tokens and len(room.open_rounds) < self.window_rounds:
+            self.for_more.append(room)
+
+    def _wanted(self, room: ReceiverTransfer) -> int:
+        tokens = room.remaining_tokens
+        if not room.round_sizes:
+            tokens = min(tokens, self.default_allocate_tokens)
+        return min(self.blocks.blocks_for(tokens), max(1, self.blocks.blocks_total // self.window_rounds))
+
+    def _available(self, address: Address, *, peers: int) -> int:
+        """One peer may not take the whole pool from others, and gets nothing while blocks of it are in quarantine."""
+        if self.in_quarantine[address]:
+            return 0
+        total = self.blocks.blocks_total
+        most = total if peers <= 1 else max(1, total - max(1, total // 4))
+        return min(self.blocks.blocks_free, most - self.held[address])
+
+    def give_back(self, address: Address, granted: Round) -> None:
+        """A round's blocks are free: no write can land in them."""
+        self.blocks.free(granted.block_indices)
+        self.held[address] -= len(granted.block_indices)
+
+    def quarantine(self, address: Address, granted: Round, *, peer: int) -> None:
+        """A round's blocks may still be written to."""
+        self.blocks.quarantine(granted.block_indices, peer=peer)
+        self.in_quarantine[address] += len(granted.block_indices)
+
+    def release(self, address: Address, granted: Round) -> None:
+        """Proof has come that no write can land in a quarantined round."""
+        self.blocks.release_quarantine(granted.block_indices)
+        self.in_quarantine[address] -= len(granted.block_indices)
+        self.held[address] -= len(granted.block_indices)

@@ -1,0 +1,227 @@
+"""What travels on the control plane, and how it is checked before it changes anything.
+
+A message is one MessagePack map, tagged by ``type``. Every message names the incarnation that said it and the one it is for
+(0: not known yet), so what an earlier life of a process said can not touch the present one. Lengths and ranges that need no
+other knowledge are checked while decoding; the rest is checked by the cores.
+
+    receiver → sender                               sender → receiver
+    hello            who I am, my layout and pool   welcome    the wire that we use
+                                                    refused    we do not fit; which field differs
+                                                    stranger   I do not know you; say hello again
+    ping             are you there                  pong       yes
+    open             tell me about this room        announce   total, aux, content hash; whether the source is ready
+    init             round 0: write here            status     how far it has landed
+    resume_transfer  round n: go on here
+    done             I have all of it               ended      the room is over, and why
+    abort            end it, and why
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from embedwire.errors import ProtocolViolation
+from embedwire.limits import (
+    AUX_WORDS,
+    BLOCKS_MAX,
+    DETAIL_CHARS_MAX,
+    INCARNATION_MAX,
+    MESSAGE_BYTES_MAX,
+    ROOM_MAX,
+    TOKENS_MAX,
+)
+from embedwire.protocol.states import Poll
+
+Incarnation = Annotated[int, Meta(ge=0, le=INCARNATION_MAX)]
+Count = Annotated[int, Meta(ge=0, le=TOKENS_MAX)]
+Positive = Annotated[int, Meta(ge=1, le=TOKENS_MAX)]
+Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+UInt64 = Annotated[int, Meta(ge=0)]
+"""Bounded by MessagePack itself."""
+Text = Annotated[str, Meta(max_length=DETAIL_CHARS_MAX)]
+FieldLines = Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]
+BlockIndices = Annotated[
+    tuple[Annotated[int, Meta(ge=0, lt=BLOCKS_MAX)], ...], Meta(min_length=1, max_length=BLOCKS_MAX)
+]
+Aux = Annotated[tuple[Int32, ...], Meta(min_length=AUX_WORDS, max_length=AUX_WORDS)]
+
+
+class Cause(StrEnum):
+    """Why a room ended. It reaches the other side, the client and the metrics under this name."""
+
+    DONE = "done"
+    ABORTED = "aborted"
+    DEADLINE = "deadline"
+    PEER_LOST = "peer_lost"
+    NEVER_FITS = "never_fits"
+    OVERLOADED = "overloaded"
+    CORRUPT = "corrupt"
+    VIOLATION = "violation"
+    UNKNOWN_ROOM = "unknown_room"
+    ENCODER_FAILED = "encoder_failed"
+    WIRE_FAILED = "wire_failed"
+    HANDSHAKE = "handshake"
+    CLOSED = "closed"
+
+
+class Message(Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
+    """``source`` said it, ``target`` is to read it."""
+
+    source: Incarnation
+    target: Incarnation = 0
+
+
+class Hello(Message, tag="hello", frozen=True, kw_only=True):
+    """A receiver's first message. ``wires`` holds (name, descriptor) in order of preference."""
+
+    version: Count
+    fields: FieldLines
+    block_size: Positive
+    num_blocks: Annotated[int, Meta(ge=1, le=BLOCKS_MAX)]
+    wires: Annotated[
+        tuple[tuple[Text, Annotated[bytes, Meta(max_length=4096)]], ...], Meta(min_length=1, max_length=16)
+    ]
+
+
+class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
+    """The session is open; rounds go over ``wire``."""
+
+    version: Count
+    fields: FieldLines
+    wire: Text
+
+
+class Refused(Message, tag="refused", frozen=True, kw_only=True):
+    """No session: the versions or layouts differ, no wire reaches, or there are too many sessions."""
+
+    cause: Cause
+    detail: Text
+
+
+class Stranger(Message, tag="stranger", frozen=True, kw_only=True):
+    """The message that this answers came from, or was for, an incarnation that is not known here."""
+
+
+class Ping(Message, tag="ping", frozen=True, kw_only=True):
+    """A receiver that waits for nothing but is still there."""
+
+
+class Pong(Message, tag="pong", frozen=True, kw_only=True):
+    """The answer to ping."""
+
+
+class RoomMessage(Message, frozen=True, kw_only=True):
+    """It belongs to one attempt of one room."""
+
+    room: Annotated[int, Meta(ge=0, le=ROOM_MAX)]
+    attempt: Count = 0
+
+    @property
+    def key(self) -> RoomKey:
+        return (self.room, self.attempt)
+
+
+class Open(RoomMessage, tag="open", frozen=True, kw_only=True):
+    """Tell me about this room, and tell me again when its source is ready."""
+
+
+class Announce(RoomMessage, tag="announce", frozen=True, kw_only=True):
+    """A room's facts. ``ready``: its source can be written from. ``source_ms``: how long the encoder took, once ready."""
+
+    total_tokens: Positive
+    aux: Aux
+    content_hash: Annotated[bytes, Meta(max_length=64)]
+    ready: bool
+    source_ms: Annotated[float, Meta(ge=0)] = 0.0
+
+
+class Grant(RoomMessage, frozen=True, kw_only=True):
+    """Permission to write the tokens from ``start_token`` on into these blocks, in this order, under ``ticket``."""
+
+    round: Count
+    start_token: Count
+    allocated_tokens: Positive
+    block_indices: BlockIndices
+    ticket: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+
+
+class Init(Grant, tag="init", frozen=True, kw_only=True):
+    """Round 0."""
+
+
+class ResumeTransfer(Grant, tag="resume_transfer", frozen=True, kw_only=True):
+    """Every later round."""
+
+
+class Status(RoomMessage, tag="status", frozen=True, kw_only=True):
+    """How far a room has got. ``sent_tokens`` is the contiguous landed prefix of the room. ``digests`` (one XXH3-64 a field, over
+    the bytes of round ``round``) is there once that round has landed whole."""
+
+    poll: Poll
+    round: Count = 0
+    sent_tokens: Count = 0
+    digests: Annotated[tuple[UInt64, ...], Meta(max_length=64)] = ()
+
+
+class Done(RoomMessage, tag="done", frozen=True, kw_only=True):
+    """Everything is where it is read; the source is no longer needed."""
+
+
+class Abort(RoomMessage, tag="abort", frozen=True, kw_only=True):
+    """End the room. It is answered by ``ended`` once no write of it is under way."""
+
+    cause: Cause
+    detail: Text = ""
+
+
+class Ended(RoomMessage, tag="ended", frozen=True, kw_only=True):
+    """The room is over. ``certain``: no write of it can land any more."""
+
+    cause: Cause
+    detail: Text = ""
+    certain: bool = True
+
+
+RoomKey: TypeAlias = tuple[int, int]
+"""(room, attempt)"""
+
+ToSender: TypeAlias = Hello | Ping | Open | Init | ResumeTransfer | Done | Abort
+ToReceiver: TypeAlias = Welcome | Refused | Stranger | Pong | Announce | Status | Ended
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+_to_sender: msgspec.msgpack.Decoder[ToSender] = msgspec.msgpack.Decoder(ToSender)
+_to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
+
+
+def encode(message: Message) -> bytes:
+    """One message as it travels."""
+    return _encoder.encode(message)
+
+
+def decode_for_sender(frame: bytes) -> ToSender:
+    """Raises ProtocolViolation for whatever is not a whole, valid message to a sender."""
+    return _decode(_to_sender, frame)
+
+
+def decode_for_receiver(frame: bytes) -> ToReceiver:
+    """Raises ProtocolViolation for whatever is not a whole, valid message to a receiver."""
+    return _decode(_to_receiver, frame)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T:
+    if len(frame) > MESSAGE_BYTES_MAX:
+        raise ProtocolViolation(f"a message of {len(frame)} bytes; at most {MESSAGE_BYTES_MAX} are read")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolViolation(f"not a message: {error}") from error
+
+
+def cut(detail: str) -> str:
+    """A text for people, cut to what a message may carry."""
+    return detail[:DETAIL_CHARS_MAX]

@@ -1,0 +1,193 @@
+"""One room on the receiving side: what was announced, which grants are open, what has landed and what is drained.
+
+Called by ``receiver_core`` only, which does the talking. Raises ProtocolViolation for what a sender may not say, and
+CorruptRoom for bytes that are not the sender's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from embedwire.errors import ProtocolViolation
+from embedwire.limits import AUX_TOTAL_TOKENS
+from embedwire.protocol.actions import Address, Drain, Round
+from embedwire.protocol.messages import Announce, Cause, Init, ResumeTransfer, RoomKey, Status
+from embedwire.protocol.states import (
+    LIVE,
+    POLL_OF,
+    RECEIVER_TABLE,
+    Machine,
+    Poll,
+    ReceiverEvent,
+    ReceiverState,
+)
+
+
+class CorruptRoom(Exception):
+    """What arrived is not what was sent. Ends the room with cause ``corrupt``."""
+
+
+class ReceiverTransfer:
+    """A room that this side asked for. ``landed_tokens`` and ``drained_tokens`` are contiguous prefixes; they only grow."""
+
+    def __init__(self, key: RoomKey, address: Address, *, opened_at: float) -> None:
+        self.key = key
+        self.address = address
+        self.opened_at = opened_at
+        self.ready_at = self.granted_at = opened_at
+        self.machine: Machine[ReceiverState, ReceiverEvent] = Machine(RECEIVER_TABLE, ReceiverState.OPENING)
+        self.announced: Announce | None = None
+        self.has_assembly = False
+        self.granted_tokens = 0
+        self.landed_tokens = 0
+        self.draining_tokens = 0
+        self.drained_tokens = 0
+        self.open_rounds: deque[Round] = deque()
+        self.round_sizes: list[int] = []
+        self.quarantined: list[Round] = []
+        self.end: tuple[Cause, str] | None = None
+        self.deadline = opened_at
+        self.wait_s = 0.0
+        self._expected: dict[int, tuple[int, ...]] = {}
+        self._found: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def state(self) -> ReceiverState:
+        return self.machine.state
+
+    @property
+    def poll(self) -> Poll:
+        return POLL_OF[self.state]
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in LIVE
+
+    @property
+    def is_ready(self) -> bool:
+        """Announced, and its source can be written from."""
+        return self.announced is not None and self.announced.ready
+
+    @property
+    def total_tokens(self) -> int:
+        """0 as long as it was not announced."""
+        return 0 if self.announced is None else self.announced.total_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens that no grant covers yet."""
+        return self.total_tokens - self.granted_tokens
+
+    def on_announce(self, announce: Announce) -> bool:
+        """The room's facts. True when they are new, or the source has become ready. Raises ProtocolViolation when they changed."""
+        known = self.announced
+        if known is None:
+            if announce.aux[AUX_TOTAL_TOKENS] != announce.total_tokens:
+                raise ProtocolViolation(
+                    f"announced {announce.total_tokens} tokens, aux says {announce.aux[AUX_TOTAL_TOKENS]}"
+                )
+            self.machine.step(ReceiverEvent.ANNOUNCED)
+            self.announced = announce
+            return True
+        if (announce.total_tokens, announce.aux, announce.content_hash) != (
+            known.total_tokens,
+            known.aux,
+            known.content_hash,
+        ):
+            raise ProtocolViolation(
+                f"announced {known.total_tokens} tokens first, then {announce.total_tokens} or another content"
+            )
+        if announce.ready and not known.ready:
+            self.announced = announce
+            return True
+        return False
+
+    def grant(self, block_indices: tuple[int, ...], *, block_size: int, ticket: int) -> Round:
+        """Open the next round on blocks that were allocated for it."""
+        tokens = min(len(block_indices) * block_size, self.remaining_tokens)
+        assert tokens > 0, "a grant with nothing left to send"
+        self.machine.step(ReceiverEvent.GRANTED)
+        new = Round(len(self.round_sizes), self.granted_tokens, tokens, block_indices, ticket)
+        self.open_rounds.append(new)
+        self.round_sizes.append(tokens)
+        self.granted_tokens = new.end_token
+        return new
+
+    def on_status(self, status: Status) -> bool:
+        """How far the sender has got. True when that is news."""
+        if status.sent_tokens > self.granted_tokens:
+            raise ProtocolViolation(
+                f"{status.sent_tokens} tokens sent, but only {self.granted_tokens} were granted"
+            )
+        is_news = status.sent_tokens > self.landed_tokens
+        self.landed_tokens = max(self.landed_tokens, status.sent_tokens)
+        for granted in self.open_rounds:
+            if granted.number == status.round and status.digests and granted.number not in self._expected:
+                if status.sent_tokens < granted.end_token:
+                    raise ProtocolViolation(f"round {granted.number} summed up before it had landed")
+                self._expected[granted.number] = status.digests
+                is_news = True
+        return is_news
+
+    def take_drains(self) -> list[Drain]:
+        """What has landed and is not being drained yet, a piece a round."""
+        drains = []
+        for granted in self.open_rounds:
+            first = max(self.draining_tokens, granted.start_token)
+            last = min(self.landed_tokens, granted.end_token)
+            if first < last:
+                drains.append(Drain(self.key, granted, first, last))
+                self.draining_tokens = last
+        return drains
+
+    def on_drained(
+        self, number: int, to_token: int, *, aux: tuple[int, ...] | None, digests: tuple[int, ...] | None
+    ) -> None:
+        """Tokens up to ``to_token`` are in the assembly. ``aux`` comes with the first of round 0, ``digests`` with the last of each
+        round. Raises CorruptRoom when aux is not the announced one."""
+        assert self.announced is not None
+        self.drained_tokens = to_token
+        if aux is not None and aux != self.announced.aux:
+            raise CorruptRoom(f"aux arrived as {list(aux)}, announced was {list(self.announced.aux)}")
+        if digests is not None:
+            self._found[number] = digests
+
+    def pop_round_done(self) -> Round | None:
+        """The oldest open round, once it is drained and its sums agree; its blocks are the caller's to free. Raises CorruptRoom."""
+        if not self.open_rounds:
+            return None
+        oldest = self.open_rounds[0]
+        expected, found = self._expected.get(oldest.number), self._found.get(oldest.number)
+        if expected is None or found is None:
+            return None
+        if expected != found:
+            raise CorruptRoom(
+                f"round {oldest.number}: sums of the sender {expected}, of what arrived {found}"
+            )
+        del self._expected[oldest.number], self._found[oldest.number]
+        return self.open_rounds.popleft()
+
+    def fail(self, cause: Cause, detail: str) -> None:
+        """End it without its embedding. Blocks of open rounds go to ``quarantined``: the caller decides what becomes of them."""
+        self.machine.step(ReceiverEvent.FAILED)
+        self.end = (cause, detail)
+        self.quarantined = list(self.open_rounds)
+        self.open_rounds.clear()
+
+    def grant_message(
+        self, granted: Round, *, block_size: int, source: int, target: int
+    ) -> Init | ResumeTransfer:
+        """A round as a message: ``init`` for the first, ``resume_transfer`` for every later one."""
+        room, attempt = self.key
+        kind = Init if granted.number == 0 else ResumeTransfer
+        return kind(
+            source=source,
+            target=target,
+            room=room,
+            attempt=attempt,
+            round=granted.number,
+            start_token=granted.start_token,
+            allocated_tokens=len(granted.block_indices) * block_size,
+            block_indices=granted.block_indices,
+            ticket=granted.ticket,
+        )

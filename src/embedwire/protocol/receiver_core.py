@@ -1,0 +1,557 @@
+"""All rooms and sessions of one receiver. It drives: what it waits for it asks for again, until it has it or gives up.
+
+Called by one driver thread (``endpoint.receiver``) or by the simulation. Every public method returns the actions that follow; the driver
+carries them out in order, and a Drain before it gives the core the next event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from embedwire.errors import OverloadedError, ProtocolViolation, UsageError
+from embedwire.limits import DEFAULT_LIMITS, PROTOCOL_VERSION, Limits
+from embedwire.protocol.actions import (
+    Address,
+    Assemble,
+    Failed,
+    Finished,
+    Hangup,
+    Permit,
+    ReceiverAction,
+    Revoke,
+    Round,
+    Send,
+)
+from embedwire.protocol.admission import Admission, Blocks, Memory
+from embedwire.protocol.messages import (
+    Abort,
+    Announce,
+    Cause,
+    Done,
+    Ended,
+    Hello,
+    Message,
+    Open,
+    Ping,
+    Refused,
+    RoomKey,
+    RoomMessage,
+    Status,
+    Stranger,
+    ToReceiver,
+    Welcome,
+    cut,
+)
+from embedwire.protocol.receiver import CorruptRoom, ReceiverTransfer
+from embedwire.protocol.sender_core import difference
+from embedwire.protocol.states import ReceiverEvent, ReceiverState
+from embedwire.protocol.timers import Timers
+
+RESEND_S_MAX = 1.0
+"""A message that waits for something slow is sent again at growing intervals, up to this."""
+IDLE_S = 60.0
+"""A session without rooms is kept this long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """What a receiver says of itself in ``hello``. ``fenced``: the wires whose receiver can enforce the end of a grant."""
+
+    fields: tuple[str, ...]
+    block_size: int
+    num_blocks: int
+    wires: tuple[tuple[str, bytes], ...]
+    fenced: frozenset[str]
+
+
+@dataclass(slots=True)
+class ReceiverSession:
+    """One sender. ``incarnation`` is 0 and ``wire`` None until it has welcomed us. ``is_fenced`` is about the last wire."""
+
+    heard_at: float
+    incarnation: int = 0
+    wire: str | None = None
+    is_fenced: bool = False
+    rooms: set[RoomKey] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Quarantine:
+    """Rounds of a failed room that ``incarnation`` may still write to."""
+
+    address: Address
+    incarnation: int
+    rounds: list[Round]
+
+
+@dataclass(frozen=True, slots=True)
+class _RoomDue:
+    key: RoomKey
+
+
+@dataclass(frozen=True, slots=True)
+class _SessionDue:
+    address: Address
+
+
+class ReceiverCore:
+    """The receiving side of the protocol, for any number of rooms and senders."""
+
+    def __init__(
+        self,
+        *,
+        incarnation: int,
+        offered: Offered,
+        blocks: Blocks,
+        memory: Memory,
+        token_bytes: int,
+        default_allocate_tokens: int,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self.incarnation = incarnation
+        self.offered = offered
+        self.limits = limits
+        self.rooms: dict[RoomKey, ReceiverTransfer] = {}
+        self.sessions: dict[Address, ReceiverSession] = {}
+        self.quarantine: dict[RoomKey, Quarantine] = {}
+        self.admission = Admission(
+            blocks,
+            memory,
+            token_bytes=token_bytes,
+            default_allocate_tokens=default_allocate_tokens,
+            window_rounds=limits.window_rounds,
+        )
+        self._tickets = 0
+        self._timers: Timers[_RoomDue | _SessionDue] = Timers()
+        self._actions: list[ReceiverAction] = []
+
+    # ------------------------------------------------------------------ what the owner of the assembly says
+
+    def open(self, key: RoomKey, address: Address, *, now: float) -> list[ReceiverAction]:
+        """Ask the sender at ``address`` for a room. Raises UsageError for a known key, OverloadedError over ``rooms_max``."""
+        if key in self.rooms or key in self.quarantine:
+            raise UsageError(f"room {key[0]} attempt {key[1]} is open already")
+        if len(self.rooms) >= self.limits.rooms_max:
+            raise OverloadedError(
+                f"{len(self.rooms)} rooms are open; at most {self.limits.rooms_max} at a time"
+            )
+        room = ReceiverTransfer(key, address, opened_at=now)
+        self.rooms[key] = room
+        session = self.sessions.get(address)
+        if session is None:
+            session = self.sessions[address] = ReceiverSession(heard_at=now)
+        if not session.rooms:
+            session.heard_at = now  # silence counts from the first question on
+            self._ask_session(address, session, now)
+        session.rooms.add(key)
+        if session.wire is not None:
+            self._send(room, Open)
+        self._await(room, self.limits.open_wait_s + self.limits.peer_silence_s, now)
+        return self._take()
+
+    def abort(self, key: RoomKey, cause: Cause, detail: str, *, now: float) -> list[ReceiverAction]:
+        """End a room from this side. Harmless when it is over."""
+        room = self.rooms.get(key)
+        if room is not None and room.is_live:
+            self._fail(room, cause, detail, now)
+        return self._take()
+
+    def on_assembly_released(self, key: RoomKey, *, now: float) -> list[ReceiverAction]:
+        """The assembly of a finished room is no longer needed. Idempotent."""
+        if self.admission.memory.release(key):
+            self._pump(now)
+        return self._take()
+
+    # ------------------------------------------------------------------ what senders say
+
+    def on_message(self, message: ToReceiver, address: Address, *, now: float) -> list[ReceiverAction]:
+        """Take one decoded message that came from ``address``. Nothing that a peer sends raises."""
+        session = self.sessions.get(address)
+        if session is None or message.target != self.incarnation:
+            return []
+        if isinstance(message, Welcome):
+            self._on_welcome(message, address, session, now)
+        elif isinstance(message, Stranger):
+            self._on_stranger(message, address, session, now)
+        elif isinstance(message, Refused):
+            session.heard_at = now
+            self._fail_all(session, message.cause, f"refused: {message.detail}", now)
+        elif message.source == session.incarnation:
+            session.heard_at = now
+            if isinstance(message, RoomMessage):
+                self._on_room_message(message, address, now)
+        return self._take()
+
+    def _on_welcome(self, welcome: Welcome, address: Address, session: ReceiverSession, now: float) -> None:
+        if session.incarnation not in (0, welcome.source):
+            self._on_restart(address, session, now)
+        session.heard_at = now
+        if welcome.version != PROTOCOL_VERSION:
+            self._fail_all(session, Cause.HANDSHAKE, f"sender speaks version {welcome.version}", now)
+        elif welcome.fields != self.offered.fields:
+            self._fail_all(session, Cause.HANDSHAKE, difference(welcome.fields, self.offered.fields), now)
+        elif welcome.wire not in dict(self.offered.wires):
+            self._fail_all(
+                session, Cause.VIOLATION, f"sender chose wire {welcome.wire!r}, which was not offered", now
+            )
+        elif session.wire is None:
+            session.incarnation = welcome.source
+            session.wire = welcome.wire
+            session.is_fenced = welcome.wire in self.offered.fenced
+            for key in sorted(session.rooms & self.rooms.keys()):
+                self._ask_again(self.rooms[key], now)
+
+    def _on_stranger(
+        self, stranger: Stranger, address: Address, session: ReceiverSession, now: float
+    ) -> None:
+        if session.incarnation not in (0, stranger.source):
+            self._on_restart(address, session, now)
+        session.heard_at = now
+        if session.wire is not None:
+            session.wire = None
+            self._ask_session(address, session, now)
+
+    def _on_restart(self, address: Address, session: ReceiverSession, now: float) -> None:
+        """The sender has another incarnation: what it knew of our rooms is gone, but one that it had not announced may yet come."""
+        session.incarnation = 0
+        session.wire = None
+        for room in self._rooms_of(session):
+            if room.state is not ReceiverState.OPENING:
+                self._fail(room, Cause.PEER_LOST, f"the sender at {address} was started anew", now)
+        self._ask_session(address, session, now)
+
+    def _on_room_message(self, message: RoomMessage, address: Address, now: float) -> None:
+        room = self.rooms.get(message.key)
+        if room is None or room.address != address:
+            self._on_unknown_room(message, address, now)
+        elif isinstance(message, Ended):
+            self._on_ended(room, message, now)
+        elif room.is_live:
+            try:
+                if isinstance(message, Announce):
+                    self._on_announce(room, message, now)
+                elif isinstance(message, Status):
+                    self._on_status(room, message, now)
+            except ProtocolViolation as violation:
+                self._fail(room, Cause.VIOLATION, str(violation), now)
+
+    def _on_unknown_room(self, message: RoomMessage, address: Address, now: float) -> None:
+        if isinstance(message, Ended):
+            held = self.quarantine.get(message.key)
+            if message.certain and held is not None and held.incarnation == message.source:
+                self._end_quarantine(message.key, now)
+        else:
+            number, attempt = message.key
+            abort = Abort(
+                source=self.incarnation,
+                target=message.source,
+                room=number,
+                attempt=attempt,
+                cause=Cause.UNKNOWN_ROOM,
+            )
+            self._actions.append(Send(address, abort))
+
+    def _on_announce(self, room: ReceiverTransfer, announce: Announce, now: float) -> None:
+        was_opening = room.state is ReceiverState.OPENING
+        is_news = room.on_announce(announce)
+        problem = self.admission.never_fits(room.total_tokens) if is_news else None
+        if problem is not None:
+            self._fail(room, Cause.NEVER_FITS, problem, now)
+        elif is_news and room.is_ready:
+            room.ready_at = now
+            self._await(room, self.limits.blocks_wait_s, now)
+            self.admission.join(room)
+            self._pump(now)
+        elif was_opening:
+            self._await(room, self.limits.source_wait_s, now)
+
+    def _on_status(self, room: ReceiverTransfer, status: Status, now: float) -> None:
+        if room.on_status(status):
+            self._await(room, self.limits.round_s, now)
+            self._actions.extend(room.take_drains())
+            self._settle_rounds(room, now)
+
+    def _on_ended(self, room: ReceiverTransfer, ended: Ended, now: float) -> None:
+        if room.is_live:
+            self._fail(room, ended.cause, ended.detail, now, is_told=True, is_certain=ended.certain)
+            return
+        if ended.certain and room.key in self.quarantine:
+            self._end_quarantine(room.key, now)
+        self._confirm(room)
+
+    # ------------------------------------------------------------------ what the pool says
+
+    def on_drained(
+        self,
+        key: RoomKey,
+        number: int,
+        to_token: int,
+        *,
+        aux: tuple[int, ...] | None,
+        digests: tuple[int, ...] | None,
+        now: float,
+    ) -> list[ReceiverAction]:
+        """A Drain was carried out: ``aux`` (a copy) comes with the first of round 0, ``digests`` with the last of each round."""
+        room = self.rooms[key]
+        try:
+            room.on_drained(number, to_token, aux=aux, digests=digests)
+        except CorruptRoom as corrupt:
+            self._fail(room, Cause.CORRUPT, str(corrupt), now)
+        self._settle_rounds(room, now)
+        return self._take()
+
+    def _settle_rounds(self, room: ReceiverTransfer, now: float) -> None:
+        if not room.is_live:
+            return
+        try:
+            freed = 0
+            while (granted := room.pop_round_done()) is not None:
+                self._actions.append(Revoke(room.address, granted.ticket))
+                self.admission.give_back(room.address, granted)
+                freed += 1
+        except CorruptRoom as corrupt:
+            self._fail(room, Cause.CORRUPT, str(corrupt), now)
+            return
+        if not freed:
+            return
+        if room.drained_tokens == room.total_tokens:
+            self._finish(room, now)
+        elif not room.open_rounds:
+            room.machine.step(ReceiverEvent.ROUNDS_DRAINED)
+            self._await(room, self.limits.blocks_wait_s, now)
+            self.admission.rejoin(room)
+        self._pump(now)
+
+    def _finish(self, room: ReceiverTransfer, now: float) -> None:
+        room.machine.step(ReceiverEvent.ALL_DRAINED)
+        room.end = (Cause.DONE, "")
+        self._actions.append(Finished(room.key))
+        self._send(room, Done)
+        self._await(room, self.limits.close_s, now)
+
+    def _pump(self, now: float) -> None:
+        """Admit whom there is memory for, then hand out blocks."""
+        while (room := self.admission.admit()) is not None:
+            room.has_assembly = True
+            self._actions.append(Assemble(room.key, room.total_tokens))
+        peers = sum(1 for session in self.sessions.values() if session.rooms)
+        while (turn := self.admission.next_grant(peers=peers)) is not None:
+            room, blocks = turn
+            self._tickets += 1
+            room.granted_at = room.granted_at if room.round_sizes else now
+            granted = room.grant(blocks, block_size=self.offered.block_size, ticket=self._tickets)
+            self.admission.on_granted(room)
+            self._actions.append(Permit(room.address, granted))
+            self._send_grant(room, granted)
+            self._await(room, self.limits.round_s, now)
+
+    # ------------------------------------------------------------------ ends
+
+    def _fail(
+        self,
+        room: ReceiverTransfer,
+        cause: Cause,
+        detail: str,
+        now: float,
+        *,
+        is_told: bool = False,
+        is_certain: bool = False,
+    ) -> None:
+        """End a room without its embedding. ``is_told``: it was the sender who said so; ``is_certain``: none of its writes can land."""
+        session = self.sessions[room.address]
+        room.fail(cause, cut(detail))
+        self.admission.leave(room)
+        self.admission.memory.release(room.key)
+        for granted in room.quarantined:
+            self._actions.append(Revoke(room.address, granted.ticket))
+        if is_certain or session.is_fenced:
+            for granted in room.quarantined:
+                self.admission.give_back(room.address, granted)
+        elif room.quarantined:
+            for granted in room.quarantined:
+                self.admission.quarantine(room.address, granted, peer=session.incarnation)
+            self.quarantine[room.key] = Quarantine(room.address, session.incarnation, room.quarantined)
+        self._actions.append(Failed(room.key, cause, room.end[1] if room.end else ""))
+        if is_told:
+            self._confirm(room)
+        else:
+            self._ask_again(room, now)
+            self._await(room, self.limits.close_s, now)
+        self._pump(now)
+
+    def _fail_all(self, session: ReceiverSession, cause: Cause, detail: str, now: float) -> None:
+        """No session with this sender: its rooms end, and it need not be told."""
+        for room in self._rooms_of(session):
+            self._fail(room, cause, detail, now, is_told=True)
+
+    def _confirm(self, room: ReceiverTransfer) -> None:
+        """The sender knows that the room is over, or has had time enough to hear it."""
+        room.machine.step(ReceiverEvent.CONFIRMED)
+        del self.rooms[room.key]
+        if room.key in self.quarantine:
+            return  # its end is still asked for, with the session
+        self._timers.clear(_RoomDue(room.key))
+        self.sessions[room.address].rooms.discard(room.key)
+
+    def _end_quarantine(self, key: RoomKey, now: float) -> None:
+        held = self.quarantine.pop(key)
+        for granted in held.rounds:
+            self.admission.release(held.address, granted)
+        if key not in self.rooms:
+            self._timers.clear(_RoomDue(key))
+            if held.address in self.sessions:
+                self.sessions[held.address].rooms.discard(key)
+        self._pump(now)
+
+    @property
+    def suspects(self) -> set[int]:
+        """Incarnations that may still write to quarantined blocks: the driver looks whether they are gone."""
+        return {held.incarnation for held in self.quarantine.values()}
+
+    def on_peer_gone(self, incarnation: int, *, now: float) -> list[ReceiverAction]:
+        """Proof that no write of a sender's incarnation can land any more."""
+        for key in [k for k, held in self.quarantine.items() if held.incarnation == incarnation]:
+            self._end_quarantine(key, now)
+        return self._take()
+
+    def on_violation(self, address: Address, detail: str, *, now: float) -> list[ReceiverAction]:
+        """What came from ``address`` was no message: its rooms end."""
+        session = self.sessions.get(address)
+        if session is not None:
+            for room in self._rooms_of(session):
+                self._fail(room, Cause.VIOLATION, detail, now)
+        return self._take()
+
+    def close(self, *, now: float) -> list[ReceiverAction]:
+        """End every room."""
+        for room in [r for r in self.rooms.values() if r.is_live]:
+            self._fail(room, Cause.CLOSED, "the receiver is shutting down", now)
+        return self._take()
+
+    # ------------------------------------------------------------------ time
+
+    def next_due(self) -> float | None:
+        """When ``on_tick`` has something to do."""
+        return self._timers.next_due()
+
+    def on_tick(self, now: float) -> list[ReceiverAction]:
+        """Carry out what is due."""
+        for due in self._timers.pop_due(now):
+            if isinstance(due, _SessionDue):
+                self._on_session_due(due.address, now)
+            elif due.key in self.rooms:
+                self._on_room_due(self.rooms[due.key], now)
+            elif due.key in self.quarantine:
+                self._ask_end(due.key, now)
+        return self._take()
+
+    def _on_room_due(self, room: ReceiverTransfer, now: float) -> None:
+        if now < room.deadline:
+            self._ask_again(room, now)
+            if room.state is not ReceiverState.FILLING:
+                room.wait_s = min(room.wait_s * 2, RESEND_S_MAX)
+            self._timers.set(_RoomDue(room.key), min(now + room.wait_s, room.deadline))
+        elif room.is_live:
+            waited = {True: "its blocks", False: "the sender"}[room.is_ready and not room.open_rounds]
+            self._fail(
+                room, Cause.DEADLINE, f"waited too long for {waited} while it was {room.state.value}", now
+            )
+        else:
+            self._confirm(room)
+            if room.key in self.quarantine:
+                self._ask_end(room.key, now)
+
+    def _ask_end(self, key: RoomKey, now: float) -> None:
+        """Ask again for the end of a room that is forgotten but for its quarantined blocks."""
+        held = self.quarantine[key]
+        abort = Abort(
+            source=self.incarnation, target=held.incarnation, room=key[0], attempt=key[1], cause=Cause.ABORTED
+        )
+        self._actions.append(Send(held.address, abort))
+        self._timers.set(_RoomDue(key), now + self.limits.peer_silence_s)
+
+    def _on_session_due(self, address: Address, now: float) -> None:
+        session = self.sessions.get(address)
+        if session is None:
+            return
+        silent_s = now - session.heard_at
+        if session.rooms:
+            if silent_s >= self.limits.peer_silence_s:
+                self._lose(
+                    address, session, f"the sender at {address} said nothing for {silent_s:.1f} s", now
+                )
+            self._ask_session(address, session, now)
+        elif silent_s >= IDLE_S:
+            del self.sessions[address]
+            self._actions.append(Hangup(address))
+        else:
+            self._timers.set(_SessionDue(address), session.heard_at + IDLE_S)
+
+    def _lose(self, address: Address, session: ReceiverSession, detail: str, now: float) -> None:
+        for room in self._rooms_of(session):
+            self._fail(room, Cause.PEER_LOST, detail, now)
+        session.heard_at = now  # whoever opens a room now gets the whole time again
+
+    def _await(self, room: ReceiverTransfer, deadline_s: float, now: float) -> None:
+        """The room waits anew: its question is asked again soon, and it ends when this long has passed."""
+        room.deadline = now + deadline_s
+        room.wait_s = self.limits.retry_s
+        self._timers.set(_RoomDue(room.key), min(now + room.wait_s, room.deadline))
+
+    # ------------------------------------------------------------------ talking
+
+    def _ask_again(self, room: ReceiverTransfer, now: float) -> None:
+        """Send what the room waits for an answer to; nothing while it waits for our own memory."""
+        session = self.sessions[room.address]
+        if session.wire is None:
+            return  # the session asks for itself; its welcome asks for the rooms
+        if room.state is ReceiverState.CLOSING:
+            self._send(room, Done)
+        elif room.state is ReceiverState.ABORTING:
+            assert room.end is not None
+            self._send(room, Abort, cause=room.end[0], detail=room.end[1])
+        elif room.state is ReceiverState.FILLING:
+            for granted in room.open_rounds:
+                self._send_grant(room, granted)
+        elif not room.is_ready:
+            self._send(room, Open)
+
+    def _ask_session(self, address: Address, session: ReceiverSession, now: float) -> None:
+        message: Message
+        if session.wire is None:
+            message = Hello(
+                source=self.incarnation,
+                version=PROTOCOL_VERSION,
+                fields=self.offered.fields,
+                block_size=self.offered.block_size,
+                num_blocks=self.offered.num_blocks,
+                wires=self.offered.wires,
+            )
+            wait_s = self.limits.retry_s
+        else:
+            message = Ping(source=self.incarnation, target=session.incarnation)
+            wait_s = self.limits.peer_silence_s / 4
+        self._actions.append(Send(address, message))
+        self._timers.set(_SessionDue(address), now + wait_s)
+
+    def _send(self, room: ReceiverTransfer, kind: type[Open | Done | Abort], **more: object) -> None:
+        number, attempt = room.key
+        target = self.sessions[room.address].incarnation
+        message = kind(source=self.incarnation, target=target, room=number, attempt=attempt, **more)  # type: ignore[arg-type]
+        self._actions.append(Send(room.address, message))
+
+    def _send_grant(self, room: ReceiverTransfer, granted: Round) -> None:
+        target = self.sessions[room.address].incarnation
+        message = room.grant_message(
+            granted, block_size=self.offered.block_size, source=self.incarnation, target=target
+        )
+        self._actions.append(Send(room.address, message))
+
+    def _rooms_of(self, session: ReceiverSession) -> list[ReceiverTransfer]:
+        return [
+            self.rooms[key] for key in sorted(session.rooms) if key in self.rooms and self.rooms[key].is_live
+        ]
+
+    def _take(self) -> list[ReceiverAction]:
+        actions, self._actions = self._actions, []
+        return actions

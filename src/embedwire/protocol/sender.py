@@ -1,0 +1,167 @@
+"""One room on the sending side: what was granted, what has landed, and whether a write is under way.
+
+Called by ``sender_core`` only, which does the talking. Raises ProtocolViolation for what a receiver may not ask for; then
+nothing has changed but the story.
+"""
+
+from __future__ import annotations
+
+from embedwire.errors import ProtocolViolation
+from embedwire.limits import AUX_TOTAL_TOKENS
+from embedwire.protocol.actions import Peer, Round
+from embedwire.protocol.messages import Announce, Cause, Grant, RoomKey, Status
+from embedwire.protocol.states import POLL_OF, SENDER_TABLE, Machine, Poll, SenderEvent, SenderState
+
+OPEN_ROUNDS_MAX = 16
+"""Grants of one room that a sender keeps in mind at a time, whatever window the receiver chose."""
+
+
+class SenderTransfer:
+    """A room that this side offers. ``sent_tokens`` is the contiguous landed prefix; it only grows."""
+
+    def __init__(self, key: RoomKey, *, total_tokens: int, aux: tuple[int, ...], content_hash: bytes) -> None:
+        assert aux[AUX_TOTAL_TOKENS] == total_tokens
+        self.key = key
+        self.total_tokens = total_tokens
+        self.aux = aux
+        self.content_hash = content_hash
+        self.machine: Machine[SenderState, SenderEvent] = Machine(SENDER_TABLE, SenderState.OFFERED)
+        self.peer: Peer | None = None
+        self.is_ready = False
+        self.source_ms = 0.0
+        self.granted_tokens = 0
+        self.sent_tokens = 0
+        self.rounds: list[Round] = []
+        self.landed_tokens: dict[int, int] = {}
+        self.digests: dict[int, tuple[int, ...]] = {}
+        self.write_attempts: dict[int, int] = {}
+        self.writes_under_way = 0
+        self.end: tuple[Cause, str] | None = None
+        self.is_certain = True
+
+    @property
+    def state(self) -> SenderState:
+        return self.machine.state
+
+    @property
+    def poll(self) -> Poll:
+        return POLL_OF[self.state]
+
+    @property
+    def open_rounds(self) -> list[Round]:
+        """Rounds that are granted and have not landed whole."""
+        return [r for r in self.rounds[-OPEN_ROUNDS_MAX:] if r.end_token > self.sent_tokens]
+
+    def on_open(self, peer: Peer) -> None:
+        """A receiver asked for the room: from now on it belongs to that one."""
+        if self.peer is None:
+            self.peer = peer
+            self.machine.step(SenderEvent.OPENED)
+
+    def on_ready(self, source_ms: float) -> None:
+        """The source can be written from."""
+        self.is_ready = True
+        self.source_ms = source_ms
+
+    def on_grant(self, grant: Grant, *, block_size: int, num_blocks: int) -> Round | None:
+        """The new round, or None when the grant is one already known, or one that came before its predecessor."""
+        if grant.round != len(self.rounds):
+            if grant.round < len(self.rounds) and self.rounds[grant.round].ticket != grant.ticket:
+                raise ProtocolViolation(f"round {grant.round} was granted twice, under different tickets")
+            return None
+        self._check(grant, block_size=block_size, num_blocks=num_blocks)
+        tokens = min(grant.allocated_tokens, self.total_tokens - self.granted_tokens)
+        new = Round(grant.round, grant.start_token, tokens, grant.block_indices, grant.ticket)
+        self.machine.step(SenderEvent.GRANTED)
+        self.rounds.append(new)
+        self.granted_tokens = new.end_token
+        return new
+
+    def _check(self, grant: Grant, *, block_size: int, num_blocks: int) -> None:
+        blocks = grant.block_indices
+        if self.granted_tokens >= self.total_tokens:
+            raise ProtocolViolation(
+                f"round {grant.round}: nothing is left to send, all {self.total_tokens} tokens were granted"
+            )
+        if not self.machine.can(SenderEvent.GRANTED):
+            raise ProtocolViolation(f"a grant for a room that is {self.state.value}")
+        if grant.start_token != self.granted_tokens:
+            raise ProtocolViolation(
+                f"round {grant.round} starts at token {grant.start_token}, expected {self.granted_tokens}"
+            )
+        if grant.allocated_tokens != len(blocks) * block_size:
+            raise ProtocolViolation(
+                f"{grant.allocated_tokens} tokens announced for {len(blocks)} blocks of {block_size}: {len(blocks) * block_size}"
+            )
+        if max(blocks) >= num_blocks or len(set(blocks)) != len(blocks):
+            raise ProtocolViolation(
+                f"round {grant.round}: blocks out of range 0..{num_blocks - 1}, or one twice"
+            )
+        if len(self.open_rounds) >= OPEN_ROUNDS_MAX:
+            raise ProtocolViolation(f"more than {OPEN_ROUNDS_MAX} rounds open at a time")
+
+    def on_landed(self, number: int, landed_tokens: int) -> bool:
+        """Tokens of a round that have landed so far. True when ``sent_tokens`` grew."""
+        self.landed_tokens[number] = max(landed_tokens, self.landed_tokens.get(number, 0))
+        before = self.sent_tokens
+        for (
+            granted
+        ) in self.open_rounds:  # a lost write is tried again behind its successors, so there may be gaps
+            self.sent_tokens = granted.start_token + self.landed_tokens.get(granted.number, 0)
+            if self.sent_tokens < granted.end_token:
+                break
+        return self.sent_tokens > before
+
+    def on_round_landed(self, number: int, digests: tuple[int, ...]) -> None:
+        """A round has landed whole."""
+        self.on_landed(number, self.rounds[number].tokens)
+        self.digests[number] = digests
+        for memory in (self.digests, self.landed_tokens, self.write_attempts):
+            memory.pop(number - OPEN_ROUNDS_MAX, None)
+        if self.sent_tokens == self.total_tokens:
+            self.machine.step(SenderEvent.ALL_LANDED)
+
+    def fail(self, cause: Cause, detail: str) -> None:
+        """End it, once: the first cause stays. It has ended only when its writes have returned."""
+        if self.machine.can(SenderEvent.FAILED):
+            self.machine.step(SenderEvent.FAILED)
+            self.end = (cause, detail)
+
+    def on_done(self) -> None:
+        """The receiver has all of it. Raises ProtocolViolation before everything has landed."""
+        if not self.machine.can(SenderEvent.DONE_HEARD):
+            raise ProtocolViolation(
+                f"done after {self.sent_tokens} of {self.total_tokens} tokens, room {self.state.value}"
+            )
+        self.machine.step(SenderEvent.DONE_HEARD)
+        self.end = (Cause.DONE, "")
+
+    def announcement(self, source: int, target: int) -> Announce:
+        """The room's facts, as a message."""
+        room, attempt = self.key
+        return Announce(
+            source=source,
+            target=target,
+            room=room,
+            attempt=attempt,
+            total_tokens=self.total_tokens,
+            aux=self.aux,
+            content_hash=self.content_hash,
+            ready=self.is_ready,
+            source_ms=self.source_ms,
+        )
+
+    def status(self, source: int, target: int, *, number: int) -> Status:
+        """How far it has got, with the digests of round ``number`` if that one has landed whole."""
+        room, attempt = self.key
+        is_whole = number < len(self.rounds) and self.rounds[number].end_token <= self.sent_tokens
+        return Status(
+            source=source,
+            target=target,
+            room=room,
+            attempt=attempt,
+            poll=self.poll,
+            round=number,
+            sent_tokens=self.sent_tokens,
+            digests=self.digests.get(number, ()) if is_whole else (),
+        )

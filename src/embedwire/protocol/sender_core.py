@@ -1,0 +1,441 @@
+"""All rooms and sessions of one sender. Owns who may ask for what, deadlines and the memory of ended rooms; knows no wire.
+
+Called by one driver thread (``endpoint.sender``) or by the simulation. Every public method returns the actions that follow.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from embedwire.errors import OverloadedError, ProtocolViolation, UsageError
+from embedwire.limits import AUX_TOTAL_TOKENS, DEFAULT_LIMITS, PROTOCOL_VERSION, Limits
+from embedwire.protocol.actions import (
+    Attach,
+    CancelWrites,
+    Detach,
+    Peer,
+    Release,
+    Reply,
+    Round,
+    SenderAction,
+    Write,
+)
+from embedwire.protocol.messages import (
+    Abort,
+    Cause,
+    Done,
+    Ended,
+    Grant,
+    Hello,
+    Message,
+    Open,
+    Ping,
+    Pong,
+    Refused,
+    RoomKey,
+    RoomMessage,
+    Status,
+    Stranger,
+    ToSender,
+    Welcome,
+    cut,
+)
+from embedwire.protocol.sender import SenderTransfer
+from embedwire.protocol.states import HOLDS_SOURCE, Poll, SenderEvent, SenderState
+from embedwire.protocol.timers import Timers
+
+
+@dataclass(slots=True)
+class SenderSession:
+    """One receiver. ``wire`` is None while it is being attached."""
+
+    hello: Hello
+    heard_at: float
+    wire: str | None = None
+    rooms: set[RoomKey] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _RoomDue:
+    key: RoomKey
+
+
+@dataclass(frozen=True, slots=True)
+class _PeerDue:
+    peer: Peer
+
+
+class SenderCore:
+    """The sending side of the protocol, for any number of rooms and receivers."""
+
+    def __init__(self, *, incarnation: int, fields: tuple[str, ...], limits: Limits = DEFAULT_LIMITS) -> None:
+        self.incarnation = incarnation
+        self.fields = fields
+        self.limits = limits
+        self.rooms: dict[RoomKey, SenderTransfer] = {}
+        self.sessions: dict[Peer, SenderSession] = {}
+        self._pending_opens: dict[RoomKey, Peer] = {}
+        self._tombstones: OrderedDict[RoomKey, tuple[Cause, str, bool]] = OrderedDict()
+        self._timers: Timers[_RoomDue | _PeerDue] = Timers()
+        self._actions: list[SenderAction] = []
+
+    # ------------------------------------------------------------------ what the owner of the source says
+
+    def offer(
+        self, key: RoomKey, *, total_tokens: int, aux: tuple[int, ...], content_hash: bytes, now: float
+    ) -> list[SenderAction]:
+        """A room whose source memory is reserved. Raises UsageError for a known key, OverloadedError over ``rooms_max``."""
+        if key in self.rooms or key in self._tombstones:
+            raise UsageError(f"room {key[0]} attempt {key[1]} was offered before")
+        if len(self.rooms) >= self.limits.rooms_max:
+            raise OverloadedError(
+                f"{len(self.rooms)} rooms are offered; at most {self.limits.rooms_max} at a time"
+            )
+        assert aux[AUX_TOTAL_TOKENS] == total_tokens
+        room = SenderTransfer(key, total_tokens=total_tokens, aux=aux, content_hash=content_hash)
+        self.rooms[key] = room
+        self._timers.set(_RoomDue(key), now + self.limits.open_wait_s)
+        peer = self._pending_opens.pop(key, None)
+        if peer is not None and peer in self.sessions:
+            self._on_open(room, peer, now)
+        return self._take()
+
+    def ready(self, key: RoomKey, *, source_ms: float, now: float) -> list[SenderAction]:
+        """The source of a room can be written from. Harmless when the room has ended."""
+        room = self.rooms.get(key)
+        if room is not None and room.end is None:
+            room.on_ready(source_ms)
+            if room.peer is not None:
+                self._say(room.peer, room.announcement(self.incarnation, room.peer))
+                self._await_progress(room, now)
+                for granted in room.open_rounds:
+                    self._write(room, granted)
+        return self._take()
+
+    def fail(self, key: RoomKey, cause: Cause, detail: str, *, now: float) -> list[SenderAction]:
+        """End a room from this side. Harmless when it has ended."""
+        room = self.rooms.get(key)
+        if room is not None:
+            self._fail(room, cause, detail, now)
+        return self._take()
+
+    # ------------------------------------------------------------------ what receivers say
+
+    def on_message(self, message: ToSender, *, now: float) -> list[SenderAction]:
+        """Take one decoded message. Nothing that a peer sends raises."""
+        peer = message.source
+        if isinstance(message, Hello):
+            self._on_hello(message, now)
+            return self._take()
+        session = self.sessions.get(peer)
+        if session is None or message.target != self.incarnation:
+            self._say(peer, Stranger(source=self.incarnation, target=peer))
+            return self._take()
+        session.heard_at = now
+        if isinstance(message, Ping):
+            self._say(peer, Pong(source=self.incarnation, target=peer))
+        elif session.wire is not None:
+            self._on_room_message(message, peer, now)
+        return self._take()
+
+    def _on_hello(self, hello: Hello, now: float) -> None:
+        peer = hello.source
+        problem = self._problem_with(hello)
+        if problem is not None:
+            self._say(
+                peer, Refused(source=self.incarnation, target=peer, cause=problem[0], detail=cut(problem[1]))
+            )
+            return
+        session = self.sessions.get(peer)
+        if session is None:
+            self.sessions[peer] = SenderSession(hello, now)
+            self._timers.set(_PeerDue(peer), now + self.limits.peer_silence_s)
+            self._actions.append(Attach(peer, hello))
+            return
+        session.heard_at = now
+        if session.wire is not None:
+            self._welcome(peer, session.wire)
+
+    def _problem_with(self, hello: Hello) -> tuple[Cause, str] | None:
+        if hello.source == 0:
+            return Cause.VIOLATION, "incarnation 0"
+        if hello.version != PROTOCOL_VERSION:
+            return Cause.HANDSHAKE, f"protocol version: sender {PROTOCOL_VERSION}, receiver {hello.version}"
+        if hello.fields != self.fields:
+            return Cause.HANDSHAKE, difference(self.fields, hello.fields)
+        if hello.source not in self.sessions and len(self.sessions) >= self.limits.sessions_max:
+            return Cause.OVERLOADED, f"{len(self.sessions)} receivers; at most {self.limits.sessions_max}"
+        return None
+
+    def on_attached(self, peer: Peer, wire: str) -> list[SenderAction]:
+        """The receiver's memory is in reach."""
+        session = self.sessions.get(peer)
+        if session is None:
+            self._actions.append(Detach(peer))
+        else:
+            session.wire = wire
+            self._welcome(peer, wire)
+        return self._take()
+
+    def on_attach_failed(self, peer: Peer, detail: str) -> list[SenderAction]:
+        """No wire of the receiver works from here."""
+        if self.sessions.pop(peer, None) is not None:
+            self._timers.clear(_PeerDue(peer))
+            self._say(
+                peer,
+                Refused(source=self.incarnation, target=peer, cause=Cause.WIRE_FAILED, detail=cut(detail)),
+            )
+        return self._take()
+
+    def _welcome(self, peer: Peer, wire: str) -> None:
+        self._say(
+            peer,
+            Welcome(
+                source=self.incarnation, target=peer, version=PROTOCOL_VERSION, fields=self.fields, wire=wire
+            ),
+        )
+
+    def _on_room_message(self, message: RoomMessage, peer: Peer, now: float) -> None:
+        room = self.rooms.get(message.key)
+        if room is None:
+            self._on_unknown_room(message, peer, now)
+        elif room.peer not in (None, peer):
+            self._end(peer, message.key, Cause.VIOLATION, "another receiver has opened this room")
+        else:
+            try:
+                self._on_message_of(room, message, peer, now)
+            except ProtocolViolation as violation:
+                self._fail(room, Cause.VIOLATION, str(violation), now)
+
+    def _on_unknown_room(self, message: RoomMessage, peer: Peer, now: float) -> None:
+        key = message.key
+        tombstone = self._tombstones.get(key)
+        if tombstone is not None:
+            cause, detail, certain = tombstone
+            self._end(peer, key, cause, detail, certain=certain)
+        elif not isinstance(message, Open):
+            self._end(peer, key, Cause.UNKNOWN_ROOM, f"room {key[0]} attempt {key[1]} is not known here")
+        elif key in self._pending_opens or len(self._pending_opens) < self.limits.pending_opens_max:
+            if key not in self._pending_opens:
+                self._timers.set(_RoomDue(key), now + self.limits.open_wait_s)
+            self._pending_opens[key] = peer
+            room, attempt = key
+            self._say(
+                peer,
+                Status(
+                    source=self.incarnation, target=peer, room=room, attempt=attempt, poll=Poll.BOOTSTRAPPING
+                ),
+            )
+        else:
+            self._end(peer, key, Cause.OVERLOADED, f"{len(self._pending_opens)} opens wait for their room")
+
+    def _on_message_of(self, room: SenderTransfer, message: RoomMessage, peer: Peer, now: float) -> None:
+        if isinstance(message, Abort):
+            self._fail(room, message.cause, message.detail or "the receiver ended it", now)
+        elif room.state is SenderState.ENDING:
+            pass  # `ended` follows when its writes have returned
+        elif isinstance(message, Open):
+            self._on_open(room, peer, now)
+        elif isinstance(message, Done):
+            room.on_done()
+            self._forget(room)
+        elif isinstance(message, Grant):
+            self._on_grant(room, message, peer, now)
+
+    def _on_open(self, room: SenderTransfer, peer: Peer, now: float) -> None:
+        if room.peer is None:
+            room.on_open(peer)
+            self.sessions[peer].rooms.add(room.key)
+            self._await_progress(room, now)
+        self._say(peer, room.announcement(self.incarnation, peer))
+
+    def _on_grant(self, room: SenderTransfer, grant: Grant, peer: Peer, now: float) -> None:
+        hello = self.sessions[peer].hello
+        granted = room.on_grant(grant, block_size=hello.block_size, num_blocks=hello.num_blocks)
+        if granted is None:
+            self._say(peer, room.status(self.incarnation, peer, number=min(grant.round, len(room.rounds))))
+        elif room.is_ready:
+            self._write(room, granted)
+        self._await_progress(room, now)
+
+    # ------------------------------------------------------------------ what the wire says
+
+    def on_landed(self, key: RoomKey, number: int, landed_tokens: int, *, now: float) -> list[SenderAction]:
+        """So many tokens of a round have landed; the write goes on."""
+        room = self.rooms.get(key)
+        if room is not None and room.state is SenderState.WRITING and room.on_landed(number, landed_tokens):
+            self._report(room, number, now)
+        return self._take()
+
+    def on_written(
+        self, key: RoomKey, number: int, *, digests: tuple[int, ...], now: float
+    ) -> list[SenderAction]:
+        """A write returned: the whole round has landed. ``digests`` are of its bytes."""
+        room = self._write_returned(key)
+        if room.state is SenderState.WRITING:
+            room.on_round_landed(number, digests)
+            self._report(room, number, now)
+        self._settle(room)
+        return self._take()
+
+    def on_write_lost(self, key: RoomKey, number: int, detail: str, *, now: float) -> list[SenderAction]:
+        """A write returned, and what was not reported as landed never will. It is tried again, a few times."""
+        room = self._write_returned(key)
+        if room.state is SenderState.WRITING:
+            if room.write_attempts[number] >= self.limits.write_attempts_max:
+                self._fail(room, Cause.WIRE_FAILED, detail, now)
+            else:
+                self._write(room, room.rounds[number])
+        self._settle(room)
+        return self._take()
+
+    def on_write_unknown(self, key: RoomKey, number: int, detail: str, *, now: float) -> list[SenderAction]:
+        """A write returned, and it may still land: the receiver has to keep its blocks in quarantine."""
+        room = self._write_returned(key)
+        room.is_certain = False
+        self._fail(room, Cause.WIRE_FAILED, detail, now)
+        self._settle(room)
+        return self._take()
+
+    def _write(self, room: SenderTransfer, granted: Round) -> None:
+        assert room.peer is not None
+        room.writes_under_way += 1
+        room.write_attempts[granted.number] = room.write_attempts.get(granted.number, 0) + 1
+        self._actions.append(Write(room.peer, room.key, granted, room.landed_tokens.get(granted.number, 0)))
+
+    def _write_returned(self, key: RoomKey) -> SenderTransfer:
+        room = self.rooms[key]  # a room stays until its writes have returned
+        room.writes_under_way -= 1
+        assert room.writes_under_way >= 0
+        return room
+
+    def _report(self, room: SenderTransfer, number: int, now: float) -> None:
+        assert room.peer is not None
+        self._say(room.peer, room.status(self.incarnation, room.peer, number=number))
+        self._await_progress(room, now)
+
+    # ------------------------------------------------------------------ time, ends
+
+    def next_due(self) -> float | None:
+        """When ``on_tick`` has something to do."""
+        return self._timers.next_due()
+
+    def on_tick(self, now: float) -> list[SenderAction]:
+        """Carry out what is due."""
+        for due in self._timers.pop_due(now):
+            if isinstance(due, _PeerDue):
+                self._on_peer_due(due.peer, now)
+            elif due.key in self._pending_opens:
+                peer = self._pending_opens.pop(due.key)
+                self._end(
+                    peer, due.key, Cause.UNKNOWN_ROOM, f"nobody offered it within {self.limits.open_wait_s} s"
+                )
+            elif due.key in self.rooms:
+                room = self.rooms[due.key]
+                self._fail(
+                    room, Cause.DEADLINE, f"nothing happened in time while it was {room.state.value}", now
+                )
+        return self._take()
+
+    def _await_progress(self, room: SenderTransfer, now: float) -> None:
+        limits = self.limits
+        if room.end is not None:
+            self._timers.clear(_RoomDue(room.key))
+        elif not room.is_ready:
+            self._timers.set(_RoomDue(room.key), now + limits.source_wait_s)
+        elif room.open_rounds:
+            self._timers.set(_RoomDue(room.key), now + limits.round_s)
+        else:  # the receiver drains, waits for assembly or for blocks
+            self._timers.set(_RoomDue(room.key), now + limits.round_s + limits.blocks_wait_s)
+
+    def _on_peer_due(self, peer: Peer, now: float) -> None:
+        session = self.sessions.get(peer)
+        if session is None:
+            return
+        silence = self.limits.peer_silence_s if session.rooms else self.limits.peer_silence_s * 12
+        if now < session.heard_at + silence:
+            self._timers.set(_PeerDue(peer), session.heard_at + silence)
+        else:
+            self._lose(peer, f"the receiver said nothing for {silence:g} s", now)
+
+    def on_peer_lost(self, peer: Peer, detail: str, *, now: float) -> list[SenderAction]:
+        """A receiver's connection is gone for good."""
+        if peer in self.sessions:
+            self._lose(peer, detail, now)
+        return self._take()
+
+    def _lose(self, peer: Peer, detail: str, now: float) -> None:
+        session = self.sessions.pop(peer)
+        self._timers.clear(_PeerDue(peer))
+        for key in sorted(session.rooms):
+            self._fail(self.rooms[key], Cause.PEER_LOST, detail, now)
+        self._actions.append(Detach(peer))
+
+    def close(self, *, now: float) -> list[SenderAction]:
+        """End every room and session."""
+        for room in list(self.rooms.values()):
+            self._fail(room, Cause.CLOSED, "the sender is shutting down", now)
+        return self._take()
+
+    def _fail(self, room: SenderTransfer, cause: Cause, detail: str, now: float) -> None:
+        if not room.machine.can(SenderEvent.FAILED):
+            return
+        room.fail(cause, cut(detail))
+        self._timers.clear(_RoomDue(room.key))
+        if room.writes_under_way:
+            self._actions.append(CancelWrites(room.key))
+        self._settle(room)
+
+    def _settle(self, room: SenderTransfer) -> None:
+        """A failed room is over once its writes have returned: only then is its end told."""
+        if room.state is SenderState.ENDING and not room.writes_under_way:
+            room.machine.step(SenderEvent.WRITES_RETURNED)
+            self._forget(room)
+
+    def _forget(self, room: SenderTransfer) -> None:
+        assert room.end is not None
+        assert room.state not in HOLDS_SOURCE
+        cause, detail = room.end
+        del self.rooms[room.key]
+        self._timers.clear(_RoomDue(room.key))
+        self._tombstones[room.key] = (cause, detail, room.is_certain)
+        while len(self._tombstones) > self.limits.tombstones_max:
+            self._tombstones.popitem(last=False)
+        if room.peer is not None:
+            if room.peer in self.sessions:
+                self.sessions[room.peer].rooms.discard(room.key)
+            self._end(room.peer, room.key, cause, detail, certain=room.is_certain)
+        self._actions.append(Release(room.key, cause, detail, tuple(r.tokens for r in room.rounds)))
+
+    def _end(self, peer: Peer, key: RoomKey, cause: Cause, detail: str, *, certain: bool = True) -> None:
+        room, attempt = key
+        self._say(
+            peer,
+            Ended(
+                source=self.incarnation,
+                target=peer,
+                room=room,
+                attempt=attempt,
+                cause=cause,
+                detail=cut(detail),
+                certain=certain,
+            ),
+        )
+
+    def _say(self, peer: Peer, message: Message) -> None:
+        self._actions.append(Reply(peer, message))
+
+    def _take(self) -> list[SenderAction]:
+        actions, self._actions = self._actions, []
+        return actions
+
+
+def difference(sender_fields: tuple[str, ...], receiver_fields: tuple[str, ...]) -> str:
+    """Which field of two layouts differs first, in words for both sides."""
+    for index in range(max(len(sender_fields), len(receiver_fields))):
+        ours = sender_fields[index] if index < len(sender_fields) else "none"
+        theirs = receiver_fields[index] if index < len(receiver_fields) else "none"
+        if ours != theirs:
+            return f"layouts differ at field {index}: sender {ours}, receiver {theirs}"
+    return "layouts are equal"

@@ -1,0 +1,222 @@
+"""One request's way through the router: a room, an encoder, a language server, and others when these fail.
+
+Owns the choice of workers and the calls to them; it must not know the client's connection. On the router's
+event loop.
+
+As long as no token has gone out, a failed attempt is followed by another one on workers that have not failed
+this request, under the same room and the next attempt number. The language server answers with a status only
+when it has its first token, so whatever fails before that shows here as a status.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio.to_thread
+import httpx
+import msgspec
+from anyio.abc import TaskGroup
+
+from embedwire.errors import ConfigurationError
+from embedwire.limits import ROOM_MAX
+from embedwire.registry import Registry, Role, Worker
+from embedwire.serve.faults import Fault, FaultError, fault_from, overloaded, unreachable
+from embedwire.serve.metrics import AppMetrics
+from embedwire.serve.openai import ChatRequest, RoomRef, plain_messages
+
+RETRIED_STATUS = frozenset({502, 503, 504})
+NOT_RETRIED_CODES = frozenset({"aborted"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchLimits:
+    """Bounds on one request's way. ``deadline_s`` is from its first byte to the last one of the answer."""
+
+    attempts_max: int = 3
+    deadline_s: float = 600.0
+    connect_timeout_s: float = 3.0
+    abort_timeout_s: float = 5.0
+    default_max_tokens: int = 256
+    """How many tokens a request without a limit counts as, when load is compared."""
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) <= 0:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it has to be above 0")
+
+
+@dataclass(slots=True)
+class Way:
+    """One request under way. ``held`` is the encoder and the attempt that hold memory for it; ``finished`` is
+    set when the answer is complete, so that there is nothing to abort; ``failed`` are workers, ``fault`` what
+    the last one said."""
+
+    raw: Mapping[str, Any]
+    asked: ChatRequest
+    media: int
+    began_s: float
+    room: int
+    held: tuple[Worker, int] | None = None
+    failed: set[str] = field(default_factory=set)
+    fault: Fault | None = None
+    finished: bool = False
+
+
+class TakenUp(msgspec.Struct):
+    """An encoder's answer to POST /encode."""
+
+    total_tokens: int
+    control_address: str
+
+
+class WorkerFailed(Exception):
+    """An attempt failed because of the worker at ``url``; another worker may succeed."""
+
+    def __init__(self, url: str, fault: Fault) -> None:
+        super().__init__(fault.message)
+        self.url = url
+        self.fault = fault
+
+
+class Dispatch:
+    """Sends requests to the workers of ``table``. Aborts run in ``background``, so that nobody waits for a
+    dead encoder."""
+
+    def __init__(
+        self,
+        table: Registry,
+        client: httpx.AsyncClient,
+        *,
+        background: TaskGroup,
+        metrics: AppMetrics,
+        limits: DispatchLimits,
+    ) -> None:
+        self._table = table
+        self._client = client
+        self._background = background
+        self._metrics = metrics
+        self._limits = limits
+        self._rooms: set[int] = set()
+
+    @contextmanager
+    def way(self, raw: Mapping[str, Any], asked: ChatRequest, *, began_s: float) -> Iterator[Way]:
+        """A request and its room, which is nobody else's while the block runs."""
+        while (room := 1 + secrets.randbelow(ROOM_MAX)) in self._rooms:
+            pass
+        self._rooms.add(room)
+        way = Way(raw, asked, len(plain_messages(asked.messages)[1]), began_s, room)
+        try:
+            yield way
+        finally:
+            self._rooms.remove(room)
+            if way.held and not way.finished:
+                self._background.start_soon(self._abort, room, *way.held)
+
+    async def open(self, way: Way, stack: AsyncExitStack) -> httpx.Response:
+        """A language server's answer, status 200, its body not yet read. What it holds is given back by
+        ``stack``.
+
+        Raises FaultError: what a worker answered, or that there is none.
+        """
+        for attempt in range(self._limits.attempts_max):
+            try:
+                async with AsyncExitStack() as this_attempt:
+                    response = await self._attempt(way, attempt, this_attempt)
+                    stack.push_async_exit(this_attempt.pop_all())
+                    return response
+            except WorkerFailed as error:
+                way.failed.add(error.url)
+                way.fault = error.fault
+            self._metrics.retries.labels(way.fault.code).inc()
+            await self._let_go(way)
+        assert way.fault is not None
+        raise FaultError(way.fault)
+
+    async def _attempt(self, way: Way, attempt: int, stack: AsyncExitStack) -> httpx.Response:
+        language = self._pick(Role.LANGUAGE, way, fingerprint=None)
+        tokens = way.asked.max_completion_tokens or way.asked.max_tokens or self._limits.default_max_tokens
+        body = dict(way.raw)
+        encoder = None
+        if way.media:
+            encoder = self._pick(Role.ENCODER, way, fingerprint=language.fingerprint)
+            stack.enter_context(self._table.loaded(encoder.url, way.media))
+            way.held = encoder, attempt
+            taken = await self._encode(way, attempt, encoder)
+            tokens += taken.total_tokens
+            del body["messages"]
+            body["embedwire_room"] = RoomRef(
+                room=way.room,
+                attempt=attempt,
+                control_address=taken.control_address,
+                encoder=encoder.url,
+                elapsed_ms=(time.monotonic() - way.began_s) * 1000,
+            )
+        stack.enter_context(self._table.loaded(language.url, tokens))
+        try:
+            response = await self._post(language, "/v1/chat/completions", body)
+        except WorkerFailed as error:
+            if encoder and error.fault.type == "transfer_error":
+                error.url = encoder.url  # the messenger is not to blame
+            raise
+        stack.push_async_callback(response.aclose)
+        return response
+
+    async def _let_go(self, way: Way) -> None:
+        """End the room of an attempt that failed: at once where the next attempt may come to the same
+        encoder."""
+        if way.held is None:
+            return
+        (encoder, attempt), way.held = way.held, None
+        if encoder.url in way.failed:
+            self._background.start_soon(self._abort, way.room, encoder, attempt)
+        else:
+            await self._abort(way.room, encoder, attempt)
+
+    async def _encode(self, way: Way, attempt: int, encoder: Worker) -> TakenUp:
+        body = {"room": way.room, "attempt": attempt, "messages": way.raw["messages"]}
+        response = await self._post(encoder, "/encode", body)
+        try:
+            return msgspec.json.decode(await response.aread(), type=TakenUp)
+        except (httpx.HTTPError, msgspec.MsgspecError) as error:
+            raise WorkerFailed(encoder.url, unreachable(f"encoder {encoder.url}", error)) from None
+        finally:
+            await response.aclose()
+
+    async def _post(self, worker: Worker, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        """A response with status 200, not yet read. Raises WorkerFailed, or FaultError when another worker
+        would not help."""
+        content = await anyio.to_thread.run_sync(msgspec.json.encode, body)
+        request = self._client.build_request("POST", worker.url + path, content=content)
+        who = f"{worker.role} server {worker.url}"
+        try:
+            response = await self._client.send(request, stream=True)
+            if response.status_code == 200:
+                return response
+            text = await response.aread()
+        except httpx.HTTPError as error:
+            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                self._table.missed(worker.url)
+            raise WorkerFailed(worker.url, unreachable(who, error)) from None
+        retry_after = response.headers.get("retry-after")
+        fault = fault_from(response.status_code, text, retry_after=retry_after, who=who)
+        if fault.status in RETRIED_STATUS and fault.code not in NOT_RETRIED_CODES:
+            raise WorkerFailed(worker.url, fault)
+        raise FaultError(fault)
+
+    def _pick(self, role: Role, way: Way, *, fingerprint: str | None) -> Worker:
+        """Raises FaultError: nobody is there, or of those who were the last one's fault."""
+        model = way.asked.model
+        worker = self._table.pick(role, model=model, fingerprint=fingerprint, avoid=way.failed)
+        if worker is None:
+            raise FaultError(way.fault or overloaded(f"no {role} server for {model!r} is available"))
+        return worker
+
+    async def _abort(self, room: int, encoder: Worker, attempt: int) -> None:
+        url, timeout_s = f"{encoder.url}/rooms/{room}", self._limits.abort_timeout_s
+        with suppress(httpx.HTTPError):  # a room that nobody reads ends by its own deadline too
+            await self._client.delete(url, params={"attempt": attempt}, timeout=timeout_s)

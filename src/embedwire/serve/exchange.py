@@ -1,0 +1,118 @@
+"""One HTTP exchange: a bounded body in, a disconnect noticed at any time, a stream of events out.
+
+Owns what every app needs of HTTP beyond a route. It must not know OpenAI's schema or workers. On the event
+loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import anyio
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from embedwire.errors import InvalidRequestError, OverloadedError
+from embedwire.serve.faults import ClientGone
+
+T = TypeVar("T")
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The request's body. Raises InvalidRequestError (413) as soon as it is known to be over the limit."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit_bytes:
+        raise _too_large(limit_bytes)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit_bytes:
+                raise _too_large(limit_bytes)
+    except ClientDisconnect:
+        raise ClientGone from None
+    return bytes(body)
+
+
+async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]) -> T:
+    """Run ``work``; cancel it and raise ClientGone when the client closes the connection first.
+
+    The body must have been read. Work in a thread is waited for, so what it began can be undone afterwards.
+    """
+    done: list[T] = []
+    failed: list[Exception] = []
+    async with anyio.create_task_group() as group:
+
+        async def run() -> None:
+            try:
+                done.append(await work())
+            except Exception as error:
+                failed.append(error)
+            group.cancel_scope.cancel()
+
+        group.start_soon(run)
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        group.cancel_scope.cancel()
+    if failed:
+        raise failed[0]
+    if not done:
+        raise ClientGone
+    return done[0]
+
+
+class Admission:
+    """At most ``limit`` requests under way; one more is refused at once."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.under_way = 0
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Take one place while the block runs. Raises OverloadedError when there is none."""
+        if self.under_way >= self._limit:
+            raise OverloadedError(f"{self._limit} requests are under way already")
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events.
+
+    They are cut off at ``until`` of the event loop's clock, even if the client does not read. ``on_close`` is
+    awaited when the stream has ended, however it ended, and also if it never began.
+    """
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        *,
+        on_close: Callable[[], Awaitable[None]],
+        until: float = math.inf,
+    ) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._on_close = on_close
+        self._until = until
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with anyio.CancelScope(deadline=self._until):
+                await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._on_close()
+
+
+def _too_large(limit_bytes: int) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the request's body is over the limit of {limit_bytes} bytes", code="request_too_large", status=413
+    )

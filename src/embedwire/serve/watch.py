@@ -1,0 +1,106 @@
+"""Keeps a table of workers true: checks their health, or follows a registry that does.
+
+Owns the loops that fill a :class:`~embedwire.registry.Registry`; it must not know requests. Tasks of the
+lifespan of the registry's app and of the router's app run it, on the event loop, which owns the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
+
+import anyio
+import httpx
+import msgspec
+
+from embedwire.errors import ConfigurationError, OverloadedError
+from embedwire.registry import Registry, Worker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchTimes:
+    """Seconds between two checks, and how long one may take."""
+
+    interval_s: float = 2.0
+    timeout_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.interval_s <= 0 or self.timeout_s <= 0:
+            raise ConfigurationError(f"times have to be above 0: {self}")
+
+
+class Health(msgspec.Struct):
+    """A worker's answer to GET /health."""
+
+    worker: Worker
+
+
+class Listing(msgspec.Struct):
+    """One line of a registry's answer to GET /workers."""
+
+    worker: Worker
+    candidate: bool
+
+
+class Listings(msgspec.Struct):
+    workers: list[Listing]
+
+
+async def every(interval_s: float, step: Callable[[], Awaitable[None]]) -> None:
+    """Run ``step`` for ever. A step that fails is logged, and does not end the loop."""
+    while True:
+        try:
+            await step()
+        except Exception:
+            log.exception("a background step failed; it goes on")
+        await anyio.sleep(interval_s)
+
+
+async def check_workers(
+    table: Registry, client: httpx.AsyncClient, *, static_urls: Collection[str] = ()
+) -> None:
+    """Ask every worker of the table, and those at ``static_urls``, for its health, all at once."""
+    async with anyio.create_task_group() as group:
+        for url in {*static_urls, *(e.worker.url for e in table)}:
+            group.start_soon(_check, table, client, url)
+    table.forget_silent(now=time.monotonic())
+
+
+async def follow_registry(table: Registry, client: httpx.AsyncClient, registry_url: str) -> None:
+    """Make the table hold the registry's candidates. While the registry is away the table stays as it is."""
+    try:
+        answer = (await client.get(f"{registry_url}/workers")).raise_for_status()
+        listed = msgspec.json.decode(answer.content, type=Listings).workers
+    except (httpx.HTTPError, msgspec.MsgspecError) as error:
+        log.warning("registry %s: %s", registry_url, error)
+        return
+    now = time.monotonic()
+    for listing in listed:
+        table.register(listing.worker, now=now)
+        if listing.candidate:
+            table.answered(listing.worker.url, now=now)
+        else:
+            table.missed(listing.worker.url)
+    for gone in {e.worker.url for e in table} - {line.worker.url for line in listed}:
+        table.remove(gone)
+
+
+async def _check(table: Registry, client: httpx.AsyncClient, url: str) -> None:
+    try:
+        answer = (await client.get(f"{url}/health")).raise_for_status()
+        worker = msgspec.json.decode(answer.content, type=Health).worker
+    except (httpx.HTTPError, msgspec.MsgspecError) as error:
+        log.info("worker %s: %s", url, error)
+        table.missed(url)
+        return
+    now = time.monotonic()
+    # It may say another name of itself than the one it was asked by: this is the one it can be reached by.
+    try:
+        table.register(msgspec.structs.replace(worker, url=url), now=now)
+        table.answered(url, now=now)
+    except OverloadedError as error:
+        log.warning("worker %s: %s", url, error)

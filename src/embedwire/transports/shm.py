@@ -1,0 +1,254 @@
+"""The wire within one host: a region is a file in shared memory, and a write is one copy into it.
+
+Owns the segment files and the locks on them. The receiver sees no write, so it can not enforce a ticket:
+the sender asks ``is_permitted`` before each slice, and the rest is quarantine. ``host`` plays no part here.
+
+Proof that a sender is gone comes from the kernel. A sender locks the byte ``sender_token mod 2**62`` of the
+file, far beyond its end, with a lock that belongs to the open file it maps. The kernel drops that lock when
+the last descriptor *and the last mapping* of that open file are gone, and never because the process is
+stopped. The receiver locks a byte too, so that a segment whose receiver was killed can be told from a live
+one and removed (:func:`_sweep`). ``multiprocessing.shared_memory`` is not used: its tracker removes segments
+behind their owner's back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import re
+import secrets
+import struct
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import ClassVar
+
+import msgspec
+import numpy as np
+
+from embedwire.errors import TransportError, UsageError
+from embedwire.transports.contract import Inbound, Outbound, Outcome, RemoteRegion, Slice
+from embedwire.transports.pieces import check_sender_token, check_slice
+
+_DIRECTORY = "/dev/shm"
+_PREFIX = "embedwire-"
+_NAME = re.compile(_PREFIX + r"[0-9a-f]{32}")
+_MAGIC = b"EWshm\x00\x00\x01"
+_HEADER = struct.Struct("<8s16sQ")
+"""Start of the segment's first page: magic and version, nonce, bytes of the region, which begins with the
+second page."""
+_OWNER_BYTE = 2**62
+"""Locked by the receiver. Senders lock the bytes below."""
+_FLOCK = struct.Struct("hhqqi4x")
+"""struct flock of Linux on 64 bits: type, whence, start, length, pid (0 for locks of an open file)."""
+
+
+class _Descriptor(msgspec.Struct, array_like=True, frozen=True, tag="shm/1"):
+    name: str
+    nonce: bytes
+    nbytes: int
+
+
+class ShmInbound(Inbound):
+    """A region in a shared-memory segment that this object created and will unlink."""
+
+    name: ClassVar[str] = "shm"
+    is_fenced: ClassVar[bool] = False
+
+    def __init__(self, *, host: str) -> None:
+        self._fd = -1
+        self._path = ""
+        self._descriptor = b""
+        self._closed = False
+
+    def allocate(self, nbytes: int) -> memoryview:
+        """See the contract. Raises TransportError when shared memory has no room for ``nbytes``."""
+        if self._descriptor or self._closed or nbytes < 1:
+            raise UsageError(f"allocate({nbytes}): wants at least one byte, once, before close")
+        _sweep()
+        nonce = secrets.token_bytes(16)
+        self._path, self._fd = _create()
+        try:
+            # Reserving first makes a full /dev/shm an error here, where touching the pages would be a SIGBUS.
+            os.posix_fallocate(self._fd, 0, mmap.PAGESIZE + nbytes)
+            os.pwrite(self._fd, _HEADER.pack(_MAGIC, nonce, nbytes), 0)
+            self._map = mmap.mmap(self._fd, mmap.PAGESIZE + nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError as error:
+            self.close()
+            raise TransportError(
+                f"{_DIRECTORY} has no room for a region of {nbytes} bytes: {error}"
+            ) from error
+        self._view = memoryview(self._map)[mmap.PAGESIZE :]
+        self._descriptor = msgspec.msgpack.encode(_Descriptor(os.path.basename(self._path), nonce, nbytes))
+        return self._view
+
+    def descriptor(self) -> bytes:
+        if not self._descriptor:
+            raise UsageError("descriptor() before allocate()")
+        return self._descriptor
+
+    def permit(self, ticket: int, spans: Sequence[tuple[int, int]]) -> None:
+        """Nothing to do: this half sees no write."""
+
+    def revoke(self, ticket: int) -> bool:
+        return False
+
+    def is_gone(self, sender_token: int) -> bool:
+        check_sender_token(sender_token)
+        return self._closed or not _is_locked(self._fd, sender_token % 2**62)
+
+    def close(self) -> None:
+        """Unlink the segment. The caller's views stay readable; the memory is freed with the last of them."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._fd >= 0:
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)
+            _unlock(self._fd, _OWNER_BYTE)
+            os.close(self._fd)
+        if self._descriptor:
+            self._view.release()
+            with suppress(BufferError):
+                self._map.close()
+
+
+class ShmRegion(RemoteRegion):
+    """A mapped segment of somebody else. Holds the sender's lock for as long as it is mapped."""
+
+    def __init__(self, fd: int, nbytes: int, *, on_close: Callable[[ShmRegion], None]) -> None:
+        self._fd = fd
+        self._on_close = on_close
+        self._map = mmap.mmap(fd, mmap.PAGESIZE + nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._bytes = np.frombuffer(self._map, np.uint8, offset=mmap.PAGESIZE)
+        self._nbytes = nbytes
+        self._closed = False
+        self._copying = threading.Lock()  # close() waits for the slice that is being copied
+
+    def write(
+        self,
+        ticket: int,
+        slices: Iterable[Slice],
+        *,
+        is_permitted: Callable[[], bool],
+        on_landed: Callable[[int], None],
+        timeout_s: float,
+    ) -> Outcome:
+        """See the contract. Ends as LOST also when the receiver has closed or died. Never UNKNOWN: a copy has
+        no echo."""
+        for number, pieces in enumerate(slices, 1):
+            check_slice(pieces, self._nbytes)
+            if not is_permitted():
+                return Outcome.LOST
+            with self._copying:
+                if self._closed or not _is_locked(self._fd, _OWNER_BYTE):
+                    return Outcome.LOST
+                for piece in pieces:
+                    end = piece.offset + piece.source.nbytes
+                    np.copyto(self._bytes[piece.offset : end], np.frombuffer(piece.source, np.uint8))
+            on_landed(number)
+        return Outcome.LANDED
+
+    def close(self) -> None:
+        with self._copying:
+            if self._closed:
+                return
+            self._closed = True
+            self._bytes = np.empty(0, np.uint8)
+            self._map.close()
+            os.close(self._fd)  # and with it the lock: the mapping went before
+        self._on_close(self)
+
+
+class ShmOutbound(Outbound):
+    """Maps the segments of receivers on this host."""
+
+    name: ClassVar[str] = "shm"
+
+    def __init__(self, *, host: str) -> None:
+        self._regions: set[ShmRegion] = set()
+
+    def connect(self, descriptor: bytes, *, sender_token: int, timeout_s: float) -> ShmRegion:
+        check_sender_token(sender_token)
+        try:
+            target = msgspec.msgpack.decode(descriptor, type=_Descriptor)
+        except msgspec.MsgspecError as error:
+            raise TransportError(f"not a descriptor of shared memory: {error}") from error
+        if not _NAME.fullmatch(target.name):
+            raise TransportError(f"{target.name!r} is not the name of a segment")
+        region = _attach(target, sender_token, on_close=self._regions.discard)
+        self._regions.add(region)
+        return region
+
+    def close(self) -> None:
+        for region in tuple(self._regions):
+            region.close()
+
+
+def _attach(target: _Descriptor, sender_token: int, *, on_close: Callable[[ShmRegion], None]) -> ShmRegion:
+    try:
+        fd = os.open(f"{_DIRECTORY}/{target.name}", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise TransportError(f"segment {target.name} can not be opened from here: {error}") from error
+    try:
+        header = os.pread(fd, _HEADER.size, 0)
+        if header != _HEADER.pack(_MAGIC, target.nonce.ljust(16)[:16], target.nbytes):
+            raise TransportError(f"segment {target.name} is not the one that was described")
+        if os.fstat(fd).st_size != mmap.PAGESIZE + target.nbytes or not _is_locked(fd, _OWNER_BYTE):
+            raise TransportError(f"segment {target.name} has no receiver any more")
+        # The lock comes before the mapping, so there is no moment in which an unproven sender could write. It
+        # is a shared lock: two sessions of one sender do not exclude each other.
+        if not _try_lock(fd, fcntl.F_RDLCK, sender_token % 2**62):
+            raise TransportError(f"segment {target.name}: the lock of sender {sender_token} is taken")
+        return ShmRegion(fd, target.nbytes, on_close=on_close)
+    except (OSError, OverflowError, struct.error, ValueError) as error:
+        os.close(fd)
+        raise TransportError(f"segment {target.name} can not be mapped: {error}") from error
+    except TransportError:
+        os.close(fd)
+        raise
+
+
+def _create() -> tuple[str, int]:
+    """A new, locked, empty segment file: its path and descriptor."""
+    while True:
+        path = f"{_DIRECTORY}/{_PREFIX}{secrets.token_hex(16)}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise TransportError(f"no shared memory can be created: {error}") from error
+        if _try_lock(fd, fcntl.F_WRLCK, _OWNER_BYTE) and os.fstat(fd).st_nlink:
+            return path, fd
+        os.close(fd)  # a sweep came between creation and lock, and has removed or will remove it
+
+
+def _sweep() -> None:
+    """Remove segments whose receiver died without closing. Another user's, and whatever is not ours, stay."""
+    for name in filter(_NAME.fullmatch, os.listdir(_DIRECTORY) if os.path.isdir(_DIRECTORY) else ()):
+        path = f"{_DIRECTORY}/{name}"
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if _try_lock(fd, fcntl.F_WRLCK, _OWNER_BYTE):
+                    os.unlink(path)
+            finally:
+                os.close(fd)
+
+
+def _try_lock(fd: int, kind: int, at: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _unlock(fd: int, at: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, at, 1, 0))
+
+
+def _is_locked(fd: int, at: int) -> bool:
+    """Whether another open file than ``fd`` holds a lock on that byte."""
+    found: bytes = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
+    return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)

@@ -1,0 +1,30 @@
+"""Every wire of this package against the public conformance suite, the fake one too, since tests lean on it.
+
+Scenarios 13 (pieces in any order), 27 and 28 (ends in mid-write), 26f (a stopped peer) at the floor of the
+wires.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from embedwire.testing import conformance
+from embedwire.testing.conformance import Conformance, NotApplicable
+
+WIRES = {
+    "shm": conformance.shm,
+    "tcp": conformance.tcp,
+    "fake": conformance.fake,
+    "fake_one_sided": conformance.fake_one_sided,
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("check", Conformance.checks())
+@pytest.mark.parametrize("wire", WIRES)
+def test_wire(wire: str, check: str) -> None:
+    """Scenarios 13, 26f, 27 and 28: see the named check of the suite."""
+    try:
+        Conformance(WIRES[wire]()).run(check)
+    except NotApplicable as reason:
+        pytest.skip(f"{wire}: {reason}")

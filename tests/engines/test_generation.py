@@ -1,0 +1,281 @@
+"""The language engine as its callers see it: text, ends, bounds, and a thread that outlives errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embedwire.engines.transformers.generation import TransformersLanguage
+from embedwire.errors import ConfigurationError, InvalidRequestError, OverloadedError, UsageError
+from embedwire.language.interface import AssembledPrompt, Delta, LanguageEngine, SamplingParams
+
+pytestmark = pytest.mark.model
+TIMEOUT_S = 60
+CHAT = [{"role": "user", "content": "What is in the image?"}]
+
+
+class Reader:
+    """Collects an answer; ``wait`` returns it once its last delta has come."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self._ended = threading.Event()
+
+    def __call__(self, delta: Delta) -> None:
+        assert not self._ended.is_set(), "a delta after the last"
+        self.deltas.append(delta)
+        if delta.finish_reason:
+            self._ended.set()
+
+    def wait(self) -> Reader:
+        assert self._ended.wait(TIMEOUT_S), "the answer did not end"
+        return self
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for delta in self.deltas for token in delta.token_ids]
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def end(self) -> str | None:
+        return self.deltas[-1].finish_reason
+
+
+class Brake(Reader):
+    """A reader that holds the engine's thread at its first delta until ``release`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.release = threading.Event(), threading.Event()
+
+    def __call__(self, delta: Delta) -> None:
+        super().__call__(delta)
+        self.reached.set()
+        assert self.release.wait(TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def make_engine(tiny_model_dir: Callable[[str], Path]) -> Iterator[Callable[..., TransformersLanguage]]:
+    engines: list[TransformersLanguage] = []
+
+    def make(family: str = "qwen2_5_vl", *, directory: Path | None = None, **settings: Any) -> Any:
+        path = directory or tiny_model_dir(family)
+        engines.append(TransformersLanguage(str(path), **{"dtype": "float32"} | settings))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+        assert not engine._thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine: Callable[..., TransformersLanguage]) -> TransformersLanguage:
+    return make_engine()
+
+
+def ask(engine: TransformersLanguage, tokens: int = 9, **sampling: Any) -> Reader:
+    """Submit a prompt of text made from ``tokens``; 12 tokens are asked for, whatever they are."""
+    reader = Reader()
+    sampling = {"max_tokens": 12, "ignore_eos": True} | sampling
+    engine.submit(make_prompt(tokens), SamplingParams(**sampling), on_delta=reader)
+    return reader
+
+
+def make_prompt(tokens: int) -> AssembledPrompt:
+    return AssembledPrompt(fill_ids=np.random.default_rng(tokens).integers(0, 200, tokens).astype(np.int32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_one_answer_is_what_the_undivided_model_generates(
+    family: str, dtype: str, make_engine, undivided
+) -> None:
+    """From the chat to the text; alone, so in bfloat16 too."""
+    engine, model = make_engine(family, dtype=dtype), undivided(family, dtype)
+    ids = engine.tokenize(CHAT)
+    reader = Reader()
+    engine.submit(AssembledPrompt(fill_ids=ids), SamplingParams(max_tokens=40), on_delta=reader)
+    with torch.inference_mode():
+        expected = model.generate(torch.tensor(ids)[None].long(), max_new_tokens=40, do_sample=False)
+    assert reader.wait().ids == expected[0, len(ids) :].tolist()
+    assert reader.text == engine._chat.backend.decode(reader.ids, skip_special_tokens=True)
+    assert len(set(reader.ids)) > 4
+
+
+def test_it_is_a_language_engine(engine) -> None:
+    checked: LanguageEngine = engine
+    assert checked.layout.describe()[0] == "input_embeddings float32[64]"
+    assert checked.max_tokens == 131072
+
+
+def test_ids_and_text_of_many_are_each_ones_own(engine) -> None:
+    """Scenario 33: sixteen at once, on the engine's thread."""
+    sizes = [3 + 5 * n % 31 for n in range(16)]
+    together = [ask(engine, tokens, max_tokens=5 + tokens) for tokens in sizes]
+    for reader in together:
+        reader.wait()
+    for tokens, reader in zip(sizes, together, strict=True):
+        alone = ask(engine, tokens, max_tokens=5 + tokens).wait()
+        assert (reader.ids, reader.text, reader.end) == (alone.ids, alone.text, "length")
+
+
+def test_an_end_token_ends_the_answer_and_is_not_in_its_text(
+    make_engine, tiny_model_dir, tmp_path: Path, engine
+) -> None:
+    """The generation settings may name several; ``ignore_eos`` goes past them."""
+    whole = ask(engine).wait()
+    end = next(n for n in range(3, 12) if whole.ids[n] not in whole.ids[:n])
+    directory = shutil.copytree(tiny_model_dir("qwen2_5_vl"), tmp_path / "model")
+    settings = directory / "generation_config.json"
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [399, whole.ids[end]]})
+    )
+    own = make_engine(directory=directory)
+    ended = ask(own, ignore_eos=False).wait()
+    assert (ended.ids, ended.end) == (whole.ids[: end + 1], "stop")
+    assert ended.text == own._chat.backend.decode(whole.ids[:end])
+    assert ask(own).wait().ids == whole.ids
+
+
+def test_a_stop_string_across_tokens_ends_the_answer(engine) -> None:
+    """The stop is not in the text, in no delta; its tokens are among the ids."""
+    whole = ask(engine, max_tokens=30).wait()
+    stop = whole.text[9:13]
+    start = whole.text.index(stop)
+    stopped = ask(engine, max_tokens=30, stop=("not in the text", stop)).wait()
+    assert (stopped.text, stopped.end) == (whole.text[:start], "stop")
+    assert len(stopped.ids) < 30
+    assert engine._chat.backend.decode(stopped.ids).startswith(whole.text[:start] + stop)
+
+
+def test_what_only_begins_like_a_stop_is_given_out_in_the_end(engine) -> None:
+    whole = ask(engine).wait()
+    held = ask(engine, stop=(whole.text[-2:] + "#",)).wait()
+    assert (held.text, held.end) == (whole.text, "length")
+
+
+def test_a_seed_repeats_an_answer_among_others(engine) -> None:
+    params = {"temperature": 1.0, "seed": 5}
+    alone = ask(engine, **params).wait()
+    beside = [ask(engine, tokens, temperature=1.0, seed=tokens) for tokens in (4, 30)]
+    again = ask(engine, **params).wait()
+    assert again.ids == alone.ids
+    assert again.ids != ask(engine, temperature=1.0, seed=6).wait().ids
+    assert [reader.wait().end for reader in beside] == ["length", "length"]
+
+
+def test_an_answer_ends_at_the_context(make_engine, tiny_model_dir, tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_model_dir("qwen2_5_vl"), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 20
+    (directory / "config.json").write_text(json.dumps(config))
+    own = make_engine(directory=directory)
+    assert own.max_tokens == 20
+    for tokens, answered in ((15, 5), (19, 1), (20, 0)):
+        reader = ask(own, tokens).wait()
+        assert (len(reader.ids), reader.end) == (answered, "length")
+    with pytest.raises(InvalidRequestError) as caught:
+        ask(own, 21)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(InvalidRequestError) as caught:
+        own.tokenize([{"role": "user", "content": "no " * 40}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_the_queue_is_bounded_and_a_cancelled_place_is_free_at_once(make_engine) -> None:
+    """Scenario 31: what can not be taken in is refused at once, and all that was taken in is answered."""
+    own = make_engine(max_batch=1, max_waiting=2)
+    brake, waiting = Brake(), [Reader(), Reader()]
+    own.submit(make_prompt(4), SamplingParams(max_tokens=3, ignore_eos=True), on_delta=brake)
+    assert brake.reached.wait(TIMEOUT_S)
+    queued = [own.submit(make_prompt(5), SamplingParams(max_tokens=2), on_delta=reader) for reader in waiting]
+    with pytest.raises(OverloadedError, match="2 prompts are waiting"):
+        ask(own)
+    queued[0].cancel()
+    brake.release.set()
+    assert waiting[0].wait().deltas == [Delta(finish_reason="cancelled")]
+    assert waiting[1].wait().end in ("length", "stop")
+    assert brake.wait().end == "length"
+
+
+def test_a_running_answer_is_cancelled_between_two_tokens(engine) -> None:
+    brake = Brake()
+    running = engine.submit(make_prompt(4), SamplingParams(max_tokens=50, ignore_eos=True), on_delta=brake)
+    assert brake.reached.wait(TIMEOUT_S)
+    running.cancel()
+    brake.release.set()
+    assert [delta.finish_reason for delta in brake.wait().deltas] == [None, None, "cancelled"]
+    running.cancel()
+    assert ask(engine).wait().end == "length"
+
+
+def test_an_error_in_a_step_reaches_its_reader_and_the_thread_lives_on(engine, monkeypatch) -> None:
+    """Scenario 30: an exception once ended a worker's thread."""
+    before = ask(engine).wait()
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._half, "decode", lambda *_, **__: 1 / 0)
+        failed = ask(engine).wait()
+    assert (failed.end, failed.deltas[-1].error) == ("error", "ZeroDivisionError: division by zero")
+    assert failed.ids == before.ids[:1]
+    assert ask(engine).wait().ids == before.ids
+
+
+def test_an_idle_thread_takes_no_turns(make_engine, monkeypatch) -> None:
+    """One turn a token, however long the engine has waited before."""
+    own, turns = make_engine(), []
+    turn = own._scheduler.turn
+    monkeypatch.setattr(own._scheduler, "turn", lambda: turns.append(None) or turn())
+    for _ in range(3):
+        ask(own, max_tokens=10).wait()
+    own.close()
+    assert len(turns) == 3 * 9, "the first turn of an answer gives two tokens, as it joins the batch"
+
+
+def test_close_cancels_what_runs_and_what_waits(make_engine) -> None:
+    own = make_engine(max_batch=1)
+    brake, waiting = Brake(), Reader()
+    own.submit(make_prompt(4), SamplingParams(max_tokens=50, ignore_eos=True), on_delta=brake)
+    own.submit(make_prompt(4), SamplingParams(), on_delta=waiting)
+    assert brake.reached.wait(TIMEOUT_S)
+    closer = threading.Thread(target=own.close)
+    closer.start()
+    with own._wakeup:
+        assert own._wakeup.wait_for(lambda: own._is_closing, TIMEOUT_S)
+    brake.release.set()
+    closer.join(TIMEOUT_S)
+    assert not closer.is_alive()
+    assert (brake.wait().end, waiting.wait().end) == ("cancelled", "cancelled")
+    with pytest.raises(OverloadedError, match="shutting down"):
+        ask(own)
+    own.close()
+
+
+def test_requests_that_can_not_be_served_are_refused_where_they_come_in(engine) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        ask(engine, top_p=2.0)
+    assert caught.value.param == "top_p"
+    with pytest.raises(UsageError, match="fill_ids"):
+        ask(engine, 0)
+    with pytest.raises(InvalidRequestError) as caught:
+        engine.tokenize([{"role": "user", "content": [{"type": "image"}]}])
+    assert caught.value.code == "invalid_messages"
+
+
+@pytest.mark.parametrize(
+    "name", ["max_batch", "max_waiting", "prefill_chunk_tokens", "max_cache_tokens", "threads"]
+)
+def test_settings_out_of_range_are_named(name: str, tiny_model_dir) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} has to be at least 1, got 0"):
+        TransformersLanguage(str(tiny_model_dir("qwen2_5_vl")), **{name: 0})
