@@ -1,6 +1,7 @@
 """Embedwire moves multimodal embeddings from encoder servers to language-model servers, through memory of a fixed size.
 
-The names below are the library for those who bring their own model; they are imported when first used, so that ``import embedwire`` is cheap.
+The names below are the library for those who bring their own model. They are imported when first used, so that
+``import embedwire`` is cheap.
 """
 
 from __future__ import annotations

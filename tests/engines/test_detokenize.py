@@ -113,6 +113,7 @@ def shown_until_stop(stops: list[str], parts: list[str]) -> tuple[str, bool]:
         (["END"], ["say EN"], ("say EN", False)),
         (["aab"], ["aa", "a", "b"], ("a", True)),
         (["abcd", "bc"], ["ab", "c"], ("a", True)),
+        (["abcd", "bc"], ["abcd"], ("a", True)),
         (["bc", "abc"], ["ab", "c"], ("", True)),
         ([], ["a", "b"], ("ab", False)),
     ],

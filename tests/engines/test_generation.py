@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from embedwire.encode.interface import ChatPrompt
+from embedwire.engines.transformers.encoder import TransformersEncoder
 from embedwire.engines.transformers.generation import TransformersLanguage
 from embedwire.errors import ConfigurationError, InvalidRequestError, OverloadedError, UsageError
 from embedwire.language.interface import AssembledPrompt, Delta, LanguageEngine, SamplingParams
@@ -53,16 +55,25 @@ class Reader:
 
 
 class Brake(Reader):
-    """A reader that holds the engine's thread at its first delta until ``release`` is set."""
+    """A reader that holds the engine's thread at some of its deltas (counted from 1) until it is released."""
 
-    def __init__(self) -> None:
+    def __init__(self, *holds: int) -> None:
         super().__init__()
-        self.reached, self.release = threading.Event(), threading.Event()
+        self._reached = {hold: threading.Event() for hold in holds}
+        self._released = {hold: threading.Event() for hold in holds}
 
     def __call__(self, delta: Delta) -> None:
         super().__call__(delta)
-        self.reached.set()
-        assert self.release.wait(TIMEOUT_S)
+        hold = len(self.deltas)
+        if hold in self._reached:
+            self._reached[hold].set()
+            assert self._released[hold].wait(TIMEOUT_S)
+
+    def wait_at(self, hold: int) -> None:
+        assert self._reached[hold].wait(TIMEOUT_S)
+
+    def release(self, hold: int) -> None:
+        self._released[hold].set()
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +123,34 @@ def test_one_answer_is_what_the_undivided_model_generates(
     assert reader.wait().ids == expected[0, len(ids) :].tolist()
     assert reader.text == engine._chat.backend.decode(reader.ids, skip_special_tokens=True)
     assert len(set(reader.ids)) > 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"])
+def test_both_halves_say_what_the_undivided_model_says(
+    family: str, dtype: str, make_engine, undivided, picture, tiny_model_dir
+) -> None:
+    """Three pictures of different shapes through the encode half and into the engine."""
+    encoder = TransformersEncoder(str(tiny_model_dir(family)), dtype=dtype)
+    chat = [{"role": "user", "content": [{"type": "image"}] * 3 + [{"type": "text", "text": "Which?"}]}]
+    media = [picture(84, 56, 1), picture(56, 112, 2), picture(56, 56, 3)]
+    prepared = encoder.prepare(ChatPrompt(chat, media))
+    (arrays,) = encoder.encode([prepared])
+    prompt = AssembledPrompt(**arrays, mrope_position_delta=prepared.mrope_position_delta)
+    reader, engine = Reader(), make_engine(family, dtype=dtype)
+    engine.submit(prompt, SamplingParams(max_tokens=24), on_delta=reader)
+    expected = undivided_ids(undivided(family, dtype), prompt.fill_ids, prepared.inputs.processed.pixels)
+    assert reader.wait().ids == expected
+
+
+def undivided_ids(model: Any, fill_ids: np.ndarray, pixels: Mapping[str, np.ndarray]) -> list[int]:
+    ids = torch.tensor(fill_ids)[None].long()
+    inputs = {name: torch.from_numpy(array) for name, array in pixels.items()}
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    with torch.inference_mode():
+        answer = model.generate(ids, **inputs, max_new_tokens=24, do_sample=False)
+    return answer[0, ids.shape[1] :].tolist()
 
 
 def test_it_is_a_language_engine(engine) -> None:
@@ -197,25 +236,28 @@ def test_an_answer_ends_at_the_context(make_engine, tiny_model_dir, tmp_path: Pa
 def test_the_queue_is_bounded_and_a_cancelled_place_is_free_at_once(make_engine) -> None:
     """Scenario 31: what can not be taken in is refused at once, and all that was taken in is answered."""
     own = make_engine(max_batch=1, max_waiting=2)
-    brake, waiting = Brake(), [Reader(), Reader()]
-    own.submit(make_prompt(4), SamplingParams(max_tokens=3, ignore_eos=True), on_delta=brake)
-    assert brake.reached.wait(TIMEOUT_S)
+    brake, waiting = Brake(1, 3), [Reader(), Reader()]
+    own.submit(make_prompt(4), SamplingParams(max_tokens=4, ignore_eos=True), on_delta=brake)
+    brake.wait_at(1)
     queued = [own.submit(make_prompt(5), SamplingParams(max_tokens=2), on_delta=reader) for reader in waiting]
     with pytest.raises(OverloadedError, match="2 prompts are waiting"):
         ask(own)
     queued[0].cancel()
-    brake.release.set()
-    assert waiting[0].wait().deltas == [Delta(finish_reason="cancelled")]
+    brake.release(1)
+    brake.wait_at(3)
+    assert waiting[0].deltas == [Delta(finish_reason="cancelled")], "though its turn had not come"
+    late = ask(own)
+    brake.release(3)
+    assert [brake.wait().end, late.wait().end] == ["length", "length"]
     assert waiting[1].wait().end in ("length", "stop")
-    assert brake.wait().end == "length"
 
 
 def test_a_running_answer_is_cancelled_between_two_tokens(engine) -> None:
-    brake = Brake()
+    brake = Brake(1)
     running = engine.submit(make_prompt(4), SamplingParams(max_tokens=50, ignore_eos=True), on_delta=brake)
-    assert brake.reached.wait(TIMEOUT_S)
+    brake.wait_at(1)
     running.cancel()
-    brake.release.set()
+    brake.release(1)
     assert [delta.finish_reason for delta in brake.wait().deltas] == [None, None, "cancelled"]
     running.cancel()
     assert ask(engine).wait().end == "length"
@@ -245,15 +287,15 @@ def test_an_idle_thread_takes_no_turns(make_engine, monkeypatch) -> None:
 
 def test_close_cancels_what_runs_and_what_waits(make_engine) -> None:
     own = make_engine(max_batch=1)
-    brake, waiting = Brake(), Reader()
+    brake, waiting = Brake(1), Reader()
     own.submit(make_prompt(4), SamplingParams(max_tokens=50, ignore_eos=True), on_delta=brake)
     own.submit(make_prompt(4), SamplingParams(), on_delta=waiting)
-    assert brake.reached.wait(TIMEOUT_S)
+    brake.wait_at(1)
     closer = threading.Thread(target=own.close)
     closer.start()
     with own._wakeup:
         assert own._wakeup.wait_for(lambda: own._is_closing, TIMEOUT_S)
-    brake.release.set()
+    brake.release(1)
     closer.join(TIMEOUT_S)
     assert not closer.is_alive()
     assert (brake.wait().end, waiting.wait().end) == ("cancelled", "cancelled")

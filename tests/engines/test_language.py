@@ -6,6 +6,7 @@ depends on an encoder of ours.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -246,6 +247,17 @@ def test_only_its_own_tensors_are_read(family: str, tiny_model_dir, monkeypatch:
 def test_a_tied_head_is_the_embedding_table(tmp_path: Path) -> None:
     """``tie_word_embeddings`` stands in the outer configuration; a half that misses it has a random head."""
     path = write_tiny_model(tmp_path, "qwen2_5_vl", tied=True)
+    undivided = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    expected = run_undivided(undivided, 1)
+    own = load_language_half(path, dtype="float32")
+    assert torch.equal(answer_logits(own, expected.prompt, expected.ids), expected.logits)
+
+
+def test_a_head_in_the_checkpoint_counts_though_the_configuration_says_tied(tmp_path: Path) -> None:
+    """As transformers reads such a checkpoint."""
+    path = write_tiny_model(tmp_path, "qwen2_5_vl")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     undivided = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     expected = run_undivided(undivided, 1)
     own = load_language_half(path, dtype="float32")

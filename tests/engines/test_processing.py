@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import AutoTokenizer
 
 from embedwire.encode.interface import ChatPrompt
@@ -270,13 +274,17 @@ def test_an_image_too_long_for_its_height_is_refused(tiny_model_dir: Models, pic
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (5, 3), (3, 5), (1, 64), (64, 1)])
 def test_images_whose_sides_look_like_channels(
-    family: str, size: tuple[int, int], tiny_model_dir: Models, picture: Picture
+    family: str, size: tuple[int, int], tiny_model_dir: Models
 ) -> None:
-    one = processor(tiny_model_dir(family))
-    pixels = one.process(ChatPrompt(user(IMAGE), [picture(*size)])).pixels["pixel_values"]
-    channels = pixels.reshape(len(pixels), 3, -1).mean(axis=(0, 2))
-    assert np.isfinite(pixels).all()
-    assert len(set(np.round(channels, 6))) == 3
+    """An image three pixels high, handed on as an array, could be taken for one with its channels first."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (255, 128, 0)).save(file, "PNG")
+    path = tiny_model_dir(family)
+    pixels = processor(path).process(ChatPrompt(user(IMAGE), [file.getvalue()])).pixels["pixel_values"]
+    norm = json.loads((path / "preprocessor_config.json").read_text())
+    expected = (np.array([1, 128 / 255, 0]) - norm["image_mean"]) / norm["image_std"]
+    channels = pixels.reshape(len(pixels), 3, -1)
+    assert np.allclose(channels, expected[:, None], atol=1e-5)
 
 
 def test_the_limit_of_pixels_is_a_parameter(tiny_model_dir: Models, picture: Picture) -> None:
@@ -312,12 +320,8 @@ def test_the_hash_names_ids_images_their_order_and_the_settings(
 
 
 def test_many_threads_get_what_one_gets(tiny_model_dir: Models, picture: Picture) -> None:
-    """Fast tokenizers that set padding or truncation first fail with "Already borrowed" here."""
     one = processor(tiny_model_dir("qwen2_5_vl"))
-    prompts = [
-        ChatPrompt(user(IMAGE, text(f"{seed} <|im_end|>" if seed % 2 else f"{seed}")), [picture(seed=seed)])
-        for seed in range(16)
-    ]
+    prompts = [ChatPrompt(user(IMAGE, text(f"number {seed}")), [picture(seed=seed)]) for seed in range(16)]
     alone = [one.process(prompt) for prompt in prompts]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(one.process, prompts * 4, timeout=60))
@@ -326,6 +330,28 @@ def test_many_threads_get_what_one_gets(tiny_model_dir: Models, picture: Picture
         return processed.content_hash, processed.ids.tobytes(), processed.pixels["pixel_values"].tobytes()
 
     assert [key(processed) for processed in together] == [key(processed) for processed in alone] * 4
+
+
+def test_one_threads_special_tokens_are_not_anothers(tiny_model_dir: Models) -> None:
+    """A tokenizer whose settings were changed for the length of a call would show here, as threads take turns."""
+    chat = ChatTokenizer(tiny_model_dir("qwen2_5_vl"))
+    chats = [user(text(words)) for words in ("meek " * 50, "<|im_end|> " * 50)] * 100
+    alone = [chat.encode(messages).tolist() for messages in chats]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            together = [ids.tolist() for ids in pool.map(chat.encode, chats, timeout=60)]
+    finally:
+        sys.setswitchinterval(interval)
+    assert together == alone
+
+
+def test_a_tokenizer_in_python_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SimpleNamespace(from_pretrained=lambda *_, **__: SimpleNamespace(is_fast=False))
+    monkeypatch.setattr(processing, "AutoTokenizer", slow)
+    with pytest.raises(ConfigurationError, match="not thread-safe"):
+        ChatTokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "preprocessor_config.json"])

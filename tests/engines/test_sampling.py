@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embedwire.engines.transformers.sampling import Sampler, check_sampling
+from embedwire.engines.transformers.sampling import Sampler, _invert, check_sampling
 from embedwire.errors import InvalidRequestError
 from embedwire.language.interface import SamplingParams
 
@@ -51,6 +51,13 @@ def test_draws_follow_the_probabilities() -> None:
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, allowed: set[int]) -> None:
     assert set(draws(SamplingParams(temperature=1.0, top_p=top_p, seed=0), 400)) == allowed
+
+
+@pytest.mark.parametrize(("uniform", "index"), [(0.0, 1), (0.24, 1), (0.25, 3), (1 - 2**-24, 3)])
+def test_no_draw_falls_on_a_probability_of_zero(uniform: float, index: int) -> None:
+    """Not even the first and the last possible one, whose product with the mass is rounded."""
+    mass = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]).cumsum(0) * 1.1
+    assert _invert(mass, torch.tensor(uniform)) == index
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-45])

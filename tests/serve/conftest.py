@@ -227,13 +227,20 @@ class Cluster:
         return self.run(router_app(settings))
 
     def add_registry(self, table: Registry | None = None, port: int = 0, **changes: Any) -> AppServer:
-        return self.run(registry_app(table or Registry(), **changes), port)
+        return self.run(registry_app(Registry() if table is None else table, **changes), port)
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with ExitStack() as stack:
         yield Cluster(stack)
+
+
+@pytest.fixture(scope="module")
+def language_url() -> Iterator[str]:
+    """One language server for tests that leave nothing behind."""
+    with ExitStack() as stack:
+        yield Cluster(stack).add_language()[1].url
 
 
 @pytest.fixture

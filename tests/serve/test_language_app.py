@@ -107,9 +107,8 @@ def test_the_official_client(cluster: Any, chat: Any) -> None:
         ({"model": None}, "model"),
     ],
 )
-def test_a_wrong_field_is_named(cluster: Any, chat: Any, change: dict[str, Any], param: str) -> None:
-    _, server = cluster.add_language()
-    answer = post(server.url, chat("a") | change)
+def test_a_wrong_field_is_named(language_url: str, chat: Any, change: dict[str, Any], param: str) -> None:
+    answer = post(language_url, chat("a") | change)
     error = answer.json()["error"]
     assert answer.status_code == 400
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
@@ -131,13 +130,12 @@ def test_fields_that_ask_for_nothing_special_are_tolerated(cluster: Any, chat: A
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"nothing", b'{"a": "\xff"}', b'{"a": ' + b"[" * 100_000, b'{"a": "\\ud800"}']
 )
-def test_broken_json(cluster: Any, body: bytes) -> None:
+def test_broken_json(language_url: str, body: bytes) -> None:
     """Scenario 29: what is malformed fails its own request, and the server goes on."""
-    _, server = cluster.add_language()
-    answer = post(server.url, body)
+    answer = post(language_url, body)
     assert answer.status_code == 400
-    assert answer.json()["error"]["code"] in ("invalid_json", "invalid_request")
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert answer.json()["error"]["code"] == "invalid_json"
+    assert httpx.get(f"{language_url}/health").status_code == 200
 
 
 def test_unknown_routes_answer_in_the_same_form(cluster: Any) -> None:

@@ -12,10 +12,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from embedwire.encode.interface import ChatPrompt, EncoderEngine, PreparedPrompt
-from embedwire.endpoint import Offer, SenderEndpoint
+from embedwire.endpoint import Offer, SenderEndpoint, SendReport
 from embedwire.errors import OverloadedError
 from embedwire.limits import AUX_POSITION_DELTA, AUX_WORDS
 
@@ -54,8 +56,8 @@ class _Work:
 class EncodeService:
     """Takes up prompts for one encoder engine and offers their rooms at one sender.
 
-    ``max_waiting`` bounds how many callers may be in line for memory, ``memory_wait_s`` how long each is; ``batch_tokens`` bounds the tokens of
-    one tower run (one prompt always runs, however long). Thread-safe.
+    ``max_waiting`` bounds how many callers may be in line for memory, ``memory_wait_s`` how long each is; ``batch_tokens``
+    bounds the tokens of one tower run (one prompt always runs, however long). Thread-safe.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class EncodeService:
             self._offers[offer.key] = offer
             self._work.append(_Work(offer, prepared))
             self._changed.notify_all()
-        offer.add_done_callback(self._on_offer_ended)
+        offer.add_done_callback(partial(self._on_offer_ended, offer.key))
         return TakenUp(prepared.total_tokens, self.sender.address, prepared.content_hash)
 
     def _reserve(self, room: int, attempt: int, prepared: PreparedPrompt) -> Offer:
@@ -163,9 +165,9 @@ class EncodeService:
             work.offer.fail("the encoder is shutting down")
         self._tower.join()
 
-    def _on_offer_ended(self, offer: Offer) -> None:
+    def _on_offer_ended(self, key: tuple[int, int], _: Future[SendReport]) -> None:
         with self._changed:
-            del self._offers[offer.key]
+            del self._offers[key]
             self._ended_total += 1
             self._changed.notify_all()
 

@@ -85,7 +85,7 @@ class Driver(ABC):
         def run() -> None:
             try:
                 future.set_result(task())
-            except BaseException as error:  # noqa: BLE001  # handed to the caller
+            except BaseException as error:  # handed to the caller
                 future.set_exception(error)
 
         self.post(run)

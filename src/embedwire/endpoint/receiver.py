@@ -87,33 +87,27 @@ class Received:
         self._release()
 
 
-class Reception:
-    """One room on its way in."""
+class Reception(Future[Received]):
+    """One room on its way in: a future of the whole embedding, or of a TransferError with the cause.
+
+    Callbacks run on the driver's thread, where they must not block.
+    """
 
     def __init__(self, endpoint: ReceiverEndpoint, key: RoomKey, make_assembly: MakeAssembly) -> None:
+        super().__init__()
+        self.set_running_or_notify_cancel()
         self.key = key
         self._endpoint = endpoint
-        self._future: Future[Received] = Future()
         self.make_assembly = make_assembly
         self.arrays: Arrays = {}
         self.digests = FieldDigests(endpoint.layout)
-        self.first_grant_at = 0.0
 
-    def done(self) -> bool:
-        """Whether it has ended, either way."""
-        return self._future.done()
-
-    def result(self, timeout: float | None = None) -> Received:
-        """Wait for the embedding. Raises TransferError with the cause, or TimeoutError after ``timeout`` seconds."""
-        return self._future.result(timeout)
-
-    def cancel(self, detail: str = "the client no longer wants it") -> None:
-        """End the room on both sides, with cause ``aborted``. Harmless when it has ended."""
+    def cancel(self, detail: str = "the client no longer wants it") -> bool:
+        """End the room on both sides, with cause ``aborted``; False when it has ended already."""
+        if self.done():
+            return False
         self._endpoint._cancel(self.key, detail)
-
-    def add_done_callback(self, callback: Callable[[Reception], None]) -> None:
-        """Call it at the end, on the driver's thread, where it must not block."""
-        self._future.add_done_callback(lambda _: callback(self))
+        return True
 
 
 class ReceiverEndpoint(Driver):
@@ -308,7 +302,7 @@ class ReceiverEndpoint(Driver):
                 self._finish(self._core.rooms[key])
             case Failed(key, cause, detail):
                 self._ended[cause.value] += 1
-                self._receptions.pop(key)._future.set_exception(TransferError(cause.value, detail))
+                self._receptions.pop(key).set_exception(TransferError(cause.value, detail))
             case Hangup(address):
                 socket = self._sockets.pop(address)
                 self._poller.unregister(socket)
@@ -380,7 +374,7 @@ class ReceiverEndpoint(Driver):
         self._release_with_arrays(reception.arrays, received._release)
         self._ended[Cause.DONE.value] += 1
         reception.arrays = {}
-        reception._future.set_result(received)
+        reception.set_result(received)
 
     def _release_once(self, key: RoomKey) -> Callable[[], None]:
         def release() -> None:

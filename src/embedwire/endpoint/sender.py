@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
@@ -52,18 +52,22 @@ from embedwire.transports.contract import Outcome
 logger = logging.getLogger(__name__)
 
 
-class Offer:
-    """One room on its way out. It ends when the receiver has said that it has all of it, or with a TransferError."""
+class Offer(Future[SendReport]):
+    """One room on its way out: a future of the receiver's word that it has all of it, or of a TransferError.
+
+    Callbacks run on the driver's thread, where they must not block.
+    """
 
     def __init__(
         self, endpoint: SenderEndpoint, key: RoomKey, total_tokens: int, aux: tuple[int, ...]
     ) -> None:
+        super().__init__()
+        self.set_running_or_notify_cancel()
         self.key = key
         self.total_tokens = total_tokens
         self.aux = aux
         self._endpoint = endpoint
         self._offered_at = time.monotonic()
-        self._future: Future[SendReport] = Future()
         self.source: Source | None = None
         self.arrays: Mapping[str, np.ndarray] = {}
         self.is_cancelled = False
@@ -84,17 +88,12 @@ class Offer:
         """Nobody wants it any more: the room ends with cause ``aborted`` on both sides."""
         self._endpoint._end(self.key, Cause.ABORTED, detail)
 
-    def done(self) -> bool:
-        """Whether it has ended, either way."""
-        return self._future.done()
-
-    def result(self, timeout: float | None = None) -> SendReport:
-        """Wait for the end. Raises TransferError with the cause, or TimeoutError after ``timeout`` seconds."""
-        return self._future.result(timeout)
-
-    def add_done_callback(self, callback: Callable[[Offer], None]) -> None:
-        """Call it at the end, on the driver's thread, where it must not block."""
-        self._future.add_done_callback(lambda _: callback(self))
+    def cancel(self) -> bool:
+        """The same as :meth:`abort`; False when it has ended already."""
+        if self.done():
+            return False
+        self.abort("cancelled")
+        return True
 
 
 class SenderEndpoint(Driver):
@@ -188,6 +187,8 @@ class SenderEndpoint(Driver):
         self, offer: Offer, source: Source, arrays: Mapping[str, np.ndarray], *, source_ms: float
     ) -> None:
         def fill() -> None:
+            if offer.done():
+                return
             offer.source, offer.arrays = source, arrays
             self._carry_out(self._core.ready(offer.key, source_ms=source_ms, now=time.monotonic()))
 
@@ -328,9 +329,9 @@ class SenderEndpoint(Driver):
         offer.source, offer.arrays = None, {}
         if release.cause is Cause.DONE:
             nbytes = offer.total_tokens * self.layout.token_bytes
-            offer._future.set_result(SendReport(offer.total_tokens, release.rounds, nbytes))
+            offer.set_result(SendReport(offer.total_tokens, release.rounds, nbytes))
         else:
-            offer._future.set_exception(TransferError(release.cause.value, release.detail))
+            offer.set_exception(TransferError(release.cause.value, release.detail))
 
     # ------------------------------------------------------------------ writers' reports, on their threads
 

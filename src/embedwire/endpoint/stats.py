@@ -51,7 +51,9 @@ class SendReport:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveReport:
-    """How a room went, as its receiver saw it. ``rounds`` are tokens a round; ``source_ms`` is how long the sender needed to make the source;
+    """How a room went, as its receiver saw it. ``rounds`` are tokens a round.
+
+    ``source_ms`` is how long the sender needed to make the source;
     ``transfer_ms`` goes from the first grant to the last byte checked, ``wait_ms`` from the announced source to the first grant."""
 
     total_tokens: int

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from embedwire.endpoint import ReceiverEndpoint, Reception
+from embedwire.endpoint import Received, ReceiverEndpoint, Reception
 from embedwire.errors import EmbedwireError, OverloadedError
 from embedwire.language.assembly import assemble, report_of
 from embedwire.language.interface import (
@@ -37,6 +38,10 @@ class LanguageStats:
     generating: int
 
 
+def _nothing() -> None:
+    pass
+
+
 class Job:
     """One answer, from its first byte of embedding to its last token."""
 
@@ -47,6 +52,7 @@ class Job:
         self._lock = threading.Lock()
         self._reception: Reception | None = None
         self._generation: Generation | None = None
+        self._release: Callable[[], None] = _nothing
         self._is_cancelled = False
         self.prompt_tokens = 0
 
@@ -64,8 +70,11 @@ class Job:
     def is_generating(self) -> bool:
         return self._generation is not None
 
-    def _submit(self, prompt: AssembledPrompt, sampling: SamplingParams) -> None:
-        """Hand a prompt to the engine; raises as the engine does."""
+    def _submit(
+        self, prompt: AssembledPrompt, sampling: SamplingParams, *, release: Callable[[], None]
+    ) -> None:
+        """Hand a prompt to the engine; raises as the engine does. ``release`` gives its memory back."""
+        self._release = release
         self.prompt_tokens = len(prompt.fill_ids)
         generation = self._service.engine.submit(prompt, sampling, on_delta=self._pass_on)
         with self._lock:
@@ -75,11 +84,14 @@ class Job:
             generation.cancel()
 
     def _pass_on(self, delta: Delta) -> None:
+        release, self._release = self._release, _nothing
+        release()  # the first delta says that the prompt has been read, or never will be
         if delta.finish_reason is not None:
             self._service._forget(self)
         self._on_delta(delta)
 
     def _fail(self, error: EmbedwireError) -> None:
+        self._release()
         self._service._forget(self)
         self._on_error(error)
 
@@ -109,7 +121,7 @@ class LanguageService:
         fill_ids = self.engine.tokenize(messages)
         job = self._remember(Job(self, on_delta=on_delta, on_error=on_error))
         try:
-            job._submit(AssembledPrompt(fill_ids=fill_ids), sampling)
+            job._submit(AssembledPrompt(fill_ids=fill_ids), sampling, release=_nothing)
         except EmbedwireError:
             self._forget(job)
             raise
@@ -138,17 +150,22 @@ class LanguageService:
             self._forget(job)
             raise
 
-        def on_received(ended: Reception) -> None:
+        def on_received(ended: Future[Received]) -> None:
             try:
-                received = ended.result(0)
+                received = ended.result()
                 on_report(report_of(received), received.report.total_tokens)
-                job._submit(assemble(received), sampling)
+                job._submit(assemble(received), sampling, release=received.release)
             except EmbedwireError as error:
                 job._fail(error)
+            except Exception as error:
+                job._fail(EmbedwireError(f"{type(error).__name__}: {error}"))
+            finally:
+                job._reception = None  # else it would keep the arrays until the answer's end
 
-        with job._lock:
-            job._reception = reception
+        job._reception = reception
         reception.add_done_callback(on_received)
+        if job._is_cancelled:
+            reception.cancel()
         return job
 
     def stats(self) -> LanguageStats:

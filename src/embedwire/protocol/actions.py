@@ -15,7 +15,7 @@ Address: TypeAlias = str
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One grant, as both sides know it: tokens ``start_token`` .. ``start_token + tokens`` of the room go into these blocks, in this order."""
+    """One grant, as both sides know it: ``tokens`` tokens of the room, from ``start_token`` on, go into these blocks, in this order."""
 
     number: int
     start_token: int

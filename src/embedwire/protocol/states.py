@@ -3,11 +3,22 @@
 What others see of a room is its :class:`Poll`; each state has one. A poll only rises, or falls to FAILED, which is final:
 that is asserted below for every step of both tables, so no code has to take care of it.
 
-Sender: a room is *offered* (its memory is reserved), *announced* (a receiver opened it), *writing* (it was granted blocks), *delivered*
-(everything landed; kept until ``done``), *ending* (failed, but a write of its own is still under way), *ended*.
+A sender's room is
+    offered     its memory is reserved
+    announced   a receiver opened it
+    writing     it was granted blocks
+    delivered   everything has landed; it is kept until ``done``
+    ending      it failed, but a write of its own is still under way
+    failed, done
 
-Receiver: a room is *opening*, *waiting* (announced; for its source, assembly, or first blocks), *filling* (a round is open), *partial* (all open rounds
-are drained, more is to come; it holds no block), *closing* (whole; ``done`` is not answered yet), *aborting* (failed; the sender has not confirmed), *ended*.
+A receiver's room is
+    opening     it asks the sender
+    waiting     announced; for its source, its assembly or its first blocks
+    filling     a round is open
+    partial     all open rounds are drained and more is to come; it holds no block
+    closing     whole; ``done`` is not answered yet
+    aborting    it failed; the sender has not confirmed
+    failed, done
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
+PROTOCOL_V4 = IPv4Network("192.0.0.0/24")
+"""IETF protocol assignments (RFC 6890), which older Pythons know in part only."""
 GLOBAL_UNICAST = IPv6Network("2000::/3")
 EMBEDS_V4_LAST = (IPv6Network("::/96"), IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
 """IPv6 addresses that stand for the IPv4 address in their last 32 bits: IPv4-compatible (RFC 4291) and NAT64
@@ -22,7 +24,7 @@ def is_public(address: str) -> bool:
         if embedded is None:
             return found in GLOBAL_UNICAST and found.is_global and not found.is_reserved
         found = embedded
-    return found.is_global and not (found.is_multicast or found.is_reserved)
+    return found.is_global and not (found.is_multicast or found.is_reserved or found in PROTOCOL_V4)
 
 
 def _embedded_v4(address: IPv6Address) -> IPv4Address | None:

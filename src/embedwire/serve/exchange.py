@@ -41,27 +41,30 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
 async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]) -> T:
     """Run ``work``; cancel it and raise ClientGone when the client closes the connection first.
 
-    The body must have been read. Work in a thread is waited for, so what it began can be undone afterwards.
+    The body must have been read. Work in a thread is waited for, and its outcome dropped, so that the caller
+    can undo it.
     """
     done: list[T] = []
     failed: list[Exception] = []
+
+    async def run() -> None:
+        try:
+            done.append(await work())
+        except Exception as error:
+            failed.append(error)
+        group.cancel_scope.cancel()
+
+    gone = False
     async with anyio.create_task_group() as group:
-
-        async def run() -> None:
-            try:
-                done.append(await work())
-            except Exception as error:
-                failed.append(error)
-            group.cancel_scope.cancel()
-
         group.start_soon(run)
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        gone = True
         group.cancel_scope.cancel()
+    if gone:
+        raise ClientGone
     if failed:
         raise failed[0]
-    if not done:
-        raise ClientGone
     return done[0]
 
 

@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
-from urllib.parse import urljoin
 
 import anyio
 import anyio.to_thread
@@ -171,8 +170,9 @@ class MediaFetcher:
             data = await anyio.to_thread.run_sync(self._decode_data_url, url)
             budget.spend(len(data))
             return data
+        hop = _checked_url(url)
         for _ in range(self.limits.redirects_max + 1):
-            request = self._client.build_request("GET", _checked_url(url))
+            request = self._client.build_request("GET", hop)
             try:
                 answer = await self._get(request, budget)
             except httpx.TimeoutException:
@@ -182,7 +182,7 @@ class MediaFetcher:
                 raise MediaError(f"the media could not be fetched: {why}", code="media_unreachable") from None
             if isinstance(answer, bytes):
                 return answer
-            url = urljoin(url, answer)
+            hop = _checked_url(answer, base=hop)
         raise MediaError(
             f"the media URL leads through more than {self.limits.redirects_max} redirects",
             code="invalid_media_url",
@@ -250,9 +250,9 @@ async def look_up(host: str, port: int) -> list[str]:
     return [address[0] for *_, address in found]
 
 
-def _checked_url(text: str) -> httpx.URL:
+def _checked_url(text: str, *, base: httpx.URL | None = None) -> httpx.URL:
     try:
-        url = httpx.URL(text)
+        url = base.join(text) if base else httpx.URL(text)
     except (httpx.InvalidURL, ValueError) as error:
         raise MediaError(f"the media URL is malformed: {error}", code="invalid_media_url") from None
     if url.scheme not in ("http", "https"):
@@ -260,8 +260,8 @@ def _checked_url(text: str) -> httpx.URL:
             f"the media URL has the scheme {url.scheme[:16]!r}; only http, https and data are served",
             code="invalid_media_url",
         )
-    if not url.host:
-        raise MediaError("the media URL names no host", code="invalid_media_url")
+    if not url.host or (url.port or 1) > 65535:
+        raise MediaError("the media URL names no host, or no port there is", code="invalid_media_url")
     if url.userinfo:
         raise MediaError("the media URL holds credentials", code="invalid_media_url")
     return url.copy_with(fragment=None)

@@ -44,6 +44,7 @@ class AppServer:
         )
         self.url = _url(advertise_host or host, self._socket.getsockname()[1])
         app.state.url = self.url
+        self._stopped = threading.Event()
         config = uvicorn.Config(
             app,
             log_config=None,  # a library does not configure logging
@@ -56,12 +57,23 @@ class AppServer:
     def serve(self) -> None:
         """Block until :meth:`stop` or a signal; then let answers under way end, for ``shutdown_s`` at
         most."""
-        with self._socket:
-            self._server.run(sockets=[self._socket])
+        try:
+            with self._socket:
+                self._server.run(sockets=[self._socket])
+        finally:
+            self._stopped.set()
 
     def stop(self) -> None:
         """Ask it to end. From any thread, and from a signal handler."""
         self._server.should_exit = True
+
+    def close(self) -> None:
+        """Give the port back; for a server that never served."""
+        self._socket.close()
+
+    def wait_stopped(self, timeout_s: float | None = None) -> bool:
+        """Wait on another thread than the server's until it has ended. False when it has not."""
+        return self._stopped.wait(timeout_s)
 
 
 def print_ready(url: str) -> None:

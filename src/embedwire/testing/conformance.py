@@ -38,38 +38,35 @@ class NotApplicable(Exception):
 @dataclass(frozen=True, slots=True)
 class Wire:
     """A wire under test. ``importable_as`` is the ``module:function`` that returns this object in another
-    process, or "" when no other process can reach a region; ``enforces_tickets`` is what ``revoke``
-    returns."""
+    process, or "" when no other process can reach a region."""
 
     inbound: Callable[[], Inbound]
     outbound: Callable[[], Outbound]
-    enforces_tickets: bool
     importable_as: str = ""
 
 
 def shm() -> Wire:
-    return _registered("shm", enforces_tickets=False)
+    return _registered("shm")
 
 
 def tcp() -> Wire:
-    return _registered("tcp", enforces_tickets=True)
+    return _registered("tcp")
 
 
 def fake() -> Wire:
     network = FakeNetwork()
-    return Wire(network.inbound, network.outbound, enforces_tickets=True)
+    return Wire(network.inbound, network.outbound)
 
 
 def fake_one_sided() -> Wire:
-    network = FakeNetwork(enforces_tickets=False)
-    return Wire(network.inbound, network.outbound, enforces_tickets=False)
+    network = FakeNetwork(is_fenced=False)
+    return Wire(network.inbound, network.outbound)
 
 
-def _registered(name: str, *, enforces_tickets: bool) -> Wire:
+def _registered(name: str) -> Wire:
     return Wire(
         partial(open_inbound, name, host="127.0.0.1"),
         partial(open_outbound, name, host="127.0.0.1"),
-        enforces_tickets=enforces_tickets,
         importable_as=f"{__name__}:{name}",
     )
 
@@ -100,6 +97,9 @@ class Conformance:
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
+        probe = wire.inbound()
+        self._is_fenced = probe.is_fenced
+        probe.close()
         self._stack = ExitStack()
         self._files: set[str] = set()
 
@@ -219,8 +219,8 @@ class Conformance:
 
     def check_nothing_lands_under_a_revoked_ticket(self) -> None:
         receiver, region = self._pair(_KIB)
-        assert receiver.inbound.revoke(1) is self._wire.enforces_tickets
-        assert receiver.inbound.revoke(1) is self._wire.enforces_tickets
+        assert receiver.inbound.revoke(1) is self._is_fenced
+        assert receiver.inbound.revoke(1) is self._is_fenced
         self._needs_enforcement()
         for ticket in (1, 12345):
             assert _write(region, ticket, [[_piece(0, 100, seed=1)]]) is Outcome.LOST
@@ -250,9 +250,22 @@ class Conformance:
 
     def check_tickets_are_checked(self) -> None:
         receiver = self._receiver(_KIB)
-        if self._wire.enforces_tickets:
+        if self._is_fenced:
             for ticket, span in ((0, (0, 1)), (2**63, (0, 1)), (9, (-1, 1)), (9, (0, _KIB + 1)), (1, (0, 1))):
                 _assert_raises(UsageError, partial(receiver.inbound.permit, ticket, [span]))
+
+    def check_memory_of_another_owner(self) -> None:
+        memory = bytearray(_KIB)
+        inbound = self._wire.inbound()
+        self._stack.callback(inbound.close)
+        try:
+            inbound.register(memoryview(memory))
+        except UsageError as reason:
+            raise NotApplicable(str(reason)) from None
+        inbound.permit(1, [(0, _KIB)])
+        receiver = Receiver(inbound, memoryview(memory))
+        self._write_and_compare(receiver, self._session(inbound), [[_piece(5, 500, seed=1)]])
+        _assert_raises(UsageError, lambda: inbound.register(memoryview(memory)))
 
     # Sessions
 
@@ -383,7 +396,7 @@ class Conformance:
     # What the checks are made of
 
     def _needs_enforcement(self) -> None:
-        if not self._wire.enforces_tickets:
+        if not self._is_fenced:
             raise NotApplicable("the receiver of this wire can not enforce a ticket")
 
     def _needs_processes(self) -> None:

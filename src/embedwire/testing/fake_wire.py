@@ -51,12 +51,12 @@ def always_land(_: FakeSlice) -> Fate:
 class FakeNetwork:
     """All regions and sessions of a test.
 
-    ``enforces_tickets`` True: as on tcp, ``revoke`` is final. False: as on a one-sided wire, the receiver can
+    ``is_fenced`` True: as on tcp, ``revoke`` is final. False: as on a one-sided wire, the receiver can
     not stop what is under way. ``strays`` are the slices that may still land, ``slices`` counts all that were
     begun.
     """
 
-    enforces_tickets: bool = True
+    is_fenced: bool = True
     fate: Callable[[FakeSlice], Fate] = always_land
     strays: list[FakeSlice] = field(default_factory=list)
     slices: int = 0
@@ -64,7 +64,7 @@ class FakeNetwork:
     sessions: list[FakeRegion] = field(default_factory=list)
 
     def inbound(self) -> FakeInbound:
-        return FakeInbound(self)
+        return FakeInbound(self) if self.is_fenced else OneSidedFakeInbound(self)
 
     def outbound(self) -> FakeOutbound:
         return FakeOutbound(self)
@@ -81,28 +81,35 @@ class FakeNetwork:
 
 
 class FakeInbound(Inbound):
-    """A region that is a bytearray."""
+    """A region in this process, whose tickets are enforced."""
 
     name: ClassVar[str] = "fake"
+    is_fenced: ClassVar[bool] = True
 
     def __init__(self, network: FakeNetwork) -> None:
         self._network = network
-        self._memory = bytearray()
+        self._memory = memoryview(b"")
         self._descriptor = b""
         self._tickets = Tickets()
         self._is_closed = False
 
     @property
     def nbytes(self) -> int:
-        return len(self._memory)
+        return self._memory.nbytes
 
     def allocate(self, nbytes: int) -> memoryview:
-        if self._descriptor or self._is_closed or nbytes < 1:
-            raise UsageError(f"allocate({nbytes}): wants at least one byte, once, before close")
-        self._memory = bytearray(nbytes)
+        if nbytes < 1:
+            raise UsageError(f"allocate({nbytes}): wants at least one byte")
+        memory = memoryview(bytearray(nbytes))
+        self.register(memory)
+        return memory
+
+    def register(self, memory: memoryview) -> None:
+        if self._descriptor or self._is_closed:
+            raise UsageError("allocate() or register() is called once, before close()")
+        self._memory = memory.cast("B")
         self._descriptor = b"fake-%d" % id(self)
         self._network.regions[self._descriptor] = self
-        return memoryview(self._memory)
 
     def descriptor(self) -> bytes:
         if not self._descriptor:
@@ -116,7 +123,7 @@ class FakeInbound(Inbound):
 
     def revoke(self, ticket: int) -> bool:
         self._tickets.revoke(ticket)
-        return self._network.enforces_tickets
+        return self.is_fenced
 
     def is_gone(self, sender_token: int) -> bool:
         check_sender_token(sender_token)
@@ -125,6 +132,7 @@ class FakeInbound(Inbound):
     def close(self) -> None:
         self._is_closed = True
         self._network.regions.pop(self._descriptor, None)
+        self._memory.release()
 
     def land(self, arriving: FakeSlice) -> bool:
         """Write a slice into the region, unless it is refused."""
@@ -135,10 +143,16 @@ class FakeInbound(Inbound):
         return True
 
     def _accepts(self, arriving: FakeSlice) -> bool:
-        if self._is_closed or not self._network.enforces_tickets:
+        if self._is_closed or not self.is_fenced:
             return not self._is_closed
         table = [(offset, len(data)) for offset, data in arriving.pieces if data]
         return self._tickets.is_open(arriving.ticket) and self._tickets.covers(arriving.ticket, table)
+
+
+class OneSidedFakeInbound(FakeInbound):
+    """A region whose receiver sees no write and can stop none."""
+
+    is_fenced: ClassVar[bool] = False
 
 
 class FakeRegion(RemoteRegion):
@@ -147,6 +161,7 @@ class FakeRegion(RemoteRegion):
     def __init__(self, network: FakeNetwork, target: FakeInbound, sender_token: int) -> None:
         self._network = network
         self.target = target
+        self._region_bytes = target.nbytes
         self.sender_token = sender_token
 
     def write(
@@ -161,7 +176,7 @@ class FakeRegion(RemoteRegion):
         check_ticket(ticket)
         late: list[FakeSlice] = []
         for number, pieces in enumerate(slices, 1):
-            check_slice(pieces, self.target.nbytes)
+            check_slice(pieces, self._region_bytes)
             if not is_permitted() or self not in self._network.sessions:
                 return Outcome.LOST
             self._network.slices += 1

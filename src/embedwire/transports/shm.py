@@ -14,15 +14,15 @@ behind their owner's back.
 from __future__ import annotations
 
 import fcntl
+import glob
 import mmap
 import os
-import re
 import secrets
 import struct
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
 import numpy as np
@@ -33,7 +33,9 @@ from embedwire.transports.pieces import check_sender_token, check_slice
 
 _DIRECTORY = "/dev/shm"
 _PREFIX = "embedwire-"
-_NAME = re.compile(_PREFIX + r"[0-9a-f]{32}")
+_NAME = _PREFIX + "[0-9a-f]" * 32
+"""Of a segment: as a regular expression, and as a pattern for files."""
+_NONCE_BYTES = 16
 _MAGIC = b"EWshm\x00\x00\x01"
 _HEADER = struct.Struct("<8s16sQ")
 """Start of the segment's first page: magic and version, nonce, bytes of the region, which begins with the
@@ -45,9 +47,9 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 class _Descriptor(msgspec.Struct, array_like=True, frozen=True, tag="shm/1"):
-    name: str
-    nonce: bytes
-    nbytes: int
+    name: Annotated[str, msgspec.Meta(pattern=rf"^{_NAME}\Z")]
+    nonce: Annotated[bytes, msgspec.Meta(min_length=_NONCE_BYTES, max_length=_NONCE_BYTES)]
+    nbytes: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 
 
 class ShmInbound(Inbound):
@@ -67,7 +69,7 @@ class ShmInbound(Inbound):
         if self._descriptor or self._closed or nbytes < 1:
             raise UsageError(f"allocate({nbytes}): wants at least one byte, once, before close")
         _sweep()
-        nonce = secrets.token_bytes(16)
+        nonce = secrets.token_bytes(_NONCE_BYTES)
         self._path, self._fd = _create()
         try:
             # Reserving first makes a full /dev/shm an error here, where touching the pages would be a SIGBUS.
@@ -79,9 +81,8 @@ class ShmInbound(Inbound):
             raise TransportError(
                 f"{_DIRECTORY} has no room for a region of {nbytes} bytes: {error}"
             ) from error
-        self._view = memoryview(self._map)[mmap.PAGESIZE :]
         self._descriptor = msgspec.msgpack.encode(_Descriptor(os.path.basename(self._path), nonce, nbytes))
-        return self._view
+        return memoryview(self._map)[mmap.PAGESIZE :]
 
     def descriptor(self) -> bytes:
         if not self._descriptor:
@@ -109,7 +110,6 @@ class ShmInbound(Inbound):
             _unlock(self._fd, _OWNER_BYTE)
             os.close(self._fd)
         if self._descriptor:
-            self._view.release()
             with suppress(BufferError):
                 self._map.close()
 
@@ -175,8 +175,6 @@ class ShmOutbound(Outbound):
             target = msgspec.msgpack.decode(descriptor, type=_Descriptor)
         except msgspec.MsgspecError as error:
             raise TransportError(f"not a descriptor of shared memory: {error}") from error
-        if not _NAME.fullmatch(target.name):
-            raise TransportError(f"{target.name!r} is not the name of a segment")
         region = _attach(target, sender_token, on_close=self._regions.discard)
         self._regions.add(region)
         return region
@@ -193,7 +191,7 @@ def _attach(target: _Descriptor, sender_token: int, *, on_close: Callable[[ShmRe
         raise TransportError(f"segment {target.name} can not be opened from here: {error}") from error
     try:
         header = os.pread(fd, _HEADER.size, 0)
-        if header != _HEADER.pack(_MAGIC, target.nonce.ljust(16)[:16], target.nbytes):
+        if header != _HEADER.pack(_MAGIC, target.nonce, target.nbytes):
             raise TransportError(f"segment {target.name} is not the one that was described")
         if os.fstat(fd).st_size != mmap.PAGESIZE + target.nbytes or not _is_locked(fd, _OWNER_BYTE):
             raise TransportError(f"segment {target.name} has no receiver any more")
@@ -202,7 +200,7 @@ def _attach(target: _Descriptor, sender_token: int, *, on_close: Callable[[ShmRe
         if not _try_lock(fd, fcntl.F_RDLCK, sender_token % 2**62):
             raise TransportError(f"segment {target.name}: the lock of sender {sender_token} is taken")
         return ShmRegion(fd, target.nbytes, on_close=on_close)
-    except (OSError, OverflowError, struct.error, ValueError) as error:
+    except (OSError, ValueError) as error:
         os.close(fd)
         raise TransportError(f"segment {target.name} can not be mapped: {error}") from error
     except TransportError:
@@ -225,8 +223,7 @@ def _create() -> tuple[str, int]:
 
 def _sweep() -> None:
     """Remove segments whose receiver died without closing. Another user's, and whatever is not ours, stay."""
-    for name in filter(_NAME.fullmatch, os.listdir(_DIRECTORY) if os.path.isdir(_DIRECTORY) else ()):
-        path = f"{_DIRECTORY}/{name}"
+    for path in glob.glob(f"{_DIRECTORY}/{_NAME}"):
         with suppress(OSError):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:

@@ -73,9 +73,9 @@ class Answer:
             self._give(Delta((token,), text))
 
     def end(self, reason: FinishReason, *, error: str | None = None) -> None:
-        """Give out the last delta, without a token. Harmless when it was."""
-        if not self.finished:
-            self._give(Delta(finish_reason=reason, error=error))
+        """Give out the last delta, without a token. Not to be called when it is ``finished``."""
+        assert not self.finished
+        self._give(Delta(finish_reason=reason, error=error))
 
     def _give(self, delta: Delta) -> None:
         self.finished = delta.finish_reason is not None

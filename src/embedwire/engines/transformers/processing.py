@@ -64,6 +64,10 @@ class ChatTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"no usable tokenizer in {path}: {error}") from error
+        if not self._tokenizer.is_fast:
+            raise ConfigurationError(
+                f"{path} has a tokenizer without tokenizer.json, which is not thread-safe"
+            )
         self._template = _chat_template(path, self._tokenizer)
         self._backend: Tokenizer = self._tokenizer.backend_tokenizer
         self._backend.no_padding()
@@ -118,9 +122,8 @@ class ChatTokenizer:
 
     def _encode_text(self, text: str, mark: str) -> list[int]:
         begin = self._tokenizer.bos_token
-        add = not (
-            begin and text.startswith(begin)
-        )  # some templates write it, some leave it to the tokenizer
+        # Some templates write the first token, some leave it to the tokenizer.
+        add = not (begin and text.startswith(begin))
         if not mark:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add).ids
             return ids
@@ -181,8 +184,7 @@ class PromptProcessor:
     def _read(self, data: bytes) -> Mapping[str, np.ndarray]:
         image = decode_image(data, max_pixels=self._max_image_pixels)
         try:
-            # Said, because an image three pixels high could be taken for one with its channels first.
-            return dict(self._images(images=[image], return_tensors="np", input_data_format="channels_last"))
+            return dict(self._images(images=[image], return_tensors="np"))
         except ValueError as error:
             raise invalid_image(f"an image of {image.width} x {image.height} pixels: {error}") from error
 

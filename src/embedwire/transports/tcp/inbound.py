@@ -17,7 +17,6 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import ClassVar
 
 import msgspec
@@ -72,15 +71,15 @@ class TcpInbound(Inbound):
 
     def register(self, memory: memoryview) -> None:
         """See the contract. Raises TransportError when ``host`` can not be bound here."""
-        if self._descriptor or self._closing.is_set():
-            raise UsageError("allocate() or register() are called once, before close()")
+        if self._descriptor or self._closing.is_set() or memory.readonly:
+            raise UsageError("allocate() or register() is called once, before close(), with writable memory")
         try:
             family = socket.getaddrinfo(self._host, None, type=socket.SOCK_STREAM)[0][0]
             self._listener = socket.create_server((self._host, 0), family=family)
         except OSError as error:
             raise TransportError(f"can not listen at {self._host}: {error}") from error
         self._listener.setblocking(False)
-        self._region = memory[:]
+        self._region = memory.cast("B")
         self._nonce = secrets.token_bytes(frames.NONCE_BYTES)
         port = self._listener.getsockname()[1]
         self._descriptor = msgspec.msgpack.encode(
@@ -145,9 +144,8 @@ class TcpInbound(Inbound):
             sock, peer = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except (
-            OSError
-        ) as error:  # out of descriptors: the listener would stay readable, so look away for a moment
+        except OSError as error:
+            # Out of descriptors, most likely. The listener stays readable, so look away for a moment.
             _log.warning("! can not accept a connection: %s", errno.errorcode.get(error.errno or 0, error))
             self._selector.unregister(self._listener)
             self._accepts_from_s = time.monotonic() + _PAUSE_S
@@ -156,7 +154,11 @@ class TcpInbound(Inbound):
             _log.warning("! %s refused: %d connections are open", peer, self._connections_max)
             sock.close()
             return
-        _tune(sock)
+        try:
+            _tune(sock)
+        except OSError:  # gone again
+            sock.close()
+            return
         connection = Connection(sock, region=self._region, tickets=self._tickets, nonce=self._nonce)
         with self._tickets.lock:
             self._connections.add(connection)
@@ -171,7 +173,8 @@ class TcpInbound(Inbound):
         except ProtocolViolation as error:
             _log.warning("! connection dropped: %s", error)
             self._drop(connection, str(error))
-        except Exception as error:  # a fault of ours must not end the thread that serves all others
+        except Exception as error:
+            # A fault of ours must not end the thread that serves all others.
             _log.exception("! connection dropped")
             self._drop(connection, repr(error))
         else:

@@ -72,7 +72,7 @@ class TcpRegion(RemoteRegion):
             try:
                 return write.run(timeout_s)
             finally:
-                if not self._closing.locked() and not all(stream.is_fresh() for stream in self._streams):
+                if not all(stream.is_fresh() for stream in self._streams):
                     self._drop()
 
     def close(self) -> None:

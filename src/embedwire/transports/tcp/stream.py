@@ -10,6 +10,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 
 from embedwire.errors import ProtocolViolation, TransportError
@@ -33,6 +34,7 @@ class Stream:
             deque()
         )  # ticket, frame, the slice it completes (0: none)
         self._answers = bytearray()
+        self._is_finishing = False
 
     @property
     def awaited(self) -> int:
@@ -45,8 +47,9 @@ class Stream:
 
     @property
     def is_settled(self) -> bool:
-        """What was sent is answered, or never will be: nothing of it can land later."""
-        return self.has_ended or not self._awaited
+        """All that this stream sent is answered, or never will be: nothing of it can land later. One that was
+        told to finish is settled only when the receiver has closed its end too."""
+        return self.has_ended or not (self._awaited or self._is_finishing)
 
     @property
     def wants_to_send(self) -> bool:
@@ -112,10 +115,9 @@ class Stream:
         """Send nothing more. The receiver answers by closing its end, after it has read what was under
         way."""
         self._out.clear()
-        try:
+        self._is_finishing = True
+        with suppress(OSError):  # broken already, as the next receive will say
             self.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.has_ended = self.has_ended or not self._awaited
 
     def close(self) -> None:
         """Close the socket; what the kernel has not sent by now is discarded instead of being sent later."""

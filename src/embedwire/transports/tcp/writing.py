@@ -17,7 +17,7 @@ from embedwire.transports.pieces import check_slice
 from embedwire.transports.tcp import frames
 from embedwire.transports.tcp.stream import Stream
 
-CLOSE_WAIT_S = 1.0
+CLOSE_WAIT_S = 0.5
 """How long an ending session waits for the receiver to have read what was under way."""
 
 

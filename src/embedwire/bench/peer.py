@@ -1,0 +1,105 @@
+"""The sending side of a measurement, as a process of its own: offers rooms, and streams the baseline's bytes.
+
+Driven through a pipe by ``bench.transfer``, which holds the clock; it ends when that pipe does. It must not know what is compared with what.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from embedwire.bench.payload import Payload, layout
+from embedwire.endpoint import SenderEndpoint
+from embedwire.errors import TransportError
+
+HOST = "127.0.0.1"
+ANSWER_WAIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Where the child can be reached: its control address, and the port that streams the baseline's bytes."""
+
+    control_address: str
+    stream_port: int
+
+
+class Peer:
+    """The child as its parent sees it."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        ready = self._answer()
+        assert isinstance(ready, Ready)
+        self.control_address = ready.control_address
+        self.stream = socket.create_connection((HOST, ready.stream_port))
+        self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def prepare(self, room: int, *, is_offered: bool) -> None:
+        """Fill the source with the room's payload, and offer it unless only the stream is going to be read. Returns when that is done."""
+        self._pipe.send((room, is_offered))
+        self._answer()
+
+    def _answer(self) -> object:
+        try:
+            if self._pipe.poll(ANSWER_WAIT_S):
+                return self._pipe.recv()
+        except (EOFError, OSError):
+            pass
+        raise TransportError("the sending process of the measurement has ended, or does not answer")
+
+
+@contextmanager
+def peer(*, tokens: int, token_bytes: int, transport: str) -> Iterator[Peer]:
+    """A child that sends rooms of this size over one wire, for as long as the block runs."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(theirs, tokens, token_bytes, transport), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        child = Peer(ours)
+        with child.stream:
+            yield child
+    finally:
+        ours.close()
+        process.join(10)
+        process.kill()
+
+
+def _run(pipe: Connection, tokens: int, token_bytes: int, transport: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it is over
+    shape = layout(token_bytes)
+    with (
+        socket.create_server((HOST, 0)) as listener,
+        SenderEndpoint(
+            shape, host=HOST, transports=(transport,), memory_bytes=2 * tokens * token_bytes
+        ) as sender,
+    ):
+        pipe.send(Ready(sender.address, listener.getsockname()[1]))
+        stream, _ = listener.accept()
+        with stream, suppress(EOFError):
+            _serve(pipe, stream, sender, Payload(tokens, token_bytes))
+
+
+def _serve(pipe: Connection, stream: socket.socket, sender: SenderEndpoint, payload: Payload) -> None:
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    offer = None
+    while True:
+        room, is_offered = pipe.recv()
+        if offer is not None:
+            offer.result(ANSWER_WAIT_S)  # the source must not change before the room before has ended
+            offer = None
+        rows = payload.fill(room)
+        if is_offered:
+            offer = sender.offer(room, total_tokens=len(rows))
+            offer.fill({"embeddings": rows})
+            sender.stats()  # behind the fill in the driver's queue: it is done when this returns
+        pipe.send(None)
+        if not is_offered and stream.recv(1):
+            stream.sendall(rows.data)

@@ -1,0 +1,232 @@
+"""How long does an embedding take from a sender's process into the receiver's tensor, against the same copies made by nothing but the
+operating system?
+
+Both are measured in the same run, in turns, over the same memory: ours ends with every byte in one contiguous array, and so does the baseline.
+
+    shm    baseline: two copies in memory, source to buffer and buffer to destination
+    tcp    baseline: a blocking socket between two processes, into a buffer, and a copy from there to the destination
+
+A room whose pool is smaller than itself resumes; beside each such case stands the same room in one round. Who calls: ``embedwire bench``
+and its tests, on the main thread. The clock runs from ``open`` until ``result`` has returned; every byte is checked outside that.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+
+from embedwire.bench.payload import WORD_BYTES, Payload, layout
+from embedwire.bench.peer import HOST, Peer, peer
+from embedwire.endpoint import ReceiverEndpoint
+from embedwire.errors import ConfigurationError, TransferError
+
+WARM_UP = 2
+RESULT_WAIT_S = 120.0
+BASELINES = {"shm": "two memory copies", "tcp": "blocking socket and one memory copy"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """One room size over one wire, through each of these pools. ``pools_tokens`` are rounded up to whole blocks."""
+
+    transport: str
+    tokens: int
+    token_bytes: int
+    pools_tokens: tuple[int, ...]
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.transport not in BASELINES:
+            raise ConfigurationError(
+                f"transport {self.transport!r} has no baseline; there are {', '.join(BASELINES)}"
+            )
+        if self.tokens < 1 or min(self.pools_tokens, default=1) < 1 or self.block_size < 1:
+            raise ConfigurationError("tokens, pool tokens and block size have to be at least 1")
+        if self.token_bytes < 1 or self.token_bytes % WORD_BYTES:
+            raise ConfigurationError(
+                f"token_bytes is {self.token_bytes}; it has to be a multiple of {WORD_BYTES}"
+            )
+
+    @property
+    def pools(self) -> tuple[int, ...]:
+        """Tokens of each pool: first one that holds the room in one round, then the others."""
+        whole = self._rounded(self.tokens)
+        return (
+            whole,
+            *sorted({self._rounded(p) for p in self.pools_tokens if p < self.tokens} - {whole}, reverse=True),
+        )
+
+    def _rounded(self, tokens: int) -> int:
+        return -(-tokens // self.block_size) * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What was measured. ``ratio`` is the baseline's time over ours (more is better); ``resume_cost`` is ours over that of the same room in one
+    round (1 means that resuming costs nothing), and None for the case of one round itself."""
+
+    transport: str
+    tokens: int
+    token_bytes: int
+    bytes: int
+    pool_tokens: int
+    rounds: int
+    repeat: int
+    median_s: float
+    best_s: float
+    baseline: str
+    baseline_median_s: float
+    ratio: float
+    one_round_median_s: float
+    resume_cost: float | None
+
+
+@dataclass(slots=True)
+class _Way:
+    """One way for the bytes to get here, and the seconds it took."""
+
+    run: Callable[[int], float]
+    times_s: list[float]
+
+
+def measure(
+    subject: Subject, *, repeat: int = 9, on_progress: Callable[[], None] = lambda: None
+) -> list[Case]:
+    """Measure a subject: a case for one round and one for each smaller pool. Raises TransferError for a wrong byte.
+
+    ``on_progress`` is called after each of the ``steps(subject, repeat=…)`` transfers.
+    """
+    if repeat < 1:
+        raise ConfigurationError(f"repeat is {repeat}; it has to be at least 1")
+    with ExitStack() as stack:
+        child = stack.enter_context(
+            peer(tokens=subject.tokens, token_bytes=subject.token_bytes, transport=subject.transport)
+        )
+        bench = _Bench(subject, child, stack)
+        for turn in range(WARM_UP + repeat):
+            # Each turn takes the ways in the other direction, so that none has the warmer memory every time.
+            for way in bench.ways[:: 1 if turn % 2 else -1]:
+                way.times_s.append(bench.timed(way))
+                on_progress()
+        return bench.cases(repeat)
+
+
+def steps(subject: Subject, *, repeat: int) -> int:
+    """How many transfers :func:`measure` makes."""
+    return (WARM_UP + repeat) * (1 + len(subject.pools))
+
+
+class _Bench:
+    def __init__(self, subject: Subject, child: Peer, stack: ExitStack) -> None:
+        self._subject = subject
+        self._child = child
+        self._room = 0
+        self._expected = Payload(subject.tokens, subject.token_bytes)
+        self._buffer = np.zeros_like(self._expected.rows)
+        self._destination = np.zeros_like(self._expected.rows)
+        self._rounds: dict[int, tuple[int, ...]] = {}
+        baseline = self._copies if subject.transport == "shm" else self._socket
+        self.ways = [_Way(baseline, [])]
+        for pool_tokens in subject.pools:
+            receiver = stack.enter_context(
+                ReceiverEndpoint(
+                    layout(subject.token_bytes),
+                    num_blocks=pool_tokens // subject.block_size,
+                    block_size=subject.block_size,
+                    default_allocate_tokens=pool_tokens,
+                    assembly_bytes=2 * subject.tokens * subject.token_bytes,
+                    host=HOST,
+                    transports=(subject.transport,),
+                )
+            )
+            self.ways.append(_Way(self._receive(receiver, pool_tokens), []))
+
+    def timed(self, way: _Way) -> float:
+        """One transfer, checked byte for byte: its seconds."""
+        self._room += 1
+        self._expected.fill(self._room)
+        seconds = way.run(self._room)
+        if not self._expected.equals(self._destination):
+            raise TransferError("corrupt", f"room {self._room} arrived with a wrong byte")
+        return seconds
+
+    def cases(self, repeat: int) -> list[Case]:
+        medians = [statistics.median(way.times_s[WARM_UP:]) for way in self.ways]
+        baseline_s, whole_s, *_ = medians
+        subject = self._subject
+        return [
+            Case(
+                transport=subject.transport,
+                tokens=subject.tokens,
+                token_bytes=subject.token_bytes,
+                bytes=subject.tokens * subject.token_bytes,
+                pool_tokens=pool_tokens,
+                rounds=len(self._rounds[pool_tokens]),
+                repeat=repeat,
+                median_s=median_s,
+                best_s=min(way.times_s[WARM_UP:]),
+                baseline=BASELINES[subject.transport],
+                baseline_median_s=baseline_s,
+                ratio=baseline_s / median_s,
+                one_round_median_s=whole_s,
+                resume_cost=median_s / whole_s if len(self._rounds[pool_tokens]) > 1 else None,
+            )
+            for pool_tokens, way, median_s in zip(subject.pools, self.ways[1:], medians[1:], strict=True)
+        ]
+
+    def _receive(self, receiver: ReceiverEndpoint, pool_tokens: int) -> Callable[[int], float]:
+        def assembly(total_tokens: int) -> dict[str, np.ndarray]:
+            return {"embeddings": self._destination[:total_tokens]}
+
+        def receive(room: int) -> float:
+            self._child.prepare(room, is_offered=True)
+            began_s = time.perf_counter()
+            reception = receiver.open(room, self._child.control_address, make_assembly=assembly)
+            received = reception.result(RESULT_WAIT_S)
+            seconds = time.perf_counter() - began_s
+            self._rounds[pool_tokens] = received.report.rounds
+            received.release()
+            return seconds
+
+        return receive
+
+    def _copies(self, room: int) -> float:
+        began_s = time.perf_counter()
+        np.copyto(self._buffer, self._expected.rows)
+        np.copyto(self._destination, self._buffer)
+        return time.perf_counter() - began_s
+
+    def _socket(self, room: int) -> float:
+        self._child.prepare(room, is_offered=False)
+        view = memoryview(self._buffer.reshape(-1))
+        began_s = time.perf_counter()
+        self._child.stream.sendall(b"!")
+        at = 0
+        while at < len(view):
+            received = self._child.stream.recv_into(view[at:])
+            if not received:
+                raise TransferError("peer_lost", "the sending process closed the baseline's socket")
+            at += received
+        np.copyto(self._destination, self._buffer)
+        return time.perf_counter() - began_s
+
+
+def subjects(
+    transports: Sequence[str],
+    *,
+    tokens: Sequence[int],
+    token_bytes: Sequence[int],
+    pools_tokens: Sequence[int],
+) -> list[Subject]:
+    """Every combination, as ``embedwire bench transfer`` measures it."""
+    return [
+        Subject(transport=transport, tokens=count, token_bytes=width, pools_tokens=tuple(pools_tokens))
+        for transport in transports
+        for count in tokens
+        for width in token_bytes
+    ]

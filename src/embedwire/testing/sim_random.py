@@ -1,0 +1,181 @@
+"""Random worlds: sizes, pools, weather and faults drawn from a seed, run to rest, and judged. Also the command line.
+
+A *mild* world has losses, doubling, delays and lost writes, which the protocol has to make good: every room succeeds. In a *harsh* one
+processes freeze, die and return, links are cut, clients leave, and writes are in doubt: every room ends, and nothing is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+from embedwire.errors import EmbedwireError
+from embedwire.limits import Limits
+from embedwire.protocol.receiver import CorruptRoom
+from embedwire.testing.sim_link import Weather
+from embedwire.testing.sim_memory import TOKEN_BYTES
+from embedwire.testing.sim_nodes import ReceiverNode, SenderNode
+from embedwire.testing.sim_wire import FENCED, ONE_SIDED, WireFaults
+from embedwire.testing.simulation import Transfer, World
+
+STORM_S = 40.0
+"""Faults happen within this; then the weather clears up."""
+
+
+class RandomWorld:
+    """One world, drawn from one seed."""
+
+    def __init__(self, seed: int, *, is_harsh: bool | None = None) -> None:
+        self.world = World(seed)
+        self.rng = rng = self.world.timeline.rng
+        self.is_harsh = rng.random() < 0.7 if is_harsh is None else is_harsh
+        self.world.limits = Limits(window_rounds=rng.choice((1, 1, 2, 4)), blocks_wait_s=600.0, open_wait_s=300.0)
+        self._set_weather()
+        rooms = self._draw_rooms()
+        largest = max(tokens for _, tokens in rooms) * TOKEN_BYTES
+        self.senders = [self._add_sender(i, largest) for i in range(rng.randint(1, 3))]
+        self.receivers = [self._add_receiver(i, largest) for i in range(rng.randint(1, 3))]
+        self.transfers = [self._add_room(room, tokens) for room, tokens in rooms]
+        if self.is_harsh:
+            for _ in range(rng.randint(1, 8)):
+                self.world.after(rng.uniform(0, STORM_S), self._draw_fault())
+        self.world.after(STORM_S, self._clear_up)
+
+    def run(self) -> Counter[str]:
+        """To rest. Returns how rooms ended. Raises InvariantBroken."""
+        self.world.settle()
+        ends: Counter[str] = Counter()
+        for transfer in self.transfers:
+            ends[self._judge(transfer)] += 1
+        return ends
+
+    def _judge(self, transfer: Transfer) -> str:
+        if not self.is_harsh:
+            assert transfer.is_done, f"{transfer.key}: {transfer.sender_end}, {transfer.receiver_end}"
+            assert sum(transfer.rounds) == transfer.total_tokens
+        end = transfer.receiver_end
+        return "not asked for" if end is None else end.value
+
+    # ------------------------------------------------------------------ what is drawn
+
+    def _set_weather(self) -> None:
+        rng, worst = self.rng, 0.3 if self.is_harsh else 0.15
+        self.world.link.weather = Weather(
+            loss=rng.choice((0.0, rng.random() * worst)),
+            doubling=rng.choice((0.0, rng.random() * worst)),
+            lateness=rng.choice((0.0, rng.random() * 0.05)),
+            delay_s=(0.0005, rng.choice((0.001, 0.02, 0.4 if self.is_harsh else 0.1))),
+        )
+
+    def _draw_rooms(self) -> list[tuple[int, int]]:
+        longest = self.rng.choice((1, 50, 2000, 6000))
+        return [(room, self.rng.randint(1, longest)) for room in range(1, self.rng.randint(2, 24))]
+
+    def _add_sender(self, index: int, largest: int) -> SenderNode:
+        rng, is_harsh = self.rng, self.is_harsh
+        return self.world.add_sender(
+            f"encoder-{index + 1}",
+            source_bytes=largest * rng.choice((1, 2, 100)),
+            faults=WireFaults(
+                slice_tokens=rng.choice((7, 64, 512)),
+                slice_s=(0.0001, rng.choice((0.001, 0.05))),
+                lost=rng.choice((0.0, 0.02)) if is_harsh else 0.0,
+                in_doubt=rng.choice((0.0, 0.01)) if is_harsh else 0.0,
+            ),
+        )
+
+    def _add_receiver(self, index: int, largest: int) -> ReceiverNode:
+        rng = self.rng
+        block_size = rng.choice((3, 16, 96, 128))
+        return self.world.add_receiver(
+            f"language-{index + 1}",
+            block_size=block_size,
+            num_blocks=rng.choice((1, 2, 5, 32)),
+            default_allocate_tokens=block_size * rng.randint(1, 32),
+            assembly_bytes=largest * rng.choice((1, 2, 100)),
+            wire=rng.choice((FENCED, ONE_SIDED)),
+            read_s=rng.choice((0.0, 0.2)),
+        )
+
+    def _add_room(self, room: int, tokens: int) -> Transfer:
+        rng = self.rng
+        return self.world.request(
+            room,
+            tokens,
+            sender=rng.choice(self.senders),
+            receiver=rng.choice(self.receivers),
+            offer_after_s=rng.choice((0.0, rng.uniform(0, 10))),
+            open_after_s=rng.choice((0.0, rng.uniform(0, 10))),
+            source_s=rng.choice((0.0, rng.uniform(0, 3))),
+        )
+
+    # ------------------------------------------------------------------ faults
+
+    def _draw_fault(self) -> Callable[[], object]:
+        rng, world = self.rng, self.world
+        node: SenderNode | ReceiverNode = rng.choice((*self.senders, *self.receivers))
+        transfer = rng.choice(self.transfers)
+        pause_s = rng.choice((0.1, 1.0, 8.0, 30.0))
+        sender, receiver = rng.choice(self.senders), rng.choice(self.receivers)
+        return rng.choice(
+            (
+                lambda: self._freeze(node, pause_s),
+                lambda: self._kill(node, pause_s),
+                lambda: world.link.cut(sender.address, receiver.address, for_s=pause_s),
+                lambda: transfer.sender.process.run(lambda: transfer.sender.abort(transfer.key)),
+                lambda: transfer.receiver.process.run(lambda: transfer.receiver.abort(transfer.key)),
+                lambda: self._garbage(sender, receiver),
+            )
+        )
+
+    def _freeze(self, node: SenderNode | ReceiverNode, pause_s: float) -> None:
+        self.world.timeline.note(f"freeze {node.address}")
+        process = node.process
+        process.freeze()
+        self.world.after(pause_s, process.wake)
+
+    def _kill(self, node: SenderNode | ReceiverNode, pause_s: float) -> None:
+        if not node.process.is_dead:
+            self.world.kill(node)
+            self.world.after(pause_s, lambda: self.world.restart(node))
+
+    def _garbage(self, sender: SenderNode, receiver: ReceiverNode) -> None:
+        frame = self.rng.randbytes(self.rng.randint(0, 60))
+        self.world.deliver_to_receiver(receiver.address, frame, sender.address)
+        self.world.deliver_to_sender(sender.address, frame, receiver.process.incarnation)
+
+    def _clear_up(self) -> None:
+        self.world.link.heal()
+        for node in self.senders:
+            node.setup.faults.lost = node.setup.faults.in_doubt = 0.0
+
+
+def run_seed(seed: int) -> tuple[RandomWorld, Counter[str]]:
+    """Run one world to rest; prints its story and the line that replays it when something is broken."""
+    drawn = RandomWorld(seed)
+    try:
+        return drawn, drawn.run()
+    except (AssertionError, EmbedwireError, CorruptRoom, LookupError):
+        print(drawn.world.story(), file=sys.stderr)
+        raise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run random worlds one after another and print what became of their rooms."""
+    parser = argparse.ArgumentParser(description="random worlds in virtual time")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--runs", type=int, default=1, help="how many seeds from there on")
+    chosen = parser.parse_args(arguments)
+    ends: Counter[str] = Counter()
+    events = 0
+    for seed in range(chosen.seed, chosen.seed + chosen.runs):
+        drawn, seen = run_seed(seed)
+        ends += seen
+        events += drawn.world.steps
+        if chosen.runs == 1:
+            print("\n".join(drawn.world.timeline.last_lines))
+            print(f"trace {drawn.world.timeline.trace_hash}, messages {dict(drawn.world.link.count())}")
+    print(f"{chosen.runs} worlds, {events} events, rooms: {dict(ends)}")
+    return 0

@@ -1,0 +1,271 @@
+"""A world in virtual time: any number of senders and receivers over one seeded link, with everything that goes wrong.
+
+Time jumps to the next delivery or deadline, so minutes take milliseconds, and a seed replays a run exactly. After every event
+``sim_checks`` looks whether what has to hold does. One thread; used by tests, and from the command line::
+
+    python -m embedwire.testing.simulation --seed 7 --runs 100
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+from embedwire.errors import OverloadedError
+from embedwire.limits import Limits
+from embedwire.protocol.actions import Failed, Finished, Peer
+from embedwire.protocol.messages import Cause, Grant, Message, RoomKey
+from embedwire.testing.sim_checks import Checks, check_rest
+from embedwire.testing.sim_link import Link, Weather
+from embedwire.testing.sim_nodes import InvariantBroken, ReceiverNode, ReceiverSetup, SenderNode, SenderSetup
+from embedwire.testing.sim_timeline import Timeline
+from embedwire.testing.sim_wire import FENCED, ONE_SIDED, Target, WireFaults
+
+__all__ = ["FENCED", "ONE_SIDED", "InvariantBroken", "Transfer", "Weather", "WireFaults", "World"]
+
+STEPS_MAX = 400_000
+"""A world that has not come to rest after so many events never will."""
+
+
+class Transfer:
+    """One room of the world, seen from both ends. Ends are of the processes that took it up."""
+
+    def __init__(self, key: RoomKey, total_tokens: int, sender: SenderNode, receiver: ReceiverNode) -> None:
+        self.key = key
+        self.total_tokens = total_tokens
+        self.sender = sender
+        self.receiver = receiver
+        self.is_refused_at_once = False
+
+    @property
+    def grants(self) -> list[Grant]:
+        """What the receiver granted, round by round."""
+        return self.receiver.grants[self.key]
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """Tokens of each round that the sender wrote; known at its end."""
+        release = self.sender.ends.get(self.key)
+        return release.rounds if release is not None else ()
+
+    @property
+    def sender_end(self) -> Cause | None:
+        """Why the sender's room ended."""
+        release = self.sender.ends.get(self.key)
+        return release.cause if release is not None else None
+
+    @property
+    def receiver_end(self) -> Cause | None:
+        """Why the receiver's room ended."""
+        end = self.receiver.ends.get(self.key)
+        if isinstance(end, Failed):
+            return end.cause
+        return Cause.DONE if isinstance(end, Finished) else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whole, on both sides."""
+        return self.sender_end is Cause.DONE and self.receiver_end is Cause.DONE
+
+
+class World:
+    """Nodes, their link and their time. Methods that change it act at the present moment."""
+
+    def __init__(self, seed: int = 0, *, limits: Limits | None = None, weather: Weather | None = None) -> None:
+        self.seed = seed
+        self.limits = limits or Limits()
+        self.timeline = Timeline(seed)
+        self.link = Link(self.timeline, weather or Weather())
+        self.senders: dict[str, SenderNode] = {}
+        self.receivers: dict[str, ReceiverNode] = {}
+        self.transfers: dict[RoomKey, Transfer] = {}
+        self.steps = 0
+        self._lives = 1000
+        self._life_of: dict[int, ReceiverNode] = {}
+        self._died_at: dict[int, float] = {}
+        self._checks = Checks()
+
+    # ------------------------------------------------------------------ who is there
+
+    def add_sender(self, address: str = "encoder-1", **setup: object) -> SenderNode:
+        """An encoder; ``setup`` are fields of SenderSetup."""
+        node = SenderNode(
+            address,
+            replace(SenderSetup(self.limits), **setup),  # type: ignore[arg-type]
+            timeline=self.timeline,
+            say=self._to_receiver,
+            reach=self._reach,
+        )
+        self.senders[address] = node
+        node.start(self._new_life())
+        return node
+
+    def add_receiver(self, address: str = "language-1", **setup: object) -> ReceiverNode:
+        """A language server; ``setup`` are fields of ReceiverSetup."""
+        node = ReceiverNode(
+            address,
+            replace(ReceiverSetup(self.limits), **setup),  # type: ignore[arg-type]
+            timeline=self.timeline,
+            say=self._to_sender,
+            is_gone=self._is_gone,
+        )
+        self.receivers[address] = node
+        self._life_of[self._new_life()] = node
+        node.start(self._lives)
+        return node
+
+    def _new_life(self) -> int:
+        self._lives += 1
+        return self._lives
+
+    def kill(self, node: SenderNode | ReceiverNode) -> None:
+        """End a node's process."""
+        self.timeline.note(f"kill {node.address}")
+        self._died_at[node.process.incarnation] = self.timeline.now
+        node.kill()
+
+    def restart(self, node: SenderNode | ReceiverNode) -> None:
+        """A new process on the same address."""
+        if not node.process.is_dead:
+            self.kill(node)
+        node.start(self._new_life())
+        if isinstance(node, ReceiverNode):
+            self._life_of[self._lives] = node
+        self.timeline.note(f"start {node.address} as {self._lives}")
+
+    def _is_gone(self, incarnation: int, proof_s: float) -> bool:
+        died_at = self._died_at.get(incarnation)
+        return died_at is not None and self.timeline.now >= died_at + proof_s
+
+    # ------------------------------------------------------------------ rooms
+
+    def request(
+        self,
+        room: int,
+        total_tokens: int,
+        *,
+        sender: SenderNode | None = None,
+        receiver: ReceiverNode | None = None,
+        attempt: int = 0,
+        offer_after_s: float = 0.0,
+        open_after_s: float = 0.0,
+        source_s: float = 0.0,
+    ) -> Transfer:
+        """What a router does: tell an encoder and a language server of a room (the first of each, unless told)."""
+        sender = sender or next(iter(self.senders.values()))
+        receiver = receiver or next(iter(self.receivers.values()))
+        transfer = Transfer((room, attempt), total_tokens, sender, receiver)
+        self.transfers[transfer.key] = transfer
+        sender.process.run_after(
+            offer_after_s, lambda: sender.request(transfer.key, total_tokens, source_s=source_s)
+        )
+        receiver.process.run_after(open_after_s, lambda: self._open(transfer))
+        return transfer
+
+    def _open(self, transfer: Transfer) -> None:
+        try:
+            transfer.receiver.open(transfer.key, transfer.sender.address)
+        except OverloadedError:
+            transfer.is_refused_at_once = True
+
+    # ------------------------------------------------------------------ messages
+
+    def _to_sender(self, origin: str, address: str, message: Message) -> None:
+        peer = message.source
+        self.link.send(origin, address, message, deliver=lambda frame: self.deliver_to_sender(address, frame, peer))
+
+    def deliver_to_sender(self, address: str, frame: bytes, origin: Peer) -> None:
+        """A frame reaches whoever lives at ``address`` now."""
+        node = self.senders[address]
+        node.process.run(lambda: node.on_frame(frame, origin=origin))
+
+    def _to_receiver(self, origin: str, peer: Peer, message: Message) -> None:
+        node = self._life_of.get(peer)
+        if node is not None:
+            self.link.send(
+                origin, node.address, message, deliver=lambda frame: self.deliver_to_receiver(node.address, frame, origin)
+            )
+
+    def deliver_to_receiver(self, address: str, frame: bytes, origin: str) -> None:
+        """A frame reaches whoever lives at ``address`` now."""
+        node = self.receivers[address]
+        node.process.run(lambda: node.on_frame(frame, origin=origin))
+
+    def _reach(self, peer: Peer) -> Target | None:
+        node = self._life_of.get(peer)
+        if node is None or node.process.incarnation != peer or node.process.is_dead:
+            return None
+        return node.target
+
+    # ------------------------------------------------------------------ time
+
+    @property
+    def now(self) -> float:
+        """Seconds since the world began."""
+        return self.timeline.now
+
+    def after(self, delay_s: float, call: Callable[[], object]) -> None:
+        """Something happens to the world later."""
+        self.timeline.after(delay_s, call)
+
+    def step(self) -> bool:
+        """The next event, and the checks. False: nothing is due any more."""
+        due, node = self._next_tick()
+        event = self.timeline.next_event
+        if event is None and node is None:
+            return False
+        if node is None or (event is not None and event <= due):
+            self.timeline.run_next()
+        else:
+            self.timeline.now = max(self.timeline.now, due)
+            node.tick()
+        for receiver in self.receivers.values():
+            if receiver.core.quarantine:
+                receiver.process.run(receiver.look_for_proof)
+        self.steps += 1
+        self._checks.after_event(self.senders.values(), self.receivers.values())
+        return True
+
+    def _next_tick(self) -> tuple[float, SenderNode | ReceiverNode | None]:
+        first: tuple[float, SenderNode | ReceiverNode | None] = (float("inf"), None)
+        for node in (*self.senders.values(), *self.receivers.values()):
+            if not node.process.is_dead and not node.process.is_frozen:
+                due = node.core.next_due()
+                if due is not None and due < first[0]:
+                    first = (due, node)
+        return first
+
+    def run(self, *, for_s: float) -> None:
+        """Let so much time pass."""
+        end = self.timeline.now + for_s
+        while min(self.timeline.next_event or float("inf"), self._next_tick()[0]) <= end:
+            self._step_or_stop()
+        self.timeline.now = end
+
+    def run_until(self, condition: Callable[[], bool]) -> None:
+        """Go on until something is so. Raises InvariantBroken when the world comes to rest before."""
+        while not condition():
+            if not self._step_or_stop():
+                raise InvariantBroken("the world has come to rest before that")
+
+    def settle(self) -> None:
+        """Go on until nothing is due any more; then everything has to be where it was."""
+        while self._step_or_stop():
+            pass
+        check_rest(self.senders.values(), self.receivers.values())
+
+    def _step_or_stop(self) -> bool:
+        if self.steps >= STEPS_MAX:
+            raise InvariantBroken(f"not at rest after {self.steps} events")
+        return self.step()
+
+    def story(self) -> str:
+        """The last lines of the trace, and how to see them again."""
+        return "\n".join((*self.timeline.last_lines, f"replay: make sim SEED={self.seed}"))
+
+
+if __name__ == "__main__":
+    from embedwire.testing.sim_random import main
+
+    sys.exit(main())

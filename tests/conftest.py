@@ -1,0 +1,53 @@
+"""Tiny checkpoints, pictures and undivided models, made once a session."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny_model_dir(family)``: the directory of a tiny checkpoint. Nobody writes into it."""
+    from embedwire.engines.transformers.tiny_model import write_tiny_model
+
+    @functools.cache
+    def write(family: str) -> Path:
+        return write_tiny_model(tmp_path_factory.mktemp(family), family)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """``picture(width, height, seed)``: the PNG of a picture of noise."""
+    from PIL import Image
+
+    def draw(width: int = 84, height: int = 56, seed: int = 0) -> bytes:
+        noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, "PNG")
+        return file.getvalue()
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def undivided(tiny_model_dir: Callable[[str], Path]) -> Callable[[str, str], Any]:
+    """``undivided(family, dtype)``: the whole tiny model, as plain transformers loads it."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    @functools.cache
+    def load(family: str, dtype: str) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(
+            tiny_model_dir(family), dtype=getattr(torch, dtype)
+        ).eval()
+
+    return load

@@ -1,0 +1,231 @@
+"""Real endpoints for tests, over every wire, in one process.
+
+Whatever a test made is checked when it ends: nothing is held any more (conservation), and all of it can be
+closed.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedwire.endpoint import Offer, Received, ReceiverEndpoint, Reception, SenderEndpoint
+from embedwire.errors import TransferError
+from embedwire.limits import Limits
+from embedwire.memory.layout import Layout, multimodal
+from embedwire.memory.source import Source
+from embedwire.testing.payload import differing, payload
+
+LAYOUT = multimodal(8)
+"""32 bytes a token."""
+PATIENCE_S = 30.0
+"""Longer than anything takes here on a busy machine; what takes longer hangs."""
+QUICK = Limits(
+    retry_s=0.05,
+    peer_silence_s=1.0,
+    open_wait_s=PATIENCE_S,
+    source_wait_s=PATIENCE_S,
+    blocks_wait_s=PATIENCE_S,
+    round_s=PATIENCE_S,
+    close_s=1.0,
+    write_timeout_s=1.0,
+)
+"""Limits for tests in which a peer goes silent."""
+
+
+class Stage:
+    """Makes endpoints over one wire, moves rooms between them, and checks at the end that nothing is left."""
+
+    layout = LAYOUT
+    quick = QUICK
+
+    def __init__(self, wire: str) -> None:
+        self.wire = wire
+        self.senders: list[SenderEndpoint] = []
+        self.receivers: list[ReceiverEndpoint] = []
+
+    def sender(self, layout: Layout = LAYOUT, **settings: Any) -> SenderEndpoint:
+        self.senders.append(SenderEndpoint(layout, **{"transports": (self.wire,), **settings}))
+        return self.senders[-1]
+
+    def receiver(self, layout: Layout = LAYOUT, **settings: Any) -> ReceiverEndpoint:
+        self.receivers.append(ReceiverEndpoint(layout, **{"transports": (self.wire,), **settings}))
+        return self.receivers[-1]
+
+    def offer(self, sender: SenderEndpoint, room: int, tokens: int, **more: Any) -> Offer:
+        """Offer a room and fill it with its payload at once."""
+        offer = sender.offer(room, total_tokens=tokens, **more)
+        offer.fill(payload(sender.layout, tokens, room=room))
+        return offer
+
+    def move(self, sender: SenderEndpoint, receiver: ReceiverEndpoint, room: int, tokens: int) -> Received:
+        """Move one room and check every byte of it on the way."""
+        offer = self.offer(sender, room, tokens)
+        received = self.check(receiver.open(room, sender.address), tokens)
+        assert offer.result(PATIENCE_S).rounds == received.report.rounds
+        return received
+
+    def check(self, reception: Reception, tokens: int) -> Received:
+        """Wait for a room and check every byte of it against its payload."""
+        received = reception.result(PATIENCE_S)
+        layout = reception._endpoint.layout
+        assert differing(layout, payload(layout, tokens, room=received.room), received.arrays) == []
+        assert received.aux[0] == received.report.total_tokens == tokens
+        return received
+
+    def failure_of(self, ending: Offer | Reception) -> TransferError:
+        """How a room ended on one side, which has to be without its embedding."""
+        with pytest.raises(TransferError) as caught:
+            ending.result(PATIENCE_S)
+        return caught.value
+
+    def until(self, condition: Callable[[], bool], *, otherwise: Callable[[], object] = lambda: "") -> None:
+        """Wait until the condition holds; fail with what ``otherwise`` says when it never does."""
+        pause, deadline = threading.Event(), time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, otherwise()
+            pause.wait(0.005)
+
+    def wait_idle(self) -> None:
+        """Wait until nothing is held on either side. What was received is let go of first."""
+        gc.collect()
+        for sender in (s for s in self.senders if s._thread.is_alive()):
+            self.until(lambda s=sender: _is_idle_sender(s), otherwise=sender.stats)
+        for receiver in (r for r in self.receivers if r._thread.is_alive()):
+            self.until(lambda r=receiver: _is_idle_receiver(r), otherwise=receiver.stats)
+
+    def close(self) -> None:
+        for endpoint in (*self.receivers, *self.senders):
+            endpoint.close()
+
+
+def _is_idle_sender(sender: SenderEndpoint) -> bool:
+    stats = sender.stats()
+    return not sum(stats.rooms.values()) and stats.memory_reserved_bytes == 0
+
+
+def _is_idle_receiver(receiver: ReceiverEndpoint) -> bool:
+    stats = receiver.stats()
+    held = (*stats.rooms.values(), *stats.waiting.values(), stats.memory_reserved_bytes)
+    if any(held) or stats.blocks_free != stats.blocks_total:
+        return False
+    receiver.call(receiver._blocks.check)
+    return True
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    """Endpoints over each wire. Teardown is Rule 9: free + granted + quarantined = total, and all of it free."""
+    made = Stage(request.param)
+    try:
+        yield made
+        made.wait_idle()
+    finally:
+        made.close()
+
+
+class Brake:
+    """Holds the writers of a process when they cut a slice, until it is let go.
+
+    ``reached`` is set when the first writer has come to a stop.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, after_slices: int = 0) -> None:
+        self.reached = threading.Event()
+        self._released = threading.Event()
+        self._left = after_slices
+        real = Source.pieces
+
+        def pieces(source: Source, *args: Any, **more: Any) -> Any:
+            if self._left <= 0:
+                self.reached.set()
+                assert self._released.wait(PATIENCE_S), "the brake was never let go"
+            self._left -= 1
+            return real(source, *args, **more)
+
+        monkeypatch.setattr(Source, "pieces", pieces)
+
+    def wait_reached(self) -> None:
+        assert self.reached.wait(PATIENCE_S), "no writer came to the brake"
+
+    def release(self) -> None:
+        self._released.set()
+
+
+@pytest.fixture()
+def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Brake]]:
+    """Make a brake; it is let go at the end at the latest."""
+    made: list[Brake] = []
+
+    def make(*, after_slices: int = 0) -> Brake:
+        made.append(Brake(monkeypatch, after_slices=after_slices))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.release()
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a process holds: the number of descriptors, segments of shared memory, and threads of ours."""
+
+    descriptors: int
+    segments: frozenset[str]
+    threads: frozenset[str]
+
+    @classmethod
+    def now(cls) -> Holdings:
+        gc.collect()
+        links = set()
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # the one that lists them
+                links.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+        with open("/proc/self/maps") as maps:
+            mapped = {line.split()[5] for line in maps if "/dev/shm/embedwire-" in line}
+        segments = mapped | {link for _, link in links if "/dev/shm/embedwire-" in link}
+        threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("embedwire")}
+        return cls(len(links), frozenset(segments), frozenset(threads))
+
+
+@pytest.fixture()
+def stamped() -> Callable[..., dict[str, np.ndarray]]:
+    """``stamped(layout, tokens, room)``: a payload in which every int32 of every field is the room's number."""
+
+    def make(layout: Layout, tokens: int, room: int) -> dict[str, np.ndarray]:
+        arrays = {}
+        for field in layout:
+            words = np.full(tokens * field.token_bytes // 4, room, np.int32)
+            arrays[field.name] = words.view(field.numpy_dtype).reshape(tokens, *field.shape)
+        return arrays
+
+    return make
+
+
+@pytest.fixture()
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of all control messages that any endpoint sends, in order."""
+    kinds: list[str] = []
+    for endpoint in (SenderEndpoint, ReceiverEndpoint):
+
+        def say(self: Any, to: Any, message: Any, real: Callable[..., None] = endpoint._say) -> None:
+            kinds.append(message.__struct_config__.tag)
+            real(self, to, message)
+
+        monkeypatch.setattr(endpoint, "_say", say)
+    return kinds
+
+
+@pytest.fixture()
+def holdings() -> Callable[[], Holdings]:
+    """``holdings()``: what this process holds now."""
+    return Holdings.now

@@ -1,0 +1,100 @@
+"""Many rooms at once through little memory: all finish, all are right, nothing stays held."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from embedwire.errors import NeverFitsError, OverloadedError
+from embedwire.limits import Limits
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.mark.parametrize("rooms", [64, 200])
+def test_a_pool_held_by_partials(stage: Any, rooms: int) -> None:
+    """Scenarios 16 and 31: every room needs more blocks than the pool has, and all want them at once."""
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=4)
+    sizes = {room: 600 + room for room in range(rooms)}
+    offers = [stage.offer(sender, room, tokens) for room, tokens in sizes.items()]
+    receptions = [receiver.open(room, sender.address) for room in reversed(sizes)]
+    for reception, tokens in zip(receptions, reversed(sizes.values()), strict=True):
+        stage.check(reception, tokens).release()
+    assert [offer.result(30).total_tokens for offer in offers] == list(sizes.values())
+    stage.wait_idle()
+    assert receiver.stats().ended == sender.stats().ended == {"done": rooms}
+
+
+def test_assemblies_under_a_limit(stage: Any) -> None:
+    """Scenario 26c: 64 rooms, and memory for two of them; half-filled ones do not block each other."""
+    tokens, nbytes = 1500, 1500 * stage.layout.token_bytes
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=4, assembly_bytes=2 * nbytes)
+    for room in range(64):
+        stage.offer(sender, room, tokens)
+    receptions = [receiver.open(room, sender.address) for room in range(64)]
+    for reception in receptions:
+        stage.check(reception, tokens).release()
+    assert receiver._budget.peak_bytes == 2 * nbytes
+
+
+def test_two_encoders_and_two_language_servers_in_a_ring(stage: Any) -> None:
+    """Scenario 26b: each encoder's memory is full of rooms for one pool that is granted to the other's."""
+    nbytes = 1500 * stage.layout.token_bytes
+    senders = [stage.sender(memory_bytes=2 * nbytes) for _ in range(2)]
+    receivers = [stage.receiver(num_blocks=2, assembly_bytes=nbytes) for _ in range(2)]
+    receptions = []
+    for room in range(4):
+        sender, receiver = senders[room % 2], receivers[(room // 2 + room) % 2]
+        stage.offer(sender, room, 1500)
+        receptions.append(receiver.open(room, sender.address))
+    for _ in range(4):
+        stage.until(lambda: any(reception.done() for reception in receptions))
+        reception = next(reception for reception in receptions if reception.done())
+        stage.check(reception, 1500).release()
+        receptions.remove(reception)
+
+
+def test_many_threads_offer_and_open(stage: Any) -> None:
+    """Both endpoints may be called from any thread, and several receivers share a sender."""
+    sender = stage.sender()
+    receivers = [stage.receiver(num_blocks=3) for _ in range(3)]
+    with ThreadPoolExecutor(6) as threads:
+        futures = [
+            threads.submit(stage.move, sender, receivers[room % 3], room, 400 + room) for room in range(60)
+        ]
+        for future in futures:
+            future.result(30).release()
+    assert sender.stats().ended == {"done": 60}
+
+
+def test_more_rooms_than_may_be_open(stage: Any) -> None:
+    """Rule 10: bounded queues. One room more is refused at once, and harms nothing."""
+    limits = Limits(rooms_max=3)
+    sender, receiver = stage.sender(limits=limits), stage.receiver(limits=limits)
+    waiting = [receiver.open(room, sender.address) for room in range(3)]
+    with pytest.raises(OverloadedError, match="at most 3"):
+        receiver.open(3, sender.address)
+    with pytest.raises(OverloadedError, match="at most 3"):
+        receiver.open(3, stage.sender().address)
+    assert len(receiver._sockets) == 1
+    for room in range(3):
+        stage.offer(sender, room, 100)
+    with pytest.raises(OverloadedError, match="at most 3"):
+        stage.offer(sender, 3, 100)
+    for reception in waiting:
+        stage.check(reception, 100)
+
+
+def test_source_memory_is_bounded(stage: Any) -> None:
+    """Rule 10 and scenario 32: what is not free now, and what never will be, are told apart at once."""
+    sender = stage.sender(memory_bytes=1000 * stage.layout.token_bytes)
+    offer = stage.offer(sender, 1, 600)
+    with pytest.raises(OverloadedError, match="not free now"):
+        stage.offer(sender, 2, 401)
+    with pytest.raises(NeverFitsError, match="there are 32000"):
+        stage.offer(sender, 3, 1001)
+    stage.check(stage.receiver().open(1, sender.address), 600)
+    assert offer.result(30).bytes == 600 * stage.layout.token_bytes
+    assert stage.move(sender, stage.receiver(), 2, 1000).report.total_tokens == 1000

@@ -1,0 +1,197 @@
+"""Registration, health checks, and a registry or a worker that goes away and comes back."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from embedwire.errors import ConfigurationError
+from embedwire.registry import Registry, Role, Worker
+from embedwire.serve.registration import RegistrationTimes
+from embedwire.serve.watch import WatchTimes, check_workers, every, follow_registry
+from embedwire.serve.worker_app import RegistryLink
+
+WAIT_S = 20.0
+FAST = RegistrationTimes(interval_s=0.02, retry_min_s=0.02, retry_max_s=0.05)
+NEVER = WatchTimes(interval_s=3600)
+
+
+class Watched(Registry):
+    """Tells when it hears from a worker."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.heard = threading.Event()
+        self.count = 0
+
+    def register(self, worker: Worker, *, now: float) -> None:
+        super().register(worker, now=now)
+        self.count += 1
+        self.heard.set()
+
+
+def listed(url: str) -> list[dict[str, Any]]:
+    workers: list[dict[str, Any]] = httpx.get(f"{url}/workers").json()["workers"]
+    return workers
+
+
+def test_a_worker_registers_itself_and_says_goodbye(cluster: Any) -> None:
+    table = Watched()
+    registry = cluster.add_registry(table, times=NEVER)
+    link = RegistryLink(url=registry.url, times=FAST)
+    double, encoder = cluster.add_encoder(registry=link)
+    assert table.heard.wait(WAIT_S)
+    (line,) = listed(registry.url)
+    assert line["candidate"]
+    assert line["worker"]["url"] == encoder.url
+    assert line["worker"]["control_address"] == double.address
+    assert line["worker"] == httpx.get(f"{encoder.url}/health").json()["worker"]
+    encoder.stop()
+    for _ in range(500):
+        if not listed(registry.url):
+            break
+    else:
+        pytest.fail("it did not say good-bye")
+
+
+def test_heartbeats_are_one_entry(cluster: Any) -> None:
+    table = Watched()
+    registry = cluster.add_registry(table, times=NEVER)
+    cluster.add_language(registry=RegistryLink(url=registry.url, times=FAST))
+    for _ in range(3):
+        table.heard.clear()
+        assert table.heard.wait(WAIT_S)
+    assert len(listed(registry.url)) == 1
+
+
+def test_a_restarted_registry_learns_its_workers_again(cluster: Any) -> None:
+    """Scenario 28: restarted on the same port, and usable at once."""
+    first, second = Watched(), Watched()
+    registry = cluster.add_registry(first, times=NEVER)
+    _, language = cluster.add_language(registry=RegistryLink(url=registry.url, times=FAST))
+    assert first.heard.wait(WAIT_S)
+    port = int(registry.url.rpartition(":")[2])
+    registry.stop()
+    assert registry.wait_stopped(WAIT_S)
+    again = cluster.add_registry(second, port=port, times=NEVER)
+    assert second.heard.wait(WAIT_S)
+    assert [line["worker"]["url"] for line in listed(again.url)] == [language.url]
+
+
+def test_what_is_no_worker_is_refused(cluster: Any) -> None:
+    registry = cluster.add_registry(times=NEVER)
+    good = Worker(role=Role.ENCODER, url="http://a:1", model="m", fingerprint="f", incarnation=1)
+    for change, param in (
+        ({"role": "router"}, "role"),
+        ({"url": "a"}, "url"),
+        ({"incarnation": 0}, "incarnation"),
+    ):
+        body = msgspec.json.encode(msgspec.to_builtins(good) | change)
+        answer = httpx.post(f"{registry.url}/workers", content=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert httpx.post(f"{registry.url}/workers", content=b"{").status_code == 400
+    assert httpx.delete(f"{registry.url}/workers", params={"url": "x", "incarnation": "y"}).status_code == 400
+    assert httpx.get(f"{registry.url}/health").json() == {"status": "ok", "workers": 0}
+
+
+def test_goodbye_of_an_old_life_is_not_heard(cluster: Any) -> None:
+    registry = cluster.add_registry(times=NEVER)
+    worker = Worker(role=Role.ENCODER, url="http://a:1", model="m", fingerprint="f", incarnation=2)
+    httpx.post(f"{registry.url}/workers", content=msgspec.json.encode(worker))
+
+    def goodbye(incarnation: int) -> bool:
+        params = {"url": worker.url, "incarnation": incarnation}
+        removed: bool = httpx.delete(f"{registry.url}/workers", params=params).json()["removed"]
+        return removed
+
+    assert [goodbye(1), goodbye(2), goodbye(2)] == [False, True, False]
+
+
+@pytest.mark.anyio
+async def test_evicted_after_missed_checks_and_back_after_one(cluster: Any) -> None:
+    """Scenario 28: a worker dies, is noticed, and is usable again as soon as it answers."""
+    table = Registry(misses_to_evict=2)
+    _, encoder = cluster.add_encoder()
+    port = int(encoder.url.rpartition(":")[2])
+    async with httpx.AsyncClient(timeout=WAIT_S) as client:
+        await check_workers(table, client, static_urls=[encoder.url])
+        (first,) = table.candidates(Role.ENCODER)
+        encoder.stop()
+        assert encoder.wait_stopped(WAIT_S)
+        await check_workers(table, client)
+        assert table.candidates(Role.ENCODER) == [first]
+        await check_workers(table, client)
+        assert table.candidates(Role.ENCODER) == []
+        cluster.add_encoder(port=port)
+        await check_workers(table, client)
+        (second,) = table.candidates(Role.ENCODER)
+        assert second.url == first.url
+        assert second.incarnation != first.incarnation
+
+
+@pytest.mark.anyio
+async def test_a_check_needs_a_worker_at_the_other_end(cluster: Any) -> None:
+    registry = cluster.add_registry(times=NEVER)
+    table = Registry()
+    async with httpx.AsyncClient(timeout=WAIT_S) as client:
+        await check_workers(table, client, static_urls=[registry.url])
+    assert len(table) == 0
+
+
+@pytest.mark.anyio
+async def test_following_a_registry() -> None:
+    a, b, c = (
+        Worker(role=Role.ENCODER, url=f"http://{n}:1", model="m", fingerprint="f", incarnation=1)
+        for n in "abc"
+    )
+    listed = {a: True, b: False, c: True}
+    status = 200
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        assert str(request.url) == "http://registry/workers"
+        lines = [{"worker": msgspec.to_builtins(w), "candidate": is_one} for w, is_one in listed.items()]
+        return httpx.Response(status, json={"workers": lines})
+
+    table = Registry(misses_to_evict=1)
+    async with httpx.AsyncClient(transport=httpx.MockTransport(registry)) as client:
+
+        async def candidates() -> list[Worker]:
+            await follow_registry(table, client, "http://registry")
+            return table.candidates(Role.ENCODER)
+
+        assert await candidates() == [a, c]
+        listed[b] = True
+        del listed[c]
+        assert await candidates() == [a, b]
+        status = 500
+        assert await candidates() == [a, b], "a registry that is away takes nobody with it"
+
+
+@pytest.mark.anyio
+async def test_a_background_step_that_fails_does_not_end_the_loop() -> None:
+    """Scenario 30: an exception once ended a thread, and what it did was never done again."""
+    steps = []
+
+    class Enough(BaseException):
+        pass
+
+    async def step() -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            raise Enough
+        raise ValueError
+
+    with pytest.raises(Enough):
+        await every(0.0, step)
+    assert len(steps) == 3
+
+
+def test_times_are_checked() -> None:
+    with pytest.raises(ConfigurationError):
+        RegistrationTimes(retry_min_s=2, retry_max_s=1)
+    with pytest.raises(ConfigurationError):
+        WatchTimes(interval_s=0)

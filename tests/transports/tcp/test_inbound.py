@@ -1,0 +1,289 @@
+"""The receiver of the tcp wire against peers that do not behave. Every test ends by showing that others are
+served."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import struct
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from embedwire.errors import ConfigurationError, TransportError
+from embedwire.transports.contract import Outcome, Piece
+from embedwire.transports.tcp import TcpInbound, TcpOutbound, frames
+from embedwire.transports.tcp.connection import Connection
+
+REGION_BYTES = 4096
+TICKET, CLOSED_TICKET = 5, 6
+
+
+class Server:
+    """A region of 0xEE bytes whose ticket 5 is open for bytes 1000 to 2000, and raw connections to it."""
+
+    def __init__(self, **options: float) -> None:
+        self.inbound = TcpInbound(host="127.0.0.1", **options)
+        self.memory = self.inbound.allocate(REGION_BYTES)
+        self.memory[:] = b"\xee" * REGION_BYTES
+        self.inbound.permit(TICKET, [(1000, 1000)])
+        self.inbound.permit(TICKET + 50, [(0, REGION_BYTES)])
+        self.target = msgspec.msgpack.decode(self.inbound.descriptor(), type=frames.Descriptor)
+        self.sockets: list[socket.socket] = []
+
+    def connect(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.target.port), timeout=20)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sockets.append(sock)
+        return sock
+
+    def greeted(self) -> socket.socket:
+        sock = self.connect()
+        sock.sendall(frames.encode_hello(self.target.nonce, 77))
+        assert read(sock, 4) == frames.WELCOME
+        return sock
+
+    def is_untouched(self) -> bool:
+        return self.memory == b"\xee" * REGION_BYTES
+
+    def serves(self) -> bool:
+        """Whether a well-behaved sender gets its bytes in."""
+        outbound = TcpOutbound(host="127.0.0.1")
+        region = outbound.connect(self.inbound.descriptor(), sender_token=1, timeout_s=20)
+        slices = [[Piece(memoryview(b"good"), 0)]]
+        outcome = region.write(
+            TICKET + 50, slices, is_permitted=lambda: True, on_landed=lambda _: None, timeout_s=20
+        )
+        outbound.close()
+        return outcome is Outcome.LANDED and self.memory[:4] == b"good"
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        self.memory.release()
+        self.inbound.close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+def read(sock: socket.socket, nbytes: int) -> bytes:
+    data = b""
+    while len(data) < nbytes and (more := sock.recv(nbytes - len(data))):
+        data += more
+    return data
+
+
+def is_dropped(sock: socket.socket) -> bool:
+    """Whether the receiver closes the connection, having sent nothing more."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def send_in_single_bytes(sock: socket.socket, data: bytes) -> None:
+    try:
+        for at in range(len(data)):
+            sock.sendall(data[at : at + 1])
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # it has seen enough
+
+
+def frame(
+    *table: tuple[int, int], ticket: int = TICKET, magic: bytes = b"EWf1", pieces: int | None = None
+) -> bytes:
+    """A frame head that announces these (offset, length)."""
+    head = struct.pack("<4sQII", magic, ticket, 0, len(table) if pieces is None else pieces)
+    return head + b"".join(struct.pack("<QQ", *piece) for piece in table)
+
+
+BAD_GREETINGS = {
+    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".ljust(64),
+    "zeros": bytes(64),
+    "ones": b"\xff" * 64,
+    "wrong nonce": frames.encode_hello(bytes(16), 77),
+    "another version": b"EWh2" + bytes(24),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GREETINGS)
+def test_a_bad_greeting_costs_its_connection(server: Server, name: str) -> None:
+    """Scenario 29: garbage instead of a greeting, at once and byte by byte."""
+    at_once, slowly = server.connect(), server.connect()
+    at_once.sendall(BAD_GREETINGS[name])
+    send_in_single_bytes(slowly, BAD_GREETINGS[name])
+    assert is_dropped(at_once)
+    assert is_dropped(slowly)
+    assert server.inbound.is_gone(77)
+    assert server.is_untouched()
+    assert server.serves()
+
+
+@pytest.mark.parametrize("token", [0, 2**62 + 1, 2**64 - 1])
+def test_a_token_out_of_range_costs_its_connection(server: Server, token: int) -> None:
+    sock = server.connect()
+    sock.sendall(frames.encode_hello(server.target.nonce, token))
+    assert is_dropped(sock)
+    assert server.serves()
+
+
+BAD_FRAMES = {
+    "garbage": b"\x00\xff" * 40,
+    "another magic": frame((1000, 4), magic=b"EWf2") + b"evil",
+    "four billion pieces": frame(pieces=2**32 - 1),
+    "one piece too many": frame(pieces=frames.PIECES_MAX + 1),
+    "a gigabyte": frame((1000, 2**30)) + b"evil",
+    "a length that wraps": frame((1000, 2**64 - 999)) + b"evil",
+    "an offset that wraps": frame((2**64 - 4, 8)) + b"evilevil",
+    "a gigabyte in all": frame(*[(1000, 1000)] * 900 + [(0, 2**30)]),
+    "an empty piece": frame((1000, 0)) + b"evil",
+    "outside the region": frame((REGION_BYTES, 4)) + b"evil",
+    "across its end": frame((REGION_BYTES - 2, 4)) + b"evil",
+    "outside the ticket": frame((0, 4)) + b"evil",
+    "across the ticket's end": frame((1998, 4)) + b"evil",
+    "one good piece, one bad": frame((1000, 4), (999, 4)) + b"evilevil",
+}
+
+
+@pytest.mark.parametrize("name", BAD_FRAMES)
+def test_a_bad_frame_costs_its_connection(server: Server, name: str) -> None:
+    """Scenario 29: what the format or the ticket does not allow, at once and byte by byte; no byte of it
+    lands."""
+    at_once, slowly = server.greeted(), server.greeted()
+    at_once.sendall(BAD_FRAMES[name])
+    send_in_single_bytes(slowly, BAD_FRAMES[name])
+    assert is_dropped(at_once)
+    assert is_dropped(slowly)
+    assert server.is_untouched()
+    assert server.serves()
+
+
+def test_a_frame_cut_anywhere(server: Server) -> None:
+    """Scenario 29: a connection that ends within a frame leaves nothing outside the frame's place."""
+    whole = frame((1500, 3), (1100, 4)) + b"abcdefg"
+    for end in range(len(whole)):
+        sock = server.greeted()
+        sock.sendall(whole[:end])
+        sock.shutdown(socket.SHUT_WR)
+        assert is_dropped(sock)
+        assert server.inbound.is_gone(77)
+        assert server.memory[:1100] == b"\xee" * 1100
+        assert server.memory[1503:] == b"\xee" * (REGION_BYTES - 1503)
+    assert server.memory[1500:1503] == b"abc"
+    assert server.serves()
+
+
+def test_a_good_frame_byte_by_byte(server: Server) -> None:
+    sock = server.greeted()
+    send_in_single_bytes(sock, frame((1500, 3), (1100, 4)) + b"abcdefg")
+    assert frames.decode_ack(read(sock, frames.ACK_BYTES)) == (TICKET, 0, True)
+    assert (server.memory[1500:1503], server.memory[1100:1104]) == (b"abc", b"defg")
+
+
+@pytest.mark.parametrize("offset", [1000, 0, 2**40])
+def test_a_frame_for_a_closed_ticket_is_answered_and_lands_nowhere(server: Server, offset: int) -> None:
+    """Scenario 27: a revocation crosses a write. That is no violation, so the connection lives on."""
+    sock = server.greeted()
+    data = frame((offset, 700_000), ticket=CLOSED_TICKET) + b"x" * 700_000
+    sock.sendall(data)
+    assert frames.decode_ack(read(sock, frames.ACK_BYTES)) == (CLOSED_TICKET, 0, False)
+    send_in_single_bytes(sock, frame((offset, 70), ticket=CLOSED_TICKET) + b"x" * 70)
+    assert frames.decode_ack(read(sock, frames.ACK_BYTES)) == (CLOSED_TICKET, 0, False)
+    assert server.is_untouched()
+    sock.sendall(frame((1000, 4)) + b"good")
+    assert frames.decode_ack(read(sock, frames.ACK_BYTES)) == (TICKET, 0, True)
+    assert server.memory[1000:1004] == b"good"
+
+
+def test_revoke_neither_waits_for_a_silent_peer_nor_lets_its_rest_in(server: Server) -> None:
+    """Scenarios 26f and 34: a peer stops within a frame; the late rest of it lands nowhere."""
+    sock = server.greeted()
+    sock.sendall(frame((1000, 4), (1990, 10)) + b"late")
+    while server.memory[1000:1004] != b"late":
+        pass
+    assert server.inbound.revoke(TICKET)
+    sock.sendall(b"z" * 10)
+    assert frames.decode_ack(read(sock, frames.ACK_BYTES)) == (TICKET, 0, False)
+    assert server.memory[1990:2000] == b"\xee" * 10
+    assert server.serves()
+
+
+def test_a_connection_without_a_greeting_is_dropped() -> None:
+    """Scenario 29: half-open connections, one of them with half a greeting, do not stay."""
+    server = Server(greeting_s=0.05)
+    silent, half = server.connect(), server.connect()
+    half.sendall(frames.encode_hello(server.target.nonce, 77)[:-1])
+    assert is_dropped(silent)
+    assert is_dropped(half)
+    assert server.serves()
+    server.close()
+
+
+def test_connections_are_bounded() -> None:
+    server = Server(connections_max=3)
+    kept = [server.greeted() for _ in range(3)]
+    assert is_dropped(server.connect())
+    kept[0].shutdown(socket.SHUT_WR)
+    assert is_dropped(kept[0])
+    kept[1].shutdown(socket.SHUT_WR)
+    assert is_dropped(kept[1])
+    assert server.serves()  # with the two connections of a session
+    server.close()
+
+
+def test_a_peer_that_does_not_read_its_answers_is_dropped(server: Server) -> None:
+    """Scenario 30: it must not hold the one thread that serves all others."""
+    sock = socket.socket()
+    server.sockets.append(sock)
+    sock.settimeout(20)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", server.target.port))
+    sock.sendall(frames.encode_hello(server.target.nonce, 77))
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        sock.sendall(frame(ticket=CLOSED_TICKET) * 2_000_000)
+    assert server.serves()
+
+
+def test_a_fault_of_our_own_costs_one_connection(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenario 30: an exception in the thread once ended it."""
+    sock = server.connect()
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "on_readable", lambda _: 1 / 0)
+        sock.sendall(frames.encode_hello(server.target.nonce, 77))
+        assert is_dropped(sock)
+    assert server.serves()
+
+
+def test_out_of_descriptors_is_survived(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Scenario 30: a connection that can not be accepted now is accepted when there is room again."""
+    sock = socket.socket()
+    sock.settimeout(20)
+    server.sockets.append(sock)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        sock.connect(("127.0.0.1", server.target.port))
+        while "EMFILE" not in caplog.text:
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    sock.sendall(frames.encode_hello(server.target.nonce, 77))
+    assert read(sock, 4) == frames.WELCOME
+    assert server.serves()
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "*"])
+def test_a_wildcard_is_no_address_for_senders(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="no address"):
+        TcpInbound(host=host)
+
+
+def test_a_host_that_is_not_here() -> None:
+    with pytest.raises(TransportError, match="can not listen"):
+        TcpInbound(host="192.0.2.1").allocate(10)

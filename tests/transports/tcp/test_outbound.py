@@ -1,0 +1,172 @@
+"""The sender of the tcp wire against receivers that do not behave: the outcome says what is known, and no
+more."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+
+from embedwire.errors import TransportError
+from embedwire.transports.contract import Outcome, Piece, RemoteRegion
+from embedwire.transports.tcp import TcpInbound, TcpOutbound, frames
+
+NONCE = bytes(range(16))
+HEAD_BYTES = frames.HEADER_BYTES + frames.PIECE_BYTES
+
+
+def read(sock: socket.socket, nbytes: int) -> bytes:
+    data = b""
+    while len(data) < nbytes and (more := sock.recv(nbytes - len(data))):
+        data += more
+    return data
+
+
+@contextmanager
+def receiver(
+    *behaviours: Callable[[socket.socket], None], welcome: bytes = frames.WELCOME
+) -> Iterator[bytes]:
+    """A server whose n-th connection gets the n-th behaviour after the greeting. Gives its descriptor."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(20)
+
+    def serve() -> None:
+        for behave in behaviours:
+            sock, _ = listener.accept()
+            with sock:
+                sock.settimeout(20)
+                read(sock, frames.HELLO_BYTES)
+                sock.sendall(welcome)
+                behave(sock)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    port = listener.getsockname()[1]
+    yield msgspec.msgpack.encode(frames.Descriptor("127.0.0.1", port, NONCE, 4096))
+    thread.join(20)
+    listener.close()
+    assert not thread.is_alive()
+
+
+def write(region: RemoteRegion, *, ticket: int = 3, slices: int = 1) -> tuple[Outcome, list[int]]:
+    landed: list[int] = []
+    outcome = region.write(
+        ticket,
+        ([Piece(memoryview(b"data"), 4 * number)] for number in range(slices)),
+        is_permitted=lambda: True,
+        on_landed=landed.append,
+        timeout_s=0.3,
+    )
+    return outcome, landed
+
+
+def answer(*acks: bytes) -> Callable[[socket.socket], None]:
+    """Read one frame of four bytes for each answer and send it; then read to the end."""
+
+    def behave(sock: socket.socket) -> None:
+        for ack in acks:
+            assert len(read(sock, HEAD_BYTES + 4)) == HEAD_BYTES + 4
+            sock.sendall(ack)
+        stay_silent(sock)
+
+    return behave
+
+
+def leave(sock: socket.socket) -> None:
+    """Read the frame and close in good order."""
+    read(sock, HEAD_BYTES + 4)
+
+
+def reset(sock: socket.socket) -> None:
+    read(sock, HEAD_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def stay_silent(sock: socket.socket) -> None:
+    try:
+        while sock.recv(4096):
+            pass
+    except ConnectionResetError:
+        pass  # the sender gave up, and discarded what was on its way
+
+
+ACK = frames.encode_ack(3, 0, verdict=frames.LANDED)
+ENDINGS = {
+    "landed": (answer(ACK), Outcome.LANDED),
+    "refused": (answer(frames.encode_ack(3, 0, verdict=frames.REFUSED)), Outcome.LOST),
+    "another ticket": (answer(frames.encode_ack(4, 0, verdict=frames.LANDED)), Outcome.UNKNOWN),
+    "another frame": (answer(frames.encode_ack(3, 1, verdict=frames.LANDED)), Outcome.UNKNOWN),
+    "garbage": (answer(b"\xff" * frames.ACK_BYTES), Outcome.UNKNOWN),
+    "answered twice": (answer(ACK + ACK), Outcome.UNKNOWN),
+    "end of stream": (leave, Outcome.LOST),
+    "reset": (reset, Outcome.UNKNOWN),
+    "silence": (stay_silent, Outcome.UNKNOWN),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_every_ending_has_an_honest_outcome(name: str) -> None:
+    """Scenarios 27 and 28: LOST only where the receiver can not read what was under way any more."""
+    behave, outcome = ENDINGS[name]
+    with receiver(behave) as descriptor:
+        outbound = TcpOutbound(host="127.0.0.1", streams=1)
+        region = outbound.connect(descriptor, sender_token=9, timeout_s=20)
+        assert write(region)[0] is outcome
+        outbound.close()
+
+
+def test_progress_stops_at_the_first_refusal() -> None:
+    acks = [frames.encode_ack(3, n, verdict=frames.LANDED if n != 2 else frames.REFUSED) for n in range(4)]
+    with receiver(answer(*acks)) as descriptor:
+        outbound = TcpOutbound(host="127.0.0.1", streams=1)
+        region = outbound.connect(descriptor, sender_token=9, timeout_s=20)
+        outcome, landed = write(region, slices=4)
+        assert outcome is Outcome.LOST
+        assert landed[-1] == 2
+        outbound.close()
+
+
+def test_a_broken_session_connects_again_at_its_next_write() -> None:
+    """Scenario 28: a peer that comes back is usable at once."""
+    with receiver(reset, answer(ACK)) as descriptor:
+        outbound = TcpOutbound(host="127.0.0.1", streams=1)
+        region = outbound.connect(descriptor, sender_token=9, timeout_s=20)
+        assert write(region) == (Outcome.UNKNOWN, [])
+        assert write(region) == (Outcome.LANDED, [1])
+        outbound.close()
+
+
+@pytest.mark.parametrize("welcome", [b"", b"EW", b"HTTP", b"EWw2"])
+def test_another_welcome_is_no_session(welcome: bytes) -> None:
+    with receiver(lambda _: None, welcome=welcome) as descriptor, pytest.raises(TransportError):
+        TcpOutbound(host="127.0.0.1").connect(descriptor, sender_token=9, timeout_s=20)
+
+
+def test_a_receiver_that_never_answers_the_greeting() -> None:
+    """Scenario 26f: a stopped receiver still accepts connections; the time-out ends that."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        descriptor = msgspec.msgpack.encode(frames.Descriptor("127.0.0.1", port, NONCE, 10))
+        with pytest.raises(TransportError, match="no greeting"):
+            TcpOutbound(host="127.0.0.1").connect(descriptor, sender_token=9, timeout_s=0.1)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_any_number_of_streams(streams: int) -> None:
+    inbound = TcpInbound(host="127.0.0.1")
+    memory = inbound.allocate(4 * 1000)
+    inbound.permit(3, [(0, 4 * 1000)])
+    outbound = TcpOutbound(host="127.0.0.1", streams=streams)
+    region = outbound.connect(inbound.descriptor(), sender_token=9, timeout_s=20)
+    outcome, landed = write(region, slices=1000)
+    assert outcome is Outcome.LANDED
+    assert landed == sorted(set(landed))
+    assert memory == b"data" * 1000
+    outbound.close()
+    memory.release()
+    inbound.close()
