@@ -76,9 +76,11 @@ class Message(Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknow
 
 
 class Hello(Message, tag="hello", frozen=True, kw_only=True):
-    """A receiver's first message. ``wires`` holds (name, descriptor) in order of preference."""
+    """A receiver's first message. ``wires`` holds (name, descriptor) in order of preference. ``nonce`` comes back in the answer, so
+    that one which an earlier life of the sender gave to an earlier question is told from it."""
 
     version: Count
+    nonce: Count
     fields: FieldLines
     block_size: Positive
     num_blocks: Annotated[int, Meta(ge=1, le=BLOCKS_MAX)]
@@ -91,6 +93,7 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     """The session is open; rounds go over ``wire``."""
 
     version: Count
+    nonce: Count
     fields: FieldLines
     wire: Text
 
@@ -98,6 +101,7 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
 class Refused(Message, tag="refused", frozen=True, kw_only=True):
     """No session: the versions or layouts differ, no wire reaches, or there are too many sessions."""
 
+    nonce: Count
     cause: Cause
     detail: Text
 

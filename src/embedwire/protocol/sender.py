@@ -118,7 +118,7 @@ class SenderTransfer:
         self.digests[number] = digests
         for memory in (self.digests, self.landed_tokens, self.write_attempts):
             memory.pop(number - OPEN_ROUNDS_MAX, None)
-        if self.sent_tokens == self.total_tokens:
+        if self.sent_tokens == self.total_tokens and not self.writes_under_way:  # each has its digests
             self.machine.step(SenderEvent.ALL_LANDED)
 
     def fail(self, cause: Cause, detail: str) -> None:

@@ -48,9 +48,10 @@ from embedwire.protocol.timers import Timers
 
 @dataclass(slots=True)
 class SenderSession:
-    """One receiver. ``wire`` is None while it is being attached."""
+    """One receiver. ``wire`` is None while it is being attached. ``nonce`` is that of its latest hello."""
 
     hello: Hello
+    nonce: int
     heard_at: float
     wire: str | None = None
     rooms: set[RoomKey] = field(default_factory=set)
@@ -102,9 +103,9 @@ class SenderCore:
         return self._take()
 
     def ready(self, key: RoomKey, *, source_ms: float, now: float) -> list[SenderAction]:
-        """The source of a room can be written from. Harmless when the room has ended."""
+        """The source of a room can be written from. Harmless when it was ready before, or the room has ended."""
         room = self.rooms.get(key)
-        if room is not None and room.end is None:
+        if room is not None and room.end is None and not room.is_ready:
             room.on_ready(source_ms)
             if room.peer is not None:
                 self._say(room.peer, room.announcement(self.incarnation, room.peer))
@@ -114,10 +115,16 @@ class SenderCore:
         return self._take()
 
     def fail(self, key: RoomKey, cause: Cause, detail: str, *, now: float) -> list[SenderAction]:
-        """End a room from this side. Harmless when it has ended."""
+        """End a room from this side, also one that was never offered: who asks for it hears why, at once. Harmless when it has ended."""
         room = self.rooms.get(key)
         if room is not None:
             self._fail(room, cause, detail, now)
+        elif key not in self._tombstones:
+            self._bury(key, cause, cut(detail), is_certain=True)
+            peer = self._pending_opens.pop(key, None)
+            if peer is not None:
+                self._timers.clear(_RoomDue(key))
+                self._end(peer, key, cause, detail)
         return self._take()
 
     # ------------------------------------------------------------------ what receivers say
@@ -149,11 +156,12 @@ class SenderCore:
             return
         session = self.sessions.get(peer)
         if session is None:
-            self.sessions[peer] = SenderSession(hello, now)
+            self.sessions[peer] = SenderSession(hello, hello.nonce, now)
             self._timers.set(_PeerDue(peer), now + self.limits.peer_silence_s)
             self._actions.append(Attach(peer, hello))
             return
         session.heard_at = now
+        session.nonce = max(session.nonce, hello.nonce)
         if session.wire is not None:
             self._welcome(peer, session.wire)
 

@@ -7,6 +7,9 @@ from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
 
+STALE_MIN = 64
+"""Entries that were replaced and may lie in the heap before it is swept."""
+
 
 class Timers(Generic[Key]):
     """At most one due time a key; ``set`` replaces it. All times are what the caller's clock says, in seconds."""
@@ -24,6 +27,13 @@ class Timers(Generic[Key]):
         self._count += 1
         self._due[key] = (when, self._count)
         heapq.heappush(self._heap, (when, self._count, key))
+        if len(self._heap) > STALE_MIN + 2 * len(self._due):
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Drop what was replaced: a deadline that moves with every slice would otherwise fill the heap until it is reached."""
+        self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[:2]]
+        heapq.heapify(self._heap)
 
     def clear(self, key: Key) -> None:
         """``key`` is due no more."""

@@ -23,7 +23,9 @@ STAGE_BUCKETS_S = (
 )  # fmt: skip
 LABELS = {"ended": "cause", "waiting": "queue"}
 """What the keys of a snapshot's mapping are, by the field's name; ``state`` where nothing is said here."""
-COUNTERS = frozenset({"ended", "rounds_total", "bytes_total", "frames_refused_total"})
+COUNTERS = frozenset(
+    {"ended", "rounds_total", "bytes_total", "frames_refused_total", "encoded_total", "failed_total"}
+)
 """Fields of a snapshot that only rise."""
 NAMES = {"ended": "rooms_ended", "blocks_total": "blocks"}
 """Metrics with another name than the field: a gauge must not end in ``_total``."""

@@ -52,8 +52,7 @@ def resolve_model(model: str) -> Path:
 
 
 def load_config(path: Path) -> Any:
-    """The transformers configuration of the checkpoint in ``path``; code that a checkpoint brings along is
-    never run.
+    """The transformers configuration of the checkpoint in ``path``; no code that a checkpoint brings is run.
 
     The undivided model looks for ``tie_word_embeddings`` in the outer configuration, a text model of its own
     in the text configuration. Both say the same afterwards: a language half that missed it would have a

@@ -81,8 +81,7 @@ class TransformersEncoder:
         )
 
     def encode(self, batch: Sequence[PreparedPrompt]) -> Sequence[Mapping[str, np.ndarray]]:
-        """One mapping of layout fields a prompt, bit-equal to what the undivided model merges for that prompt
-        alone.
+        """One mapping of layout fields a prompt, bit-equal to what the undivided model merges for it alone.
 
         The tower runs once a prompt. One run for a whole batch was up to a fifth faster on a CPU, but not
         bit-equal: its matrix products are cut up by size, and rows differed by 2e-6 in float32 (Qwen2.5-VL,
@@ -123,8 +122,7 @@ class TransformersEncoder:
                 deepstack[places, level] = torch.cat(list(images)).to(rows.dtype)
 
     def _positions(self, processed: Processed) -> tuple[np.ndarray, int]:
-        """Rotary positions (T, 3) int32 in time, height and width, and what a decoded token's index is off
-        by."""
+        """Rotary positions (T, 3) int32 in time, height and width, and the delta of the tokens that follow."""
         if not processed.pixels:
             line = np.arange(len(processed.ids), dtype=np.int32)
             return np.repeat(line[:, None], 3, axis=1), 0

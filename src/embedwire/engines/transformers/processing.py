@@ -211,8 +211,7 @@ def _joined(pixels: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarr
 
 
 def _checked(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as chat templates take it, with runs of text joined so that no token can hide across two of
-    them."""
+    """A message as chat templates take it; runs of text are joined, so that no token can hide across two."""
     if not isinstance(message, Mapping):
         raise invalid_messages(f"a message is a {type(message).__name__}, not an object")
     role = _ROLES.get(str(message.get("role")))
