@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import pytest
 
-from embedwire.testing import conformance
-from embedwire.testing.conformance import Conformance, NotApplicable
+from embedwire.testing import wires
+from embedwire.testing.conformance import Conformance
+from embedwire.testing.wires import NotApplicable
 
 WIRES = {
-    "shm": conformance.shm,
-    "tcp": conformance.tcp,
-    "fake": conformance.fake,
-    "fake_one_sided": conformance.fake_one_sided,
+    "shm": wires.shm,
+    "tcp": wires.tcp,
+    "fake": wires.fake,
+    "fake_one_sided": wires.fake_one_sided,
 }
 
 

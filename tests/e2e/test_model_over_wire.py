@@ -116,7 +116,9 @@ def chat(pictures: list[bytes], text: str = "What is on these pictures?") -> Cha
     return ChatPrompt([{"role": "user", "content": parts}], pictures)
 
 
-def undivided_answer(model: Any, encoder: TransformersEncoder, prompt: ChatPrompt) -> tuple[torch.Tensor, list[int]]:
+def undivided_answer(
+    model: Any, encoder: TransformersEncoder, prompt: ChatPrompt
+) -> tuple[torch.Tensor, list[int]]:
     """Prefill logits (T, V) and STEPS greedy ids of the undivided model for the same ids and pixels."""
     processed = encoder.prepare(prompt).inputs.processed
     ids = torch.as_tensor(processed.ids).long()[None]
@@ -136,7 +138,13 @@ def undivided_answer(model: Any, encoder: TransformersEncoder, prompt: ChatPromp
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_transfer_in_several_rounds_leaves_every_bit(
-    family: str, dtype: str, pictures: list[tuple[int, int]], halves: Any, tiny_model_dir: Any, undivided: Any, picture: Any
+    family: str,
+    dtype: str,
+    pictures: list[tuple[int, int]],
+    halves: Any,
+    tiny_model_dir: Any,
+    undivided: Any,
+    picture: Any,
 ) -> None:
     """Prefill logits and 32 greedy ids equal those of the undivided model, one request at a time."""
     both = halves(tiny_model_dir(family), dtype, num_blocks=2, block_size=4)

@@ -15,7 +15,7 @@ import torch
 
 from embedwire.encode.interface import ChatPrompt
 from embedwire.engines.transformers.encoder import TransformersEncoder
-from embedwire.engines.transformers.generation import TransformersLanguage
+from embedwire.engines.transformers.generation import TransformersLanguage, _end_ids
 from embedwire.errors import ConfigurationError, InvalidRequestError, OverloadedError, UsageError
 from embedwire.language.interface import AssembledPrompt, Delta, LanguageEngine, SamplingParams
 
@@ -313,6 +313,21 @@ def test_requests_that_can_not_be_served_are_refused_where_they_come_in(engine) 
     with pytest.raises(InvalidRequestError) as caught:
         engine.tokenize([{"role": "user", "content": [{"type": "image"}]}])
     assert caught.value.code == "invalid_messages"
+
+
+@pytest.mark.parametrize(
+    ("settings", "ids"),
+    [({"eos_token_id": [3, 5]}, {3, 5}), ({"eos_token_id": 3}, {3}), ({}, set()), (None, {7})],
+)
+def test_end_tokens_are_those_of_the_generation_settings_if_there_are_any(
+    settings: dict[str, Any] | None, ids: set[int], tiny_model_dir, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_model_dir("qwen2_5_vl") / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 7
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if settings is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert _end_ids(tmp_path) == ids
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def test_prompts_of_another_layout_are_refused(half, reference) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("layer_types", ["full_attention", "sliding_attention", "full_attention"]), ("rope_type", "dynamic")],
+    [("sliding_window", 16), ("rope_type", "dynamic")],
 )
 def test_what_would_be_wrong_is_refused(setting: str, value: Any, tiny_model_dir, monkeypatch) -> None:
     config = load_config(tiny_model_dir("llava"))

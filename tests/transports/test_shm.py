@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -14,7 +15,7 @@ import msgspec
 import pytest
 
 from embedwire.errors import TransportError
-from embedwire.testing.conformance import PATIENCE_S
+from embedwire.testing.wires import PATIENCE_S
 from embedwire.transports import shm
 from embedwire.transports.contract import Outcome, Piece, RemoteRegion
 from embedwire.transports.shm import ShmInbound, ShmOutbound
@@ -58,10 +59,18 @@ def test_the_file_is_private_whole_and_unlinked_at_close(inbound: ShmInbound) ->
     assert bytes(memory) == bytes(5000), "views of the owner stay readable"
 
 
-def test_a_full_shared_memory_is_an_error_and_no_signal(inbound: ShmInbound) -> None:
+def test_a_full_shared_memory_is_an_error_and_no_signal(
+    inbound: ShmInbound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages are reserved before any is touched: touching one that can not be had is a SIGBUS."""
     before = os.listdir("/dev/shm")
-    with pytest.raises(TransportError, match="no room for a region of 4611686018427387904 bytes"):
-        inbound.allocate(2**62)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TransportError, match="no room for a region of 5000 bytes"):
+        inbound.allocate(5000)
     assert not [name for name in os.listdir("/dev/shm") if name not in before and is_mine(name)]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from embedwire.bench.payload import WORD_BYTES, Payload, layout
 from embedwire.bench.peer import HOST, Peer, peer
 from embedwire.endpoint import ReceiverEndpoint
 from embedwire.errors import ConfigurationError, TransferError
+from embedwire.limits import Limits
 
 WARM_UP = 2
 RESULT_WAIT_S = 120.0
@@ -39,6 +40,7 @@ class Subject:
     token_bytes: int
     pools_tokens: tuple[int, ...]
     block_size: int = 128
+    window_rounds: int = 1
 
     def __post_init__(self) -> None:
         if self.transport not in BASELINES:
@@ -75,6 +77,7 @@ class Case:
     token_bytes: int
     bytes: int
     pool_tokens: int
+    window_rounds: int
     rounds: int
     repeat: int
     median_s: float
@@ -142,6 +145,7 @@ class _Bench:
                     assembly_bytes=2 * subject.tokens * subject.token_bytes,
                     host=HOST,
                     transports=(subject.transport,),
+                    limits=Limits(window_rounds=subject.window_rounds),
                 )
             )
             self.ways.append(_Way(self._receive(receiver, pool_tokens), []))
@@ -166,6 +170,7 @@ class _Bench:
                 token_bytes=subject.token_bytes,
                 bytes=subject.tokens * subject.token_bytes,
                 pool_tokens=pool_tokens,
+                window_rounds=subject.window_rounds,
                 rounds=len(self._rounds[pool_tokens]),
                 repeat=repeat,
                 median_s=median_s,
@@ -214,19 +219,3 @@ class _Bench:
             at += received
         np.copyto(self._destination, self._buffer)
         return time.perf_counter() - began_s
-
-
-def subjects(
-    transports: Sequence[str],
-    *,
-    tokens: Sequence[int],
-    token_bytes: Sequence[int],
-    pools_tokens: Sequence[int],
-) -> list[Subject]:
-    """Every combination, as ``embedwire bench transfer`` measures it."""
-    return [
-        Subject(transport=transport, tokens=count, token_bytes=width, pools_tokens=tuple(pools_tokens))
-        for transport in transports
-        for count in tokens
-        for width in token_bytes
-    ]

@@ -26,12 +26,6 @@ from embedwire.transports.contract import Outbound, Outcome, Piece, RemoteRegion
 logger = logging.getLogger(__name__)
 
 
-import os
-REPORTS_A_ROUND = int(os.environ.get("REP","12"))
-"""Progress within a round is told in about this many steps: enough for the receiver to drain while the rest is being written, and few enough
-that telling does not hold up writing (each report costs about as much as copying a megabyte)."""
-
-
 class WriterEvents(Protocol):
     """What a writer reports, on its own thread."""
 
@@ -174,14 +168,9 @@ class SessionWriter:
     def _carry_out(self, job: WriteJob) -> None:
         assert self._region is not None
 
-        reported, total = job.write.landed_tokens, job.write.round.tokens
-
         def on_landed(slices: int) -> None:
-            nonlocal reported
             landed = job.slice_ends[slices - 1]
-            is_news = (landed - reported) * REPORTS_A_ROUND >= total
-            if is_news and landed < total:  # of the last one, `written` tells
-                reported = landed
+            if landed < job.write.round.tokens:  # of the last one, `written` tells
                 self._events.landed(job.write, landed)
 
         try:

@@ -112,9 +112,9 @@ class Admission:
                     return room, blocks
         return None
 
-    def on_granted(self, room: ReceiverTransfer) -> None:
-        """After the grant: with a window, the room may want another one while this one is open."""
-        if room.remaining_tokens and len(room.open_rounds) < self.window_rounds:
+    def want_more(self, room: ReceiverTransfer) -> None:
+        """A room with open rounds: with a window, it may want another one besides."""
+        if room.remaining_tokens and len(room.open_rounds) < self.window_rounds and room not in self.for_more:
             self.for_more.append(room)
 
     def _wanted(self, room: ReceiverTransfer) -> int:

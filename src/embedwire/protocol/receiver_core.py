@@ -66,9 +66,11 @@ class Offered:
 
 @dataclass(slots=True)
 class ReceiverSession:
-    """One sender. ``incarnation`` is 0 and ``wire`` None until it has welcomed us. ``is_fenced`` is about the last wire."""
+    """One sender. ``incarnation`` is 0 until it has welcomed us; ``wire`` is None while we say hello, with this ``nonce``.
+    ``is_fenced`` is about the last wire."""
 
     heard_at: float
+    nonce: int
     incarnation: int = 0
     wire: str | None = None
     is_fenced: bool = False
@@ -122,6 +124,7 @@ class ReceiverCore:
             window_rounds=limits.window_rounds,
         )
         self._tickets = 0
+        self._nonces = 0
         self._timers: Timers[_RoomDue | _SessionDue] = Timers()
         self._actions: list[ReceiverAction] = []
 
@@ -139,7 +142,7 @@ class ReceiverCore:
         self.rooms[key] = room
         session = self.sessions.get(address)
         if session is None:
-            session = self.sessions[address] = ReceiverSession(heard_at=now)
+            session = self.sessions[address] = ReceiverSession(now, self._next_nonce())
         if not session.rooms:
             session.heard_at = now  # silence counts from the first question on
             self._ask_session(address, session, now)
@@ -172,10 +175,11 @@ class ReceiverCore:
         if isinstance(message, Welcome):
             self._on_welcome(message, address, session, now)
         elif isinstance(message, Stranger):
-            self._on_stranger(message, address, session, now)
+            self._on_stranger(address, session, now)
         elif isinstance(message, Refused):
-            session.heard_at = now
-            self._fail_all(session, message.cause, f"refused: {message.detail}", now)
+            if session.wire is None and message.nonce == session.nonce:
+                session.heard_at = now
+                self._fail_all(session, message.cause, f"refused: {message.detail}", now)
         elif message.source == session.incarnation:
             session.heard_at = now
             if isinstance(message, RoomMessage):
@@ -183,8 +187,8 @@ class ReceiverCore:
         return self._take()
 
     def _on_welcome(self, welcome: Welcome, address: Address, session: ReceiverSession, now: float) -> None:
-        if session.incarnation not in (0, welcome.source):
-            self._on_restart(address, session, now)
+        if session.wire is not None or welcome.nonce != session.nonce:
+            return  # late, and maybe from an earlier life of the sender
         session.heard_at = now
         if welcome.version != PROTOCOL_VERSION:
             self._fail_all(session, Cause.HANDSHAKE, f"sender speaks version {welcome.version}", now)
@@ -194,31 +198,33 @@ class ReceiverCore:
             self._fail_all(
                 session, Cause.VIOLATION, f"sender chose wire {welcome.wire!r}, which was not offered", now
             )
-        elif session.wire is None:
-            session.incarnation = welcome.source
-            session.wire = welcome.wire
-            session.is_fenced = welcome.wire in self.offered.fenced
-            for key in sorted(session.rooms & self.rooms.keys()):
-                self._ask_again(self.rooms[key], now)
+        else:
+            self._begin_session(welcome, address, session, now)
 
-    def _on_stranger(
-        self, stranger: Stranger, address: Address, session: ReceiverSession, now: float
+    def _begin_session(
+        self, welcome: Welcome, address: Address, session: ReceiverSession, now: float
     ) -> None:
-        if session.incarnation not in (0, stranger.source):
-            self._on_restart(address, session, now)
+        """Where the sender is another process, or writes in another way, than before, its earlier rounds end first: as those of
+        the earlier one. A room that was not announced may yet come."""
+        is_fenced = welcome.wire in self.offered.fenced
+        if session.incarnation and (session.incarnation, session.is_fenced) != (welcome.source, is_fenced):
+            for room in self._rooms_of(session):
+                if room.state is not ReceiverState.OPENING:
+                    self._fail(room, Cause.PEER_LOST, f"the sender at {address} was started anew", now)
+        session.incarnation, session.wire, session.is_fenced = welcome.source, welcome.wire, is_fenced
+        for key in sorted(session.rooms & self.rooms.keys()):
+            self._ask_again(self.rooms[key], now)
+
+    def _on_stranger(self, address: Address, session: ReceiverSession, now: float) -> None:
+        """Somebody there does not know us, or did not once: the answer to a new hello will tell who it is."""
         session.heard_at = now
         if session.wire is not None:
-            session.wire = None
+            session.wire, session.nonce = None, self._next_nonce()
             self._ask_session(address, session, now)
 
-    def _on_restart(self, address: Address, session: ReceiverSession, now: float) -> None:
-        """The sender has another incarnation: what it knew of our rooms is gone, but one that it had not announced may yet come."""
-        session.incarnation = 0
-        session.wire = None
-        for room in self._rooms_of(session):
-            if room.state is not ReceiverState.OPENING:
-                self._fail(room, Cause.PEER_LOST, f"the sender at {address} was started anew", now)
-        self._ask_session(address, session, now)
+    def _next_nonce(self) -> int:
+        self._nonces += 1
+        return self._nonces
 
     def _on_room_message(self, message: RoomMessage, address: Address, now: float) -> None:
         room = self.rooms.get(message.key)
@@ -237,9 +243,7 @@ class ReceiverCore:
 
     def _on_unknown_room(self, message: RoomMessage, address: Address, now: float) -> None:
         if isinstance(message, Ended):
-            held = self.quarantine.get(message.key)
-            if message.certain and held is not None and held.incarnation == message.source:
-                self._end_quarantine(message.key, now)
+            self._on_certainty(message, now)
         else:
             number, attempt = message.key
             abort = Abort(
@@ -275,9 +279,13 @@ class ReceiverCore:
         if room.is_live:
             self._fail(room, ended.cause, ended.detail, now, is_told=True, is_certain=ended.certain)
             return
-        if ended.certain and room.key in self.quarantine:
-            self._end_quarantine(room.key, now)
+        self._on_certainty(ended, now)
         self._confirm(room)
+
+    def _on_certainty(self, ended: Ended, now: float) -> None:
+        held = self.quarantine.get(ended.key)
+        if ended.certain and held is not None and held.incarnation == ended.source:
+            self._end_quarantine(ended.key, now)
 
     # ------------------------------------------------------------------ what the pool says
 
@@ -291,8 +299,11 @@ class ReceiverCore:
         digests: tuple[int, ...] | None,
         now: float,
     ) -> list[ReceiverAction]:
-        """A Drain was carried out: ``aux`` (a copy) comes with the first of round 0, ``digests`` with the last of each round."""
-        room = self.rooms[key]
+        """A Drain was carried out: ``aux`` (a copy) comes with the first of round 0, ``digests`` with the last of each round.
+        Harmless when the room has ended."""
+        room = self.rooms.get(key)
+        if room is None or not room.is_live:
+            return []
         try:
             room.on_drained(number, to_token, aux=aux, digests=digests)
         except CorruptRoom as corrupt:
@@ -314,9 +325,11 @@ class ReceiverCore:
             return
         if not freed:
             return
-        if room.drained_tokens == room.total_tokens:
+        if room.open_rounds:
+            self.admission.want_more(room)
+        elif room.drained_tokens == room.total_tokens:
             self._finish(room, now)
-        elif not room.open_rounds:
+        else:
             room.machine.step(ReceiverEvent.ROUNDS_DRAINED)
             self._await(room, self.limits.blocks_wait_s, now)
             self.admission.rejoin(room)
@@ -340,7 +353,7 @@ class ReceiverCore:
             self._tickets += 1
             room.granted_at = room.granted_at if room.round_sizes else now
             granted = room.grant(blocks, block_size=self.offered.block_size, ticket=self._tickets)
-            self.admission.on_granted(room)
+            self.admission.want_more(room)
             self._actions.append(Permit(room.address, granted))
             self._send_grant(room, granted)
             self._await(room, self.limits.round_s, now)
@@ -462,12 +475,14 @@ class ReceiverCore:
                 self._ask_end(room.key, now)
 
     def _ask_end(self, key: RoomKey, now: float) -> None:
-        """Ask again for the end of a room that is forgotten but for its quarantined blocks."""
+        """Ask again for the end of a room that is forgotten but for its quarantined blocks, if there is still whom to ask."""
         held = self.quarantine[key]
-        abort = Abort(
-            source=self.incarnation, target=held.incarnation, room=key[0], attempt=key[1], cause=Cause.ABORTED
-        )
-        self._actions.append(Send(held.address, abort))
+        session = self.sessions[held.address]
+        if session.wire is not None and session.incarnation == held.incarnation:
+            number, attempt = key
+            target, cause = held.incarnation, Cause.ABORTED
+            abort = Abort(source=self.incarnation, target=target, room=number, attempt=attempt, cause=cause)
+            self._actions.append(Send(held.address, abort))
         self._timers.set(_RoomDue(key), now + self.limits.peer_silence_s)
 
     def _on_session_due(self, address: Address, now: float) -> None:
@@ -481,11 +496,11 @@ class ReceiverCore:
                     address, session, f"the sender at {address} said nothing for {silent_s:.1f} s", now
                 )
             self._ask_session(address, session, now)
-        elif silent_s >= IDLE_S:
+        elif now < session.heard_at + IDLE_S:
+            self._timers.set(_SessionDue(address), session.heard_at + IDLE_S)
+        else:
             del self.sessions[address]
             self._actions.append(Hangup(address))
-        else:
-            self._timers.set(_SessionDue(address), session.heard_at + IDLE_S)
 
     def _lose(self, address: Address, session: ReceiverSession, detail: str, now: float) -> None:
         for room in self._rooms_of(session):
@@ -522,6 +537,7 @@ class ReceiverCore:
             message = Hello(
                 source=self.incarnation,
                 version=PROTOCOL_VERSION,
+                nonce=session.nonce,
                 fields=self.offered.fields,
                 block_size=self.offered.block_size,
                 num_blocks=self.offered.num_blocks,

@@ -150,9 +150,7 @@ class SenderCore:
         peer = hello.source
         problem = self._problem_with(hello)
         if problem is not None:
-            self._say(
-                peer, Refused(source=self.incarnation, target=peer, cause=problem[0], detail=cut(problem[1]))
-            )
+            self._refuse(peer, hello.nonce, *problem)
             return
         session = self.sessions.get(peer)
         if session is None:
@@ -188,19 +186,27 @@ class SenderCore:
 
     def on_attach_failed(self, peer: Peer, detail: str) -> list[SenderAction]:
         """No wire of the receiver works from here."""
-        if self.sessions.pop(peer, None) is not None:
+        session = self.sessions.pop(peer, None)
+        if session is not None:
             self._timers.clear(_PeerDue(peer))
-            self._say(
-                peer,
-                Refused(source=self.incarnation, target=peer, cause=Cause.WIRE_FAILED, detail=cut(detail)),
-            )
+            self._refuse(peer, session.nonce, Cause.WIRE_FAILED, detail)
         return self._take()
+
+    def _refuse(self, peer: Peer, nonce: int, cause: Cause, detail: str) -> None:
+        self._say(
+            peer, Refused(source=self.incarnation, target=peer, nonce=nonce, cause=cause, detail=cut(detail))
+        )
 
     def _welcome(self, peer: Peer, wire: str) -> None:
         self._say(
             peer,
             Welcome(
-                source=self.incarnation, target=peer, version=PROTOCOL_VERSION, fields=self.fields, wire=wire
+                source=self.incarnation,
+                target=peer,
+                version=PROTOCOL_VERSION,
+                nonce=self.sessions[peer].nonce,
+                fields=self.fields,
+                wire=wire,
             ),
         )
 
@@ -220,6 +226,7 @@ class SenderCore:
         key = message.key
         tombstone = self._tombstones.get(key)
         if tombstone is not None:
+            self._tombstones.move_to_end(key)  # whoever still asks is remembered longest
             cause, detail, certain = tombstone
             self._end(peer, key, cause, detail, certain=certain)
         elif not isinstance(message, Open):
@@ -240,6 +247,7 @@ class SenderCore:
 
     def _on_message_of(self, room: SenderTransfer, message: RoomMessage, peer: Peer, now: float) -> None:
         if isinstance(message, Abort):
+            room.peer = peer  # also when its `open` was lost: who ends a room hears of the end
             self._fail(room, message.cause, message.detail or "the receiver ended it", now)
         elif room.state is SenderState.ENDING:
             pass  # `ended` follows when its writes have returned
@@ -263,7 +271,8 @@ class SenderCore:
         granted = room.on_grant(grant, block_size=hello.block_size, num_blocks=hello.num_blocks)
         if granted is None:
             self._say(peer, room.status(self.incarnation, peer, number=min(grant.round, len(room.rounds))))
-        elif room.is_ready:
+            return
+        if room.is_ready:
             self._write(room, granted)
         self._await_progress(room, now)
 
@@ -304,6 +313,17 @@ class SenderCore:
         room.is_certain = False
         self._fail(room, Cause.WIRE_FAILED, detail, now)
         self._settle(room)
+        return self._take()
+
+    def on_doubt_ended(self, peer: Peer, key: RoomKey) -> list[SenderAction]:
+        """Proof has come that a write which returned as unknown can not land any more: the wire that it went over was closed."""
+        room, tombstone = self.rooms.get(key), self._tombstones.get(key)
+        if room is not None:
+            room.is_certain = True
+        elif tombstone is not None:
+            cause, detail, _ = tombstone
+            self._tombstones[key] = (cause, detail, True)
+            self._end(peer, key, cause, detail)
         return self._take()
 
     def _write(self, room: SenderTransfer, granted: Round) -> None:
@@ -407,14 +427,17 @@ class SenderCore:
         cause, detail = room.end
         del self.rooms[room.key]
         self._timers.clear(_RoomDue(room.key))
-        self._tombstones[room.key] = (cause, detail, room.is_certain)
-        while len(self._tombstones) > self.limits.tombstones_max:
-            self._tombstones.popitem(last=False)
+        self._bury(room.key, cause, detail, is_certain=room.is_certain)
         if room.peer is not None:
             if room.peer in self.sessions:
                 self.sessions[room.peer].rooms.discard(room.key)
             self._end(room.peer, room.key, cause, detail, certain=room.is_certain)
         self._actions.append(Release(room.key, cause, detail, tuple(r.tokens for r in room.rounds)))
+
+    def _bury(self, key: RoomKey, cause: Cause, detail: str, *, is_certain: bool) -> None:
+        self._tombstones[key] = (cause, detail, is_certain)
+        while len(self._tombstones) > self.limits.tombstones_max:
+            self._tombstones.popitem(last=False)
 
     def _end(self, peer: Peer, key: RoomKey, cause: Cause, detail: str, *, certain: bool = True) -> None:
         room, attempt = key

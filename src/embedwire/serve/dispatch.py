@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from embedwire.serve.faults import Fault, FaultError, fault_from, overloaded, un
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.openai import ChatRequest, RoomRef, plain_messages
 
+IDLE_CLIENTS_MAX = 64
 RETRIED_STATUS = frozenset({502, 503, 504})
 NOT_RETRIED_CODES = frozenset({"aborted"})
 
@@ -90,18 +91,18 @@ class Dispatch:
     def __init__(
         self,
         table: Registry,
-        client: httpx.AsyncClient,
         *,
         background: TaskGroup,
         metrics: AppMetrics,
         limits: DispatchLimits,
     ) -> None:
         self._table = table
-        self._client = client
+        self._tls = httpx.create_ssl_context(trust_env=False)
         self._background = background
         self._metrics = metrics
         self._limits = limits
         self._rooms: set[int] = set()
+        self._idle: list[httpx.AsyncClient] = []
 
     @contextmanager
     def way(self, raw: Mapping[str, Any], asked: ChatRequest, *, began_s: float) -> Iterator[Way]:
@@ -158,43 +159,45 @@ class Dispatch:
             )
         stack.enter_context(self._table.loaded(language.url, tokens))
         try:
-            response = await self._post(language, "/v1/chat/completions", body)
+            return await self._post(language, "/v1/chat/completions", body, stack)
         except WorkerFailed as error:
             if encoder and error.fault.type == "transfer_error":
                 error.url = encoder.url  # the messenger is not to blame
             raise
-        stack.push_async_callback(response.aclose)
-        return response
 
     async def _let_go(self, way: Way) -> None:
         """End the room of an attempt that failed: at once where the next attempt may come to the same
         encoder."""
         if way.held is None:
             return
-        (encoder, attempt), way.held = way.held, None
+        encoder, attempt = way.held
         if encoder.url in way.failed:
             self._background.start_soon(self._abort, way.room, encoder, attempt)
         else:
             await self._abort(way.room, encoder, attempt)
+        way.held = None
 
     async def _encode(self, way: Way, attempt: int, encoder: Worker) -> TakenUp:
         body = {"room": way.room, "attempt": attempt, "messages": way.raw["messages"]}
-        response = await self._post(encoder, "/encode", body)
-        try:
-            return msgspec.json.decode(await response.aread(), type=TakenUp)
-        except (httpx.HTTPError, msgspec.MsgspecError) as error:
-            raise WorkerFailed(encoder.url, unreachable(f"encoder {encoder.url}", error)) from None
-        finally:
-            await response.aclose()
+        async with AsyncExitStack() as stack:
+            response = await self._post(encoder, "/encode", body, stack)
+            try:
+                return msgspec.json.decode(await response.aread(), type=TakenUp)
+            except (httpx.HTTPError, msgspec.MsgspecError) as error:
+                raise WorkerFailed(encoder.url, unreachable(f"encoder {encoder.url}", error)) from None
 
-    async def _post(self, worker: Worker, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        """A response with status 200, not yet read. Raises WorkerFailed, or FaultError when another worker
-        would not help."""
+    async def _post(
+        self, worker: Worker, path: str, body: Mapping[str, Any], stack: AsyncExitStack
+    ) -> httpx.Response:
+        """A response with status 200, not yet read; ``stack`` closes it. Raises WorkerFailed, or FaultError
+        when another worker would not help."""
         content = await anyio.to_thread.run_sync(msgspec.json.encode, body)
-        request = self._client.build_request("POST", worker.url + path, content=content)
         who = f"{worker.role} server {worker.url}"
+        client = await stack.enter_async_context(self._client())
         try:
-            response = await self._client.send(request, stream=True)
+            request = client.build_request("POST", worker.url + path, content=content)
+            response = await client.send(request, stream=True)
+            stack.push_async_callback(response.aclose)
             if response.status_code == 200:
                 return response
             text = await response.aread()
@@ -208,6 +211,29 @@ class Dispatch:
             raise WorkerFailed(worker.url, fault)
         raise FaultError(fault)
 
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A client for one call at a time, with the connections that it has kept. One pool for all calls
+        would search itself through for each of them: its cost is quadratic in the calls under way."""
+        client = self._idle.pop() if self._idle else self._new_client()
+        try:
+            yield client
+        finally:
+            if len(self._idle) < IDLE_CLIENTS_MAX:
+                self._idle.append(client)
+            else:
+                await client.aclose()
+
+    def _new_client(self) -> httpx.AsyncClient:
+        # Nothing but the connection has a time-out here: the request's deadline stands over the rest.
+        timeout = httpx.Timeout(None, connect=self._limits.connect_timeout_s)
+        return httpx.AsyncClient(verify=self._tls, timeout=timeout, trust_env=False)
+
+    async def close(self) -> None:
+        """Close the connections to workers, when no request is under way any more."""
+        while self._idle:
+            await self._idle.pop().aclose()
+
     def _pick(self, role: Role, way: Way, *, fingerprint: str | None) -> Worker:
         """Raises FaultError: nobody is there, or of those who were the last one's fault."""
         model = way.asked.model
@@ -219,4 +245,5 @@ class Dispatch:
     async def _abort(self, room: int, encoder: Worker, attempt: int) -> None:
         url, timeout_s = f"{encoder.url}/rooms/{room}", self._limits.abort_timeout_s
         with suppress(httpx.HTTPError):  # a room that nobody reads ends by its own deadline too
-            await self._client.delete(url, params={"attempt": attempt}, timeout=timeout_s)
+            async with self._client() as client:
+                await client.delete(url, params={"attempt": attempt}, timeout=timeout_s)

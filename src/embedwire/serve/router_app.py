@@ -80,21 +80,15 @@ class Router:
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
         """Knows its workers before it takes a request in, and keeps knowing them."""
         watch, limits = self.settings.watch, self.settings.limits
-        timeout = httpx.Timeout(
-            None, connect=limits.connect_timeout_s
-        )  # the rest is under the request's deadline
-        pool = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         async with (
-            httpx.AsyncClient(timeout=timeout, limits=pool, trust_env=False) as client,
             httpx.AsyncClient(timeout=watch.timeout_s, trust_env=False) as watcher,
             anyio.create_task_group() as background,
         ):
-            self.dispatch = Dispatch(
-                self.table, client, background=background, metrics=self.metrics, limits=limits
-            )
+            self.dispatch = Dispatch(self.table, background=background, metrics=self.metrics, limits=limits)
             await self._look(watcher)
             background.start_soon(every, watch.interval_s, lambda: self._look(watcher))
             yield
+            await self.dispatch.close()
             background.cancel_scope.cancel()
 
     async def _look(self, client: httpx.AsyncClient) -> None:

@@ -2,7 +2,7 @@
 killed.
 
 Started as ``python -m embedwire.testing.conformance_peer MODULE:FUNCTION receive|send …``; the first argument
-names the function that returns the :class:`~embedwire.testing.conformance.Wire`. Ends with its standard
+names the function that returns the :class:`~embedwire.testing.wires.Wire`. Ends with its standard
 input.
 """
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 
-from embedwire.testing.conformance import PATIENCE_S, Wire
+from embedwire.testing.wires import PATIENCE_S, Wire
 from embedwire.transports.contract import Piece, Slice
 
 

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from embedwire.protocol.messages import Message, RoomMessage, encode
-from embedwire.testing.sim_timeline import Timeline
-
-NEVER = float("inf")
-
+from embedwire.testing.sim_timeline import NEVER, Timeline
 
 @dataclass(slots=True, kw_only=True)
 class Weather:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -97,7 +98,10 @@ class SenderNode:
         self.waiting: deque[Waiting] = deque()
         self.total_tokens: dict[RoomKey, int] = {}
         self.wires: dict[Peer, Wire] = {}
+        self.writes: list[Write] = []
         self.ends: dict[RoomKey, Release] = {}
+        self.offered: set[RoomKey] = set()
+        self.gone: set[RoomKey] = set()
 
     def kill(self) -> None:
         """End a life."""
@@ -107,6 +111,8 @@ class SenderNode:
 
     def request(self, key: RoomKey, total_tokens: int, *, source_s: float = 0.0) -> None:
         """A request came in. What can never fit, or what the queue has no place for, is refused at once."""
+        if key in self.gone:
+            return
         self.total_tokens[key] = total_tokens
         need = total_tokens * TOKEN_BYTES
         if not self.budget.can_ever(need):
@@ -119,6 +125,7 @@ class SenderNode:
 
     def abort(self, key: RoomKey) -> None:
         """The client of a room has gone."""
+        self.gone.add(key)
         self.waiting = deque(w for w in self.waiting if w.key != key)
         self.do(self.core.fail(key, Cause.ABORTED, "the client has gone", now=self.timeline.now))
 
@@ -137,11 +144,14 @@ class SenderNode:
         key, total = waiting.key, waiting.total_tokens
         aux, now = aux_of(key, total), self.timeline.now
         try:
-            actions = self.core.offer(key, total_tokens=total, aux=aux, content_hash=str(key).encode(), now=now)
+            actions = self.core.offer(
+                key, total_tokens=total, aux=aux, content_hash=str(key).encode(), now=now
+            )
         except OverloadedError as overload:
             self.budget.release(key)
             self._refuse(key, Cause.OVERLOADED, str(overload))
             return
+        self.offered.add(key)
         self.do(actions)
         self.process.run_after(
             waiting.source_s, lambda: self.do(self.core.ready(key, source_ms=1.0, now=self.timeline.now))
@@ -170,14 +180,15 @@ class SenderNode:
                 case Reply(peer, message):
                     self._say(self.address, peer, message)
                 case Attach(peer):
-                    self.process.run_after(self.setup.attach_s, lambda peer=peer: self._attach(peer))
+                    self.process.run_after(self.setup.attach_s, partial(self._attach, peer))
                 case Detach(peer):
                     self._detach(peer)
                 case Write(peer):
+                    self.writes.append(action)
                     if peer in self.wires:
                         self.wires[peer].submit(action)
                     else:
-                        self.process.run_after(0.0, lambda write=action: self.on_outcome(write, Outcome.LOST, ()))
+                        self.process.run_after(0.0, partial(self.on_outcome, action, Outcome.LOST, ()))
                 case CancelWrites(key):
                     for wire in self.wires.values():
                         wire.cancel(key)
@@ -241,7 +252,7 @@ class SenderNode:
             self._detach(peer)
             if target is not None:
                 self._connect(peer, target)
-        self.do(self.core.on_doubt_ended(peer, key, now=self.timeline.now))
+        self.do(self.core.on_doubt_ended(peer, key))
 
 
 @dataclass(slots=True)
@@ -301,6 +312,7 @@ class ReceiverNode:
         )
         self.assemblies: dict[RoomKey, Cells] = {}
         self.grants: defaultdict[RoomKey, list[Grant]] = defaultdict(list)
+        self.opened: set[RoomKey] = set()
         self.ends: dict[RoomKey, Finished | Failed] = {}
         self._pending: deque[ReceiverAction] = deque()
         self._is_busy = False
@@ -316,7 +328,9 @@ class ReceiverNode:
 
     def open(self, key: RoomKey, address: str) -> None:
         """A request came in. Raises OverloadedError."""
-        self.do(self.core.open(key, address, now=self.timeline.now))
+        actions = self.core.open(key, address, now=self.timeline.now)
+        self.opened.add(key)
+        self.do(actions)
 
     def abort(self, key: RoomKey) -> None:
         """The client of a room has gone."""
@@ -386,7 +400,9 @@ class ReceiverNode:
         self._check(key, found, cells(key, first, last))
         self.assemblies[key][first:last] = found
         aux = self.memory.aux[granted.block_indices[0]] if first == 0 else None
-        sums = digests(self.assemblies[key][granted.start_token : last]) if last == granted.end_token else None
+        sums = (
+            digests(self.assemblies[key][granted.start_token : last]) if last == granted.end_token else None
+        )
         now = self.timeline.now
         self.do(self.core.on_drained(key, granted.number, last, aux=aux, digests=sums, now=now))
 

@@ -31,7 +31,9 @@ class RandomWorld:
         self.world = World(seed)
         self.rng = rng = self.world.timeline.rng
         self.is_harsh = rng.random() < 0.7 if is_harsh is None else is_harsh
-        self.world.limits = Limits(window_rounds=rng.choice((1, 1, 2, 4)), blocks_wait_s=600.0, open_wait_s=300.0)
+        self.world.limits = Limits(
+            window_rounds=rng.choice((1, 1, 2, 4)), blocks_wait_s=600.0, open_wait_s=300.0
+        )
         self._set_weather()
         rooms = self._draw_rooms()
         largest = max(tokens for _, tokens in rooms) * TOKEN_BYTES
@@ -70,7 +72,7 @@ class RandomWorld:
         )
 
     def _draw_rooms(self) -> list[tuple[int, int]]:
-        longest = self.rng.choice((1, 50, 2000, 6000))
+        longest = self.rng.choice((1, 50, 500, 2000))
         return [(room, self.rng.randint(1, longest)) for room in range(1, self.rng.randint(2, 24))]
 
     def _add_sender(self, index: int, largest: int) -> SenderNode:
@@ -115,7 +117,7 @@ class RandomWorld:
 
     def _draw_fault(self) -> Callable[[], object]:
         rng, world = self.rng, self.world
-        node: SenderNode | ReceiverNode = rng.choice((*self.senders, *self.receivers))
+        node = rng.choice(world.nodes)
         transfer = rng.choice(self.transfers)
         pause_s = rng.choice((0.1, 1.0, 8.0, 30.0))
         sender, receiver = rng.choice(self.senders), rng.choice(self.receivers)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 Call = Callable[[], object]
+NEVER = float("inf")
 
 
 class Timeline:
@@ -39,9 +40,9 @@ class Timeline:
         return probability > 0 and self.rng.random() < probability
 
     @property
-    def next_event(self) -> float | None:
-        """When the next event happens."""
-        return self._events[0][0] if self._events else None
+    def next_event(self) -> float:
+        """When the next event happens; NEVER when there is none."""
+        return self._events[0][0] if self._events else NEVER
 
     def run_next(self) -> None:
         """Jump to the next event and let it happen."""

@@ -183,7 +183,9 @@ class Wire:
         write, self._running = self._running, None
         assert write is not None
         granted = write.round
-        self._timeline.note(f"write {write.key} {granted.number} of {self._owner.incarnation}: {outcome.value}")
+        self._timeline.note(
+            f"write {write.key} {granted.number} of {self._owner.incarnation}: {outcome.value}"
+        )
         sums = digests(cells(write.key, granted.start_token, granted.end_token))
         self._owner.run(lambda: self._events.on_outcome(write, outcome, sums))
         self._owner.run_after(0.0, self._start_next)

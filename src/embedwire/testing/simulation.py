@@ -19,7 +19,7 @@ from embedwire.protocol.messages import Cause, Grant, Message, RoomKey
 from embedwire.testing.sim_checks import Checks, check_rest
 from embedwire.testing.sim_link import Link, Weather
 from embedwire.testing.sim_nodes import InvariantBroken, ReceiverNode, ReceiverSetup, SenderNode, SenderSetup
-from embedwire.testing.sim_timeline import Timeline
+from embedwire.testing.sim_timeline import NEVER, Timeline
 from embedwire.testing.sim_wire import FENCED, ONE_SIDED, Target, WireFaults
 
 __all__ = ["FENCED", "ONE_SIDED", "InvariantBroken", "Transfer", "Weather", "WireFaults", "World"]
@@ -72,7 +72,9 @@ class Transfer:
 class World:
     """Nodes, their link and their time. Methods that change it act at the present moment."""
 
-    def __init__(self, seed: int = 0, *, limits: Limits | None = None, weather: Weather | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, *, limits: Limits | None = None, weather: Weather | None = None
+    ) -> None:
         self.seed = seed
         self.limits = limits or Limits()
         self.timeline = Timeline(seed)
@@ -114,6 +116,11 @@ class World:
         self._life_of[self._new_life()] = node
         node.start(self._lives)
         return node
+
+    @property
+    def nodes(self) -> list[SenderNode | ReceiverNode]:
+        """Everybody."""
+        return [*self.senders.values(), *self.receivers.values()]
 
     def _new_life(self) -> int:
         self._lives += 1
@@ -173,7 +180,9 @@ class World:
 
     def _to_sender(self, origin: str, address: str, message: Message) -> None:
         peer = message.source
-        self.link.send(origin, address, message, deliver=lambda frame: self.deliver_to_sender(address, frame, peer))
+        self.link.send(
+            origin, address, message, deliver=lambda frame: self.deliver_to_sender(address, frame, peer)
+        )
 
     def deliver_to_sender(self, address: str, frame: bytes, origin: Peer) -> None:
         """A frame reaches whoever lives at ``address`` now."""
@@ -184,7 +193,10 @@ class World:
         node = self._life_of.get(peer)
         if node is not None:
             self.link.send(
-                origin, node.address, message, deliver=lambda frame: self.deliver_to_receiver(node.address, frame, origin)
+                origin,
+                node.address,
+                message,
+                deliver=lambda frame: self.deliver_to_receiver(node.address, frame, origin),
             )
 
     def deliver_to_receiver(self, address: str, frame: bytes, origin: str) -> None:
@@ -213,9 +225,9 @@ class World:
         """The next event, and the checks. False: nothing is due any more."""
         due, node = self._next_tick()
         event = self.timeline.next_event
-        if event is None and node is None:
+        if min(due, event) == NEVER:
             return False
-        if node is None or (event is not None and event <= due):
+        if node is None or event <= due:
             self.timeline.run_next()
         else:
             self.timeline.now = max(self.timeline.now, due)
@@ -228,8 +240,8 @@ class World:
         return True
 
     def _next_tick(self) -> tuple[float, SenderNode | ReceiverNode | None]:
-        first: tuple[float, SenderNode | ReceiverNode | None] = (float("inf"), None)
-        for node in (*self.senders.values(), *self.receivers.values()):
+        first: tuple[float, SenderNode | ReceiverNode | None] = (NEVER, None)
+        for node in self.nodes:
             if not node.process.is_dead and not node.process.is_frozen:
                 due = node.core.next_due()
                 if due is not None and due < first[0]:
@@ -239,7 +251,7 @@ class World:
     def run(self, *, for_s: float) -> None:
         """Let so much time pass."""
         end = self.timeline.now + for_s
-        while min(self.timeline.next_event or float("inf"), self._next_tick()[0]) <= end:
+        while min(self.timeline.next_event, self._next_tick()[0]) <= end:
             self._step_or_stop()
         self.timeline.now = end
 

@@ -228,7 +228,9 @@ def test_a_connection_without_a_greeting_is_dropped() -> None:
 def test_connections_are_bounded() -> None:
     server = Server(connections_max=3)
     kept = [server.greeted() for _ in range(3)]
-    assert is_dropped(server.connect())
+    fourth = server.connect()
+    send_in_single_bytes(fourth, frames.encode_hello(server.target.nonce, 77))
+    assert is_dropped(fourth)
     kept[0].shutdown(socket.SHUT_WR)
     assert is_dropped(kept[0])
     kept[1].shutdown(socket.SHUT_WR)

@@ -14,7 +14,7 @@ import pytest
 
 from embedwire.errors import TransportError
 from embedwire.transports.contract import Outcome, Piece, RemoteRegion
-from embedwire.transports.tcp import TcpInbound, TcpOutbound, frames
+from embedwire.transports.tcp import TcpInbound, TcpOutbound, frames, writing
 
 NONCE = bytes(range(16))
 HEAD_BYTES = frames.HEADER_BYTES + frames.PIECE_BYTES
@@ -117,6 +117,47 @@ def test_every_ending_has_an_honest_outcome(name: str) -> None:
         outbound = TcpOutbound(host="127.0.0.1", streams=1)
         region = outbound.connect(descriptor, sender_token=9, timeout_s=20)
         assert write(region)[0] is outcome
+        outbound.close()
+
+
+def test_close_returns_when_the_receiver_has_read_all_and_closed() -> None:
+    """Scenario 34: after close() nothing of the session lands, so it waits for the receiver's end."""
+    has_returned = threading.Event()
+    returned_early = []
+
+    def linger(sock: socket.socket) -> None:
+        stay_silent(sock)
+        returned_early.append(has_returned.wait(writing.CLOSE_WAIT_S / 3))
+
+    with receiver(linger) as descriptor:
+        region = TcpOutbound(host="127.0.0.1", streams=1).connect(descriptor, sender_token=9, timeout_s=20)
+        region.close()
+        has_returned.set()
+    assert returned_early == [False]
+
+
+def test_a_slow_source_is_no_time_out() -> None:
+    """The time-out counts from the last progress, and a slice that was handed over late is progress."""
+    now, waits = [0.0], []
+    honest = writing.Write._wait
+
+    def wait(self: writing.Write, timeout_s: float) -> set[int]:
+        waits.append(timeout_s)
+        return honest(self, timeout_s)
+
+    with receiver(answer(ACK)) as descriptor, pytest.MonkeyPatch.context() as patch:
+        outbound = TcpOutbound(host="127.0.0.1", streams=1)
+        region = outbound.connect(descriptor, sender_token=9, timeout_s=20)
+        patch.setattr(writing.time, "monotonic", lambda: now[0])
+        patch.setattr(writing.Write, "_wait", wait)
+
+        def slices() -> Iterator[list[Piece]]:
+            now[0] += 1000.0
+            yield [Piece(memoryview(b"data"), 0)]
+
+        outcome = region.write(3, slices(), is_permitted=lambda: True, on_landed=lambda _: None, timeout_s=20)
+        assert outcome is Outcome.LANDED
+        assert set(waits) == {20.0}
         outbound.close()
 
 

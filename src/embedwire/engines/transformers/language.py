@@ -3,8 +3,7 @@
 Owns how an assembled prompt becomes the text model's arguments, for every family. Must not know: requests,
 batches' members, sampling, threads. Used by ``generation`` from one thread at a time.
 
-One sequence, unpadded and without a mask, runs the very kernels of the undivided model, and
-gives the same bits.
+One sequence, unpadded and without a mask, runs the very kernels of the undivided model, to the same bits.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from embedwire.engines.transformers.checkpoint import build_on_meta, dtype_of, fill, load_config, read_tensors
 from embedwire.engines.transformers.families import HEAD_KEY, TEXT_PREFIX, family_of, layout_of
@@ -43,32 +43,28 @@ def load_language_half(path: Path, *, dtype: str, device: str = "cpu") -> Langua
 
     tensors = read_tensors(path, own_name, dtype=dtype_of(dtype))
     # As transformers has it, a head in the checkpoint counts even where the configuration says "tied".
-    tied = config.tie_word_embeddings and _HEAD not in tensors
+    tied = config.tie_word_embeddings and _HEAD not in tensors and _EMBEDDING in tensors
     if tied:
         tensors[_HEAD] = tensors[_EMBEDDING]
-    text = config.text_config
-    modules = build_on_meta(
-        lambda: nn.ModuleDict(
-            {
-                "text": AutoModel.from_config(text, dtype=dtype_of(dtype)),
-                "head": nn.Linear(text.hidden_size, text.vocab_size, bias=False),
-            }
-        )
-    )
-    fill(modules, tensors, device=device)
-    if tied:
-        modules["head"].weight = modules[
-            "text"
-        ].embed_tokens.weight  # moving to a device has made two of them
-    return LanguageHalf(modules["text"], modules["head"], config=config, dtype=dtype)
+    modules: Any = fill(build_on_meta(lambda: _modules(config.text_config)), tensors, device=device)
+    if tied:  # moving to a device has made two of them
+        modules.head.weight = modules.text.embed_tokens.weight
+    return LanguageHalf(modules.text, modules.head, config=config, dtype=dtype)
+
+
+def _modules(text_config: Any) -> nn.Module:
+    """The names in here are those that ``load_language_half`` gives the tensors."""
+    head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+    return nn.ModuleDict({"text": AutoModel.from_config(text_config), "head": head})
 
 
 def _refuse_unsupported(text_config: Any) -> None:
     """Refuse what would be wrong, not merely slow: caches of a sliding window, which can not be padded, and
     rotary frequencies that follow the longest sequence seen, by which one request would change another."""
-    kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        raise ConfigurationError(f"layers of type {', '.join(sorted(kinds))} are not supported")
+    caches = {type(layer) for layer in DynamicCache(config=text_config).layers}
+    if caches != {DynamicLayer}:
+        names = ", ".join(sorted(cache.__name__ for cache in caches))
+        raise ConfigurationError(f"a text model with caches of type {names} is not supported")
     rope = text_config.rope_parameters["rope_type"]
     if rope in ("dynamic", "longrope"):
         raise ConfigurationError(f"rotary embeddings of type {rope!r} are not supported")
@@ -77,7 +73,8 @@ def _refuse_unsupported(text_config: Any) -> None:
 class LanguageHalf:
     """A text model with its head. Tensors are of a batch of B sequences; a prompt is a batch of one.
 
-    ``layout`` is what a prompt room of this model carries, ``max_tokens`` the model's context.
+    ``layout`` is what a prompt room of this model carries, ``max_tokens`` the model's context;
+    ``media_ids`` are the token ids that stand for rows of a tower.
     """
 
     def __init__(self, text: nn.Module, head: nn.Module, *, config: Any, dtype: str) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
-from embedwire.errors import ProtocolViolation, TransportError
+from embedwire.errors import ConfigurationError, ProtocolViolation, TransportError
 from embedwire.transports.contract import Outbound, Outcome, RemoteRegion, Slice
 from embedwire.transports.pieces import check_sender_token, check_ticket
 from embedwire.transports.tcp import frames
@@ -130,6 +130,8 @@ class TcpOutbound(Outbound):
     name: ClassVar[str] = "tcp"
 
     def __init__(self, *, host: str, streams: int = STREAMS) -> None:
+        if streams < 1:
+            raise ConfigurationError(f"a session needs at least one stream, not {streams}")
         self._streams = streams
         self._regions: set[TcpRegion] = set()
 

@@ -62,7 +62,8 @@ class Write:
     def _drive(self, timeout_s: float) -> Outcome:
         deadline_s = time.monotonic() + timeout_s
         while True:
-            self._begin_slices()
+            if self._begin_slices():
+                deadline_s = time.monotonic() + timeout_s
             if all(stream.is_settled for stream in self._streams):
                 is_whole = self._is_exhausted and self._landed == self._begun
                 return Outcome.LANDED if is_whole else Outcome.LOST
@@ -72,20 +73,27 @@ class Write:
             if self._wake_fd in ready:
                 deadline_s = min(deadline_s, time.monotonic() + CLOSE_WAIT_S)
                 self._finish()
-            elif self._move([stream for stream in self._streams if stream.sock.fileno() in ready]):
+            elif self._move(ready) and not self._is_closing:
                 deadline_s = time.monotonic() + timeout_s
 
-    def _begin_slices(self) -> None:
+    def _begin_slices(self) -> bool:
+        """Hand slices to streams that have room. True: the caller was asked for one, which may have taken a
+        while."""
+        has_asked = False
         while not self._begins_no_more:
             stream = min((s for s in self._streams if s.can_begin), key=lambda s: s.awaited, default=None)
-            pieces = self._next_slice() if stream else None
-            if stream is None or pieces is None:
-                return
+            if stream is None:
+                break
+            has_asked = True
+            pieces = self._next_slice()
+            if pieces is None:
+                break
             batches = list(frames.split(pieces))
             self._begun += 1
             stream.begin(self._ticket, self._frames, batches=batches, slice_number=self._begun)
             self._frames += len(batches)
             stream.send()
+        return has_asked
 
     def _next_slice(self) -> Slice | None:
         try:
@@ -110,10 +118,12 @@ class Write:
                 poll.register(stream.sock, select.POLLIN | (select.POLLOUT if stream.wants_to_send else 0))
         return {fd for fd, _ in poll.poll(max(0.0, timeout_s * 1000))}
 
-    def _move(self, streams: Iterable[Stream]) -> bool:
-        """Send and receive on these. True: something moved."""
+    def _move(self, ready: set[int]) -> bool:
+        """Send and receive on the streams whose descriptors are ready. True: something moved."""
         moved = False
-        for stream in streams:
+        for stream in self._streams:
+            if stream.sock.fileno() not in ready:
+                continue
             for slice_number, has_landed in stream.receive():
                 moved = True
                 self._on_answer(slice_number, has_landed=has_landed)

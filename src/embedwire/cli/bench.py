@@ -1,0 +1,105 @@
+"""``embedwire bench``: measurements with a baseline from the same run. Shows them; ``embedwire.bench`` makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import Progress
+
+from embedwire.cli.options import JsonFile
+from embedwire.cli.screen import check_writable, err, out, size, table, write_json
+
+if TYPE_CHECKING:
+    from embedwire.bench.transfer import Case, Subject
+
+app = typer.Typer(no_args_is_help=True, help="Measure, against a baseline from the same run.")
+
+DEFAULTS: tuple[tuple[int, int, tuple[int, ...]], ...] = ((16384, 4096, (1024,)), (256, 4096, ()))
+"""(tokens, bytes a token, pools in tokens): 64 MiB in one round and through a sixteenth of its size, and 1 MiB."""
+
+
+@app.callback()
+def callback() -> None:
+    """Measure, against a baseline from the same run."""
+
+
+@app.command()
+def transfer(
+    *,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of the embedding; may be repeated.")] = None,
+    token_bytes: Annotated[list[int] | None, typer.Option(help="Bytes of a token, a multiple of 8 [4096].")] = None,
+    pool_tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Size of the receive pool. A smaller one than the embedding makes it resume; may be repeated."),
+    ] = None,
+    transport: Annotated[list[str] | None, typer.Option(help="shm or tcp; may be repeated [both].")] = None,
+    window: Annotated[int, typer.Option(help="Rounds of one embedding that may be open at a time.")] = 1,
+    repeat: Annotated[int, typer.Option(help="Measured transfers a case, after two to warm up.")] = 9,
+    json: JsonFile = None,
+) -> None:
+    """How fast does an embedding come from a sender's process into one tensor of the receiver?
+
+    Without sizes: 64 MiB in one round, the same through a pool of a sixteenth, and 1 MiB.
+
+    The baseline makes the same copies with nothing but the operating system: two copies in memory for shm; for tcp a blocking socket between
+    two processes and one copy. ratio is its time over ours: 1 is as fast, more is faster. resume is our time over that of the same embedding
+    in one round. Everything is warmed up, measured in turns, and checked byte for byte.
+
+    Run it on an idle machine with two cores or more: ours overlaps two processes, so whatever else runs costs it more than the baseline. Exit
+    code 0: measured, whatever the numbers; 2: not measured, with the cause.
+    """
+    from embedwire.bench.host import this_host
+    from embedwire.bench.transfer import measure, steps
+
+    check_writable(json)
+    wanted = _subjects(transport or ("shm", "tcp"), tokens, token_bytes, pool_tokens, window)
+    host = this_host()
+    out.print(f"{host.cpu}, {host.cores} cores, {size(host.memory_bytes)}, load {host.load_1m}, Python {host.python}")
+    cases: list[Case] = []
+    with Progress(console=err, transient=True) as progress:
+        bar = progress.add_task("measuring", total=sum(steps(s, repeat=repeat) for s in wanted))
+        for subject in wanted:
+            cases += measure(subject, repeat=repeat, on_progress=lambda: progress.advance(bar))
+    _show(cases)
+    write_json(json, {"host": asdict(host), "cases": [asdict(case) for case in cases]})
+
+
+def _subjects(
+    transports: Sequence[str],
+    tokens: Sequence[int] | None,
+    token_bytes: Sequence[int] | None,
+    pools: Sequence[int] | None,
+    window: int,
+) -> list[Subject]:
+    from embedwire.bench.transfer import Subject
+
+    sizes = DEFAULTS
+    if tokens or token_bytes or pools:
+        sizes = tuple((t, b, tuple(pools or ())) for t in tokens or (16384,) for b in token_bytes or (4096,))
+    return [
+        Subject(transport=wire, tokens=t, token_bytes=b, pools_tokens=p, window_rounds=window)
+        for wire in transports
+        for t, b, p in sizes
+    ]
+
+
+def _show(cases: Sequence[Case]) -> None:
+    numbers = ("size", "tokens", "pool", "rounds", "median", "GiB/s", "baseline", "ratio", "resume")
+    made = table("wire", *numbers, right=numbers)
+    for case in cases:
+        made.add_row(
+            case.transport,
+            size(case.bytes),
+            str(case.tokens),
+            str(case.pool_tokens),
+            str(case.rounds),
+            f"{case.median_s * 1000:.2f} ms",
+            f"{case.bytes / case.median_s / 2**30:.2f}",
+            f"{case.baseline_median_s * 1000:.2f} ms",
+            f"{case.ratio:.2f}",
+            "" if case.resume_cost is None else f"{case.resume_cost:.2f}",
+        )
+    out.print(made)

@@ -1,0 +1,145 @@
+"""A handful of our own servers as child processes: started, watched, and ended together.
+
+Owns the processes, their pipes and their logs; it must not know what they serve. Used from one thread; a thread a child waits for what that
+child has to say. However this process dies, the children end: each reads a pipe that closes with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any
+
+from embedwire.errors import EmbedwireError
+
+LOG_LINES = 12
+STOP_MARGIN_S = 5.0
+"""On top of the time that answers under way have: closing endpoints and engines."""
+
+
+class ChildFailed(EmbedwireError):
+    """A child has ended, or did not become ready. The message has the end of its log."""
+
+
+@dataclass(slots=True)
+class Child:
+    """One server. ``facts`` are what it said when it was ready: ``url``, ``role``, ``pid`` and more."""
+
+    name: str
+    process: subprocess.Popen[str]
+    log: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Where it answers; known once it is ready."""
+        return str(self.facts["url"])
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return "\n".join(f"  {self.name} | {line}" for line in lines)
+
+
+class Cluster:
+    """Children of this process. A context manager: at its end none of them is left."""
+
+    def __init__(self, variables: Mapping[str, str], *, shutdown_s: float = 10.0) -> None:
+        self._variables = variables
+        self._shutdown_s = shutdown_s
+        self._children: list[Child] = []
+        self._events: SimpleQueue[Child] = SimpleQueue()
+        self._logs = tempfile.TemporaryDirectory(prefix="embedwire-logs-")
+
+    def start(self, name: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Child:
+        """Start ``embedwire ARGUMENTS``; returns at once."""
+        log = Path(self._logs.name) / f"{name.replace(' ', '-')}.log"
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "embedwire.cli", *arguments, "--child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=_without_settings(os.environ) | dict(self._variables) | dict(variables or {}),
+                start_new_session=True,  # Ctrl-C is for the parent alone, which ends them in order
+                text=True,
+            )
+        child = Child(name, process, log)
+        self._children.append(child)
+        threading.Thread(target=self._listen, args=(child,), name=f"embedwire-{name}", daemon=True).start()
+        return child
+
+    def wait_ready(self, children: Sequence[Child], *, timeout_s: float) -> None:
+        """Until all of these are ready. Raises ChildFailed when any child has ended, or at the deadline."""
+        deadline_s = time.monotonic() + timeout_s
+        while not all(child.facts for child in children):
+            self.watch(timeout_s=max(0.0, deadline_s - time.monotonic()))
+            late = next((child for child in children if not child.facts), None)
+            if late is not None and time.monotonic() >= deadline_s:
+                raise ChildFailed(f"{late.name} was not ready within {timeout_s:g} s\n{late.last_words()}".rstrip())
+
+    def watch(self, *, timeout_s: float | None = None) -> None:
+        """Wait for news of a child, for ``timeout_s`` at most. Raises ChildFailed when one has ended."""
+        try:
+            child = self._events.get(timeout=timeout_s)
+        except Empty:
+            return
+        status = child.process.poll()
+        if status is not None:
+            raise ChildFailed(f"{child.name} has ended: {_meaning(status)}\n{child.last_words()}".rstrip())
+
+    def stop(self) -> list[str]:
+        """End all, last started first, within ``shutdown_s`` and a margin; returns the names of those that had to be killed."""
+        deadline_s = time.monotonic() + self._shutdown_s + STOP_MARGIN_S
+        killed = []
+        for child in reversed(self._children):
+            child.process.terminate()
+        for child in reversed(self._children):
+            try:
+                child.process.wait(max(0.0, deadline_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                killed.append(child.name)
+                child.process.kill()
+                child.process.wait()
+            assert child.process.stdin is not None
+            child.process.stdin.close()
+        self._children.clear()
+        return killed
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._logs.cleanup()
+
+    def _listen(self, child: Child) -> None:
+        """On a thread of its own: the child's one line, then its end."""
+        assert child.process.stdout is not None
+        with child.process.stdout as lines:
+            for line in lines:
+                child.facts = json.loads(line)
+                self._events.put(child)
+        child.process.wait()
+        self._events.put(child)
+
+
+def _without_settings(variables: Mapping[str, str]) -> dict[str, str]:
+    """Ours are passed on as they were read, so that a file does not count twice."""
+    return {name: value for name, value in variables.items() if not name.upper().startswith("EMBEDWIRE_")}
+
+
+def _meaning(status: int) -> str:
+    return f"killed by signal {-status}" if status < 0 else f"exit code {status}"

@@ -1,0 +1,77 @@
+"""A whole serving stack on this machine: registry, encoders, language servers and a router, as children. Knows which depends on which."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import httpx
+
+from embedwire.cli.cluster import ChildFailed, Cluster
+from embedwire.cli.cluster import Child as Child
+from embedwire.cli.settings import PREFIX
+
+READY_S = 600.0
+"""Loading a large model takes minutes."""
+HEALTH_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The children by what they do. All are ready, and the router knows all workers."""
+
+    registry: Child
+    router: Child
+    encoders: Sequence[Child]
+    languages: Sequence[Child]
+
+    @property
+    def children(self) -> tuple[Child, ...]:
+        """All of them, the router first."""
+        return (self.router, *self.encoders, *self.languages, self.registry)
+
+
+def start_stack(
+    cluster: Cluster,
+    model: str,
+    *,
+    name: str | None = None,
+    encoders: int = 1,
+    languages: int = 1,
+    language_variables: Mapping[str, str] | None = None,
+    router_port: int = 0,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Stack:
+    """Start everything and wait until the router can send requests to every worker. Raises ChildFailed with the cause."""
+    anywhere = {f"{PREFIX}PORT": "0", f"{PREFIX}CONTROL_PORT": "0"}  # a port can be had by one process only
+    on_step("starting the registry")
+    registry = cluster.start("registry", "registry", variables=anywhere)
+    cluster.wait_ready([registry], timeout_s=READY_S)
+    member = anywhere | {f"{PREFIX}REGISTRY_URL": registry.url}
+    named = ["--name", name] if name else []
+    on_step(f"loading the model: {encoders} × its encode half, {languages} × its language half")
+    encoding = [cluster.start(f"encoder {i + 1}", "encoder", model, *named, variables=member) for i in range(encoders)]
+    reading = [
+        cluster.start(
+            f"language {i + 1}", "language", model, *named, variables=member | dict(language_variables or {})
+        )
+        for i in range(languages)
+    ]
+    router = cluster.start("router", "router", variables=member | {f"{PREFIX}PORT": str(router_port)})
+    cluster.wait_ready([*encoding, *reading, router], timeout_s=READY_S)
+    on_step("waiting until the router knows all workers")
+    _wait_known(cluster, router.url, {"encoder": encoders, "language": languages})
+    return Stack(registry, router, encoding, reading)
+
+
+def _wait_known(cluster: Cluster, router_url: str, wanted: Mapping[str, int], *, timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    with httpx.Client(trust_env=False, timeout=5.0) as client:
+        while True:
+            known: Mapping[str, int] = client.get(f"{router_url}/health").raise_for_status().json()["workers"]
+            if all(known.get(role, 0) >= count for role, count in wanted.items()):
+                return
+            if time.monotonic() >= deadline_s:
+                raise ChildFailed(f"the router knows {known} after {timeout_s:g} s, not {dict(wanted)}")
+            cluster.watch(timeout_s=HEALTH_POLL_S)

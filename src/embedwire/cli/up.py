@@ -1,0 +1,61 @@
+"""``embedwire up``: the whole stack on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from embedwire.cli.options import JsonFile, takes
+from embedwire.cli.screen import check_writable, err, out, table, write_json
+from embedwire.cli.servers import Model, Name
+from embedwire.cli.settings import Bounds, Encoder, Engine, Language, Loaded, Router, Server, Wire
+
+
+@takes(Server, Engine, Wire, Encoder, Language, Router, Bounds)
+def up(
+    loaded: Loaded,
+    *,
+    model: Model,
+    encoders: Annotated[int, typer.Option("--encoders", "-n", min=1, help="Encoder servers.")] = 1,
+    languages: Annotated[int, typer.Option("--languages", "-m", min=1, help="Language servers.")] = 1,
+    name: Name = None,
+    json: JsonFile = None,
+) -> None:
+    """Run everything for MODEL on this machine: registry, router, encoders and language servers, each a process of its own.
+
+    --port is the router's; the others take free ones. Ctrl-C or SIGTERM ends all of them within --shutdown-s and a few seconds; when one ends
+    by itself, so do the others, and its last log lines are shown. Exit code 0: stopped; 2: an error, or a server that ended by itself.
+    """
+    from embedwire.cli.cluster import Cluster
+    from embedwire.cli.stack import start_stack
+
+    check_writable(json)
+    settings = loaded.settings
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        with Cluster(loaded.as_variables(), shutdown_s=settings.shutdown_s) as cluster:
+            with err.status("starting") as status:
+                stack = start_stack(
+                    cluster,
+                    model,
+                    name=name,
+                    encoders=encoders,
+                    languages=languages,
+                    router_port=settings.port,
+                    on_step=lambda step: status.update(step),
+                )
+            made = table("server", "url", "pid", "")
+            for child in stack.children:
+                extra = child.facts.get("pool") or child.facts.get("rooms_at") or ""
+                made.add_row(child.name, child.url, str(child.facts["pid"]), extra)
+            out.print(made)
+            out.print(f"Ask with: embedwire ask --url {stack.router.url} 'What is this?' IMAGE", soft_wrap=True, markup=False)
+            out.print("Ctrl-C ends everything.")
+            write_json(json, {child.name: dict(child.facts) for child in stack.children})
+            while True:
+                cluster.watch()
+    except KeyboardInterrupt:
+        out.print("stopped")

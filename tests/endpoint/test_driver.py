@@ -1,0 +1,108 @@
+"""The driver's thread: tasks, calls, failures, and its end."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from embedwire.endpoint.driver import Driver
+from embedwire.errors import ConfigurationError, UsageError
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Idle(Driver):
+    """A driver with nothing to drive, whose every turn can be made to fail."""
+
+    def __init__(self) -> None:
+        super().__init__("embedwire-idle")
+        self.faults = 0
+        self._thread.start()
+
+    def _on_readable(self, socket: Any) -> None: ...
+
+    def _on_time(self, now: float) -> None:
+        if self.faults:
+            self.faults -= 1
+            raise RuntimeError("injected")
+
+    def _next_due(self) -> float | None:
+        return 0.0 if self.faults else None
+
+    def end(self) -> None:
+        self.post(self._stop)
+        self._thread.join(30)
+
+
+@pytest.fixture()
+def driver() -> Iterator[Idle]:
+    made = Idle()
+    yield made
+    made.end()
+    assert not made._thread.is_alive()
+
+
+def test_tasks_run_in_order_on_the_drivers_thread(driver: Idle) -> None:
+    ran: list[tuple[int, str]] = []
+    for number in range(100):
+        driver.post(lambda number=number: ran.append((number, threading.current_thread().name)))
+    assert driver.call(lambda: len(ran)) == 100
+    assert ran == [(number, "embedwire-idle") for number in range(100)]
+
+
+def test_a_call_on_the_drivers_own_thread_runs_at_once(driver: Idle) -> None:
+    assert driver.call(lambda: driver.call(lambda: 7)) == 7
+
+
+def test_a_call_hands_back_what_was_raised(driver: Idle) -> None:
+    """Also a TimeoutError, which is how a call waits."""
+    for kind in (ValueError, TimeoutError, KeyboardInterrupt):
+
+        def task(kind: type[BaseException] = kind) -> None:
+            raise kind("out of the task")
+
+        with pytest.raises(kind, match="out of the task"):
+            driver.call(task)
+
+
+def test_no_failure_ends_the_thread(driver: Idle, caplog: Any) -> None:
+    """Scenario 30: of a task, or of the turn itself; the thread goes on, and says what happened."""
+    driver.post(lambda: 1 // 0)
+    driver.faults = 3
+    assert driver.call(lambda: "still here") == "still here"
+    driver.call(lambda: None)
+    assert driver.faults == 0
+    assert sum("a step failed" in record.getMessage() for record in caplog.records) == 4
+
+
+def test_after_the_end(driver: Idle) -> None:
+    """A call is refused, a post harmless, and neither keeps what it was handed."""
+    driver.end()
+    with pytest.raises(UsageError, match="embedwire-idle is closed"):
+        driver.call(lambda: None)
+
+    class Thing:
+        def __call__(self) -> None: ...
+
+    thing = Thing()
+    gone = weakref.ref(thing)
+    driver.post(thing)
+    del thing
+    assert gone() is None
+
+
+def test_a_post_may_interrupt_a_post(driver: Idle) -> None:
+    """The collector may run a finalizer, which posts, at any point of a post on the same thread."""
+    with driver._gate:
+        driver.post(lambda: None)
+
+
+def test_an_endpoint_needs_a_wire(stage: Any) -> None:
+    with pytest.raises(ConfigurationError, match="at least one"):
+        stage.sender(transports=())
+    with pytest.raises(ConfigurationError, match="carrier pigeon"):
+        stage.receiver(transports=("carrier pigeon",))

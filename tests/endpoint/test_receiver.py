@@ -1,0 +1,144 @@
+"""What a receiver's owner may ask for, where an embedding lies, and how long its memory is reserved."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedwire.endpoint import ReceiverEndpoint
+from embedwire.errors import ConfigurationError, TransportError, UsageError
+from embedwire.limits import ROOM_MAX
+
+pytestmark = pytest.mark.timeout(60)
+
+TOKENS = 1000
+
+
+def reserved(receiver: ReceiverEndpoint) -> int:
+    return receiver.stats().memory_reserved_bytes
+
+
+def test_memory_is_released_once(stage: Any) -> None:
+    """Reserved until ``release``, however often that is called; the arrays stay readable."""
+    receiver = stage.receiver()
+    received = stage.move(stage.sender(), receiver, 1, TOKENS)
+    gc.collect()
+    assert reserved(receiver) == TOKENS * stage.layout.token_bytes
+    received.release()
+    received.release()
+    assert reserved(receiver) == 0
+    assert received.arrays["fill_ids"].shape == (TOKENS,)
+
+
+def test_memory_is_released_with_its_last_reader(stage: Any) -> None:
+    """Nobody has to call ``release``: but a view of one field keeps the whole reserved."""
+    receiver = stage.receiver()
+    received = stage.move(stage.sender(), receiver, 1, TOKENS)
+    view = received.arrays["input_embeddings"][10:20].view(np.uint16)
+    del received
+    gc.collect()
+    assert reserved(receiver) == TOKENS * stage.layout.token_bytes
+    del view
+    gc.collect()
+    assert reserved(receiver) == 0
+
+
+def test_released_memory_admits_the_next(stage: Any) -> None:
+    """Scenario 26c: a room that waits for assembly memory goes on when somebody lets go of some."""
+    sender = stage.sender()
+    receiver = stage.receiver(assembly_bytes=TOKENS * stage.layout.token_bytes)
+    first = stage.move(sender, receiver, 1, TOKENS)
+    stage.offer(sender, 2, TOKENS)
+    second = receiver.open(2, sender.address)
+    stage.until(lambda: receiver.stats().waiting["assembly"] == 1)
+    assert receiver.stats().blocks_free == receiver.stats().blocks_total
+    first.release()
+    stage.check(second, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("room", "attempt", "address"),
+    [
+        (-1, 0, None),
+        (ROOM_MAX + 1, 0, None),
+        (1, -1, None),
+        (1, 2**31, None),
+        (1, 0, "nowhere"),
+        (1, 0, "tcp://"),
+        (1, 0, "tcp://127.0.0.1"),
+    ],
+)
+def test_what_can_not_be_opened(stage: Any, room: int, attempt: int, address: str | None) -> None:
+    """Refused at once, with nothing kept."""
+    receiver = stage.receiver()
+    with pytest.raises(UsageError):
+        receiver.open(room, address or stage.sender().address, attempt=attempt)
+    assert receiver.stats().sessions == len(receiver._sockets) == 0
+
+
+def test_a_room_is_open_once(stage: Any) -> None:
+    """The same room and attempt may be opened again when it is over."""
+    sender, receiver = stage.sender(), stage.receiver()
+    reception = receiver.open(1, sender.address)
+    with pytest.raises(UsageError, match="room 1 attempt 0 is open already"):
+        receiver.open(1, sender.address)
+    stage.offer(sender, 1, TOKENS)
+    stage.check(reception, TOKENS).release()
+
+
+def test_an_assembly_that_can_not_be_made(stage: Any, stamped: Any) -> None:
+    """Scenario 30, with code that is not ours: its room ends with a cause on both sides, others go on."""
+
+    def fails(total: int) -> dict[str, np.ndarray]:
+        raise MemoryError(f"no place for {total}")
+
+    def frozen(total: int) -> dict[str, np.ndarray]:
+        arrays = stage.layout.empty(total)
+        arrays["fill_ids"].flags.writeable = False
+        return arrays
+
+    sender, receiver = stage.sender(), stage.receiver()
+    makers = [fails, frozen, lambda total: stage.layout.empty(total - 1), lambda total: {}]
+    for room, make in enumerate(makers):
+        offer = stage.offer(sender, room, TOKENS)
+        reception = receiver.open(room, sender.address, make_assembly=make)
+        assert stage.failure_of(reception).cause == stage.failure_of(offer).cause == "overloaded"
+    assert "no place for 1000" in stage.failure_of(receiver.open(0, sender.address)).detail
+    stage.move(sender, receiver, 99, TOKENS)
+
+
+def test_a_reception_is_a_future(stage: Any) -> None:
+    """Callbacks run at its end, on the driver's thread; ``cancel`` says whether it came in time."""
+    sender, receiver = stage.sender(), stage.receiver()
+    ended: list[Any] = []
+    reception = receiver.open(1, sender.address)
+    reception.add_done_callback(ended.append)
+    with pytest.raises(TimeoutError):
+        reception.result(0)
+    assert reception.cancel()
+    assert stage.failure_of(reception).cause == "aborted"
+    receiver.stats()
+    assert ended == [reception]
+    assert not reception.cancel()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"num_blocks": 0}, ConfigurationError),
+        ({"block_size": 0}, ConfigurationError),
+        ({"default_allocate_tokens": 0}, ConfigurationError),
+        ({"assembly_bytes": 0}, ConfigurationError),
+        ({"transports": ("shm", "none such")}, ConfigurationError),
+        ({"transports": ("shm", "tcp"), "host": "192.0.2.1"}, TransportError),
+    ],
+)
+def test_settings_that_can_not_be(stage: Any, holdings: Any, wrong: dict[str, Any], kind: type) -> None:
+    """Scenario 17 (zero blocks) and others: an error of ours at once, and nothing is left behind."""
+    before = holdings()
+    with pytest.raises(kind):
+        ReceiverEndpoint(stage.layout, **wrong)
+    assert holdings() == before

@@ -1,0 +1,119 @@
+"""One thread a receiver: what fails in it ends a room, never the thread, and reaches nobody else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from embedwire.errors import TransportError
+from embedwire.memory.source import Source
+from embedwire.transports.contract import Outcome
+from embedwire.transports.shm import ShmOutbound, ShmRegion
+from embedwire.transports.tcp import TcpOutbound
+from embedwire.transports.tcp.outbound import TcpRegion
+
+pytestmark = pytest.mark.timeout(60)
+
+REGIONS: dict[str, Any] = {"shm": ShmRegion, "tcp": TcpRegion}
+OUTBOUNDS: dict[str, Any] = {"shm": ShmOutbound, "tcp": TcpOutbound}
+TOKENS = 1000
+
+
+def writers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("embedwire-writer")}
+
+
+def script(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, steps: list[Callable[[], Any] | None]) -> None:
+    """The first calls of a method do these steps instead; None, and whatever follows, is the real thing."""
+    real, left = getattr(owner, name), list(steps)
+
+    def stand_in(*args: Any, **more: Any) -> Any:
+        step = left.pop(0) if left else None
+        return real(*args, **more) if step is None else step()
+
+    monkeypatch.setattr(owner, name, stand_in)
+
+
+def crash() -> None:
+    raise RuntimeError("injected")
+
+
+@pytest.mark.parametrize(
+    ("where", "skip"), [("write", 0), ("pieces", 0), ("pieces", 1), ("submit", 0)]
+)
+def test_an_exception_ends_its_room_only(stage: Any, monkeypatch: Any, where: str, skip: int) -> None:
+    """Scenario 30: the writer of a peer outlives a write that blew up; the peer is on no blacklist."""
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
+    stage.move(sender, receiver, 1, TOKENS)
+    before = writers()
+    from embedwire.endpoint.writer import SessionWriter
+
+    owner, name = {
+        "write": (REGIONS[stage.wire], "write"),
+        "pieces": (Source, "pieces"),
+        "submit": (SessionWriter, "submit"),
+    }[where]
+    script(monkeypatch, owner, name, [*[None] * skip, crash])
+    offer = stage.offer(sender, 2, TOKENS)
+    reception = receiver.open(2, sender.address)
+    assert stage.failure_of(reception).cause == stage.failure_of(offer).cause == "wire_failed"
+    stage.move(sender, receiver, 3, TOKENS)
+    assert writers() == before
+    assert sender.stats().sessions == 1
+
+
+def test_a_lost_write_is_tried_again(stage: Any, monkeypatch: Any) -> None:
+    """Scenario 30: one failed write is no reason to give up; every byte is right."""
+    script(monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.LOST, None, lambda: Outcome.LOST])
+    stage.move(stage.sender(), stage.receiver(num_blocks=4), 1, TOKENS)
+
+
+def test_a_write_that_is_always_lost(stage: Any, monkeypatch: Any) -> None:
+    """It is tried ``write_attempts_max`` times; then the room ends on both sides, and the next works."""
+    script(monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.LOST] * 3)
+    sender, receiver = stage.sender(), stage.receiver()
+    offer = stage.offer(sender, 1, TOKENS)
+    assert stage.failure_of(receiver.open(1, sender.address)).cause == "wire_failed"
+    assert stage.failure_of(offer).cause == "wire_failed"
+    stage.move(sender, receiver, 2, TOKENS)
+
+
+def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch: Any) -> None:
+    """Rule 5: UNKNOWN is not LOST. A one-sided wire's blocks stay in quarantine while the sender lives."""
+    script(monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.UNKNOWN])
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=4, default_allocate_tokens=128)
+    stage.offer(sender, 1, TOKENS)
+    assert stage.failure_of(receiver.open(1, sender.address)).cause == "wire_failed"
+    assert receiver.stats().blocks_quarantined == (1 if stage.wire == "shm" else 0)
+    stage.move(stage.sender(), receiver, 2, TOKENS)
+    sender.close()  # the proof
+    stage.wait_idle()
+
+
+def test_a_receiver_out_of_reach(stage: Any, monkeypatch: Any) -> None:
+    """No wire works: refused with each wire's reason, at once. Next time it may work."""
+
+    def unreachable() -> None:
+        raise TransportError("injected: no way")
+
+    script(monkeypatch, OUTBOUNDS[stage.wire], "connect", [unreachable, crash])
+    sender, receiver = stage.sender(), stage.receiver()
+    stage.offer(sender, 1, TOKENS)
+    for words in (f"{stage.wire}: injected: no way", f"{stage.wire}: RuntimeError: injected"):
+        failure = stage.failure_of(receiver.open(1, sender.address))
+        assert failure.cause == "wire_failed"
+        assert words in failure.detail
+        stage.until(lambda: not sum(receiver.stats().rooms.values()))
+    stage.check(receiver.open(1, sender.address), TOKENS)
+
+
+def test_no_wire_in_common(stage: Any) -> None:
+    """Both sides' wires are named."""
+    other = {"shm": "tcp", "tcp": "shm"}[stage.wire]
+    sender = stage.sender()
+    failure = stage.failure_of(stage.receiver(transports=(other,)).open(1, sender.address))
+    assert failure.cause == "wire_failed"
+    assert f"{other}: not offered by the sender" in failure.detail
