@@ -19,6 +19,8 @@ AUX_TOTAL_TOKENS = 0
 AUX_POSITION_DELTA = 1
 
 ROOM_MAX = 2**63 - 1
+ATTEMPT_MAX = 2**31 - 1
+CONTENT_HASH_BYTES_MAX = 64
 INCARNATION_MAX = 2**62 - 1
 TOKENS_MAX = 2**31 - 1
 """The total travels in an int32 of aux."""

@@ -27,7 +27,7 @@ from embedwire.testing.payload import differing, payload
 
 LAYOUT = multimodal(8)
 """32 bytes a token."""
-PATIENCE_S = 15.0
+PATIENCE_S = 3.0
 """Longer than anything takes here on a busy machine; what takes longer hangs."""
 QUICK = Limits(
     retry_s=0.05,

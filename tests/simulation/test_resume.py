@@ -12,7 +12,9 @@ from embedwire.testing.sim_nodes import ReceiverNode
 from embedwire.testing.simulation import FENCED, Transfer, World
 
 
-def transfer_alone(total: int, default: int, *, block_size: int = 128, num_blocks: int = 512) -> tuple[World, Transfer]:
+def transfer_alone(
+    total: int, default: int, *, block_size: int = 128, num_blocks: int = 512
+) -> tuple[World, Transfer]:
     """A world with one room in it, at rest."""
     world = World()
     world.add_sender()
@@ -207,4 +209,6 @@ def test_a_window_keeps_several_grants_open() -> None:
     assert gaps == list(range(12))
     sent = [type(e.message).__name__ for e in world.link.sent]
     after_third_grant = sent[sent.index("ResumeTransfer") + 2 :]
-    assert after_third_grant.index("ResumeTransfer") < 8, "the window is refilled at once, not when it is empty"
+    assert after_third_grant.index("ResumeTransfer") < 8, (
+        "the window is refilled at once, not when it is empty"
+    )

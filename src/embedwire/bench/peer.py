@@ -1,6 +1,7 @@
 """The sending side of a measurement, as a process of its own: offers rooms, and streams the baseline's bytes.
 
-Driven through a pipe by ``bench.transfer``, which holds the clock; it ends when that pipe does. It must not know what is compared with what.
+Driven through a pipe by ``bench.transfer``, which holds the clock; it ends when that pipe does. It must not know what is compared
+with what.
 """
 
 from __future__ import annotations

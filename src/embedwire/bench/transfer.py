@@ -1,7 +1,8 @@
 """How long does an embedding take from a sender's process into the receiver's tensor, against the same copies made by nothing but the
 operating system?
 
-Both are measured in the same run, in turns, over the same memory: ours ends with every byte in one contiguous array, and so does the baseline.
+Both are measured in the same run, in turns, over the same memory: ours ends with every byte in one contiguous array, and so does
+the baseline.
 
     shm    baseline: two copies in memory, source to buffer and buffer to destination
     tcp    baseline: a blocking socket between two processes, into a buffer, and a copy from there to the destination
@@ -69,7 +70,8 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What was measured. ``ratio`` is the baseline's time over ours (more is better); ``resume_cost`` is ours over that of the same room in one
+    """What was measured. ``ratio`` is the baseline's time over ours (more is better); ``resume_cost`` is ours over that of the
+    same room in one
     round (1 means that resuming costs nothing), and None for the case of one round itself."""
 
     transport: str
@@ -208,7 +210,7 @@ class _Bench:
 
     def _socket(self, room: int) -> float:
         self._child.prepare(room, is_offered=False)
-        view = memoryview(self._buffer.reshape(-1))
+        view = self._buffer.reshape(-1).data
         began_s = time.perf_counter()
         self._child.stream.sendall(b"!")
         at = 0

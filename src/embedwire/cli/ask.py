@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, or http(s) URLs that the encoder fetches.")
+        list[str] | None,
+        typer.Argument(metavar="[IMAGE]...", help="Image files, or http(s) URLs that the encoder fetches."),
     ] = None,
     *,
     url: Annotated[str, typer.Option(help="The router.")] = "http://127.0.0.1:8000",
@@ -58,7 +59,9 @@ def ask(
 
 def content_of(question: str, images: Sequence[str]) -> list[dict[str, Any]]:
     """The parts of a user's message: the images, then the question."""
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _url_of(image)}} for image in images]
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": _url_of(image)}} for image in images
+    ]
     return [*parts, {"type": "text", "text": question}]
 
 
@@ -101,7 +104,8 @@ def _only_model(client: httpx.Client) -> str:
 
 
 def _show_answer(chunks: Iterator[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    text, passage = "", {}
+    text = ""
+    passage: dict[str, Any] = {}
     for chunk in chunks:
         passage = chunk.get("embedwire") or passage
         for choice in chunk["choices"]:

@@ -29,11 +29,17 @@ def callback() -> None:
 @app.command()
 def transfer(
     *,
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of the embedding; may be repeated.")] = None,
-    token_bytes: Annotated[list[int] | None, typer.Option(help="Bytes of a token, a multiple of 8 [4096].")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens of the embedding; may be repeated.")
+    ] = None,
+    token_bytes: Annotated[
+        list[int] | None, typer.Option(help="Bytes of a token, a multiple of 8 [4096].")
+    ] = None,
     pool_tokens: Annotated[
         list[int] | None,
-        typer.Option(help="Size of the receive pool. A smaller one than the embedding makes it resume; may be repeated."),
+        typer.Option(
+            help="Size of the receive pool. A smaller one than the embedding makes it resume; may be repeated."
+        ),
     ] = None,
     transport: Annotated[list[str] | None, typer.Option(help="shm or tcp; may be repeated [both].")] = None,
     window: Annotated[int, typer.Option(help="Rounds of one embedding that may be open at a time.")] = 1,
@@ -44,12 +50,12 @@ def transfer(
 
     Without sizes: 64 MiB in one round, the same through a pool of a sixteenth, and 1 MiB.
 
-    The baseline makes the same copies with nothing but the operating system: two copies in memory for shm; for tcp a blocking socket between
-    two processes and one copy. ratio is its time over ours: 1 is as fast, more is faster. resume is our time over that of the same embedding
-    in one round. Everything is warmed up, measured in turns, and checked byte for byte.
+    The baseline makes the same copies with nothing but the operating system: two copies in memory for shm; for tcp a blocking
+    socket between two processes and one copy. ratio is its time over ours: 1 is as fast, more is faster. resume is our time over
+    that of the same embedding in one round. Everything is warmed up, measured in turns, and checked byte for byte.
 
-    Run it on an idle machine with two cores or more: ours overlaps two processes, so whatever else runs costs it more than the baseline. Exit
-    code 0: measured, whatever the numbers; 2: not measured, with the cause.
+    Run it on an idle machine with two cores or more: ours overlaps two processes, so whatever else runs costs it more than the
+    baseline. Exit code 0: measured, whatever the numbers; 2: not measured, with the cause.
     """
     from embedwire.bench.host import this_host
     from embedwire.bench.transfer import measure, steps
@@ -57,7 +63,9 @@ def transfer(
     check_writable(json)
     wanted = _subjects(transport or ("shm", "tcp"), tokens, token_bytes, pool_tokens, window)
     host = this_host()
-    out.print(f"{host.cpu}, {host.cores} cores, {size(host.memory_bytes)}, load {host.load_1m}, Python {host.python}")
+    out.print(
+        f"{host.cpu}, {host.cores} cores, {size(host.memory_bytes)}, load {host.load_1m}, Python {host.python}"
+    )
     cases: list[Case] = []
     with Progress(console=err, transient=True) as progress:
         bar = progress.add_task("measuring", total=sum(steps(s, repeat=repeat) for s in wanted))

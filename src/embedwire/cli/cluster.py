@@ -86,7 +86,9 @@ class Cluster:
             self.watch(timeout_s=max(0.0, deadline_s - time.monotonic()))
             late = next((child for child in children if not child.facts), None)
             if late is not None and time.monotonic() >= deadline_s:
-                raise ChildFailed(f"{late.name} was not ready within {timeout_s:g} s\n{late.last_words()}".rstrip())
+                raise ChildFailed(
+                    f"{late.name} was not ready within {timeout_s:g} s\n{late.last_words()}".rstrip()
+                )
 
     def watch(self, *, timeout_s: float | None = None) -> None:
         """Wait for news of a child, for ``timeout_s`` at most. Raises ChildFailed when one has ended."""
@@ -98,23 +100,22 @@ class Cluster:
         if status is not None:
             raise ChildFailed(f"{child.name} has ended: {_meaning(status)}\n{child.last_words()}".rstrip())
 
-    def stop(self) -> list[str]:
-        """End all, last started first, within ``shutdown_s`` and a margin; returns the names of those that had to be killed."""
+    def stop(self) -> dict[str, int]:
+        """End all within ``shutdown_s`` and a margin; returns the exit code of each, negative for one that had to be killed. Idempotent."""
         deadline_s = time.monotonic() + self._shutdown_s + STOP_MARGIN_S
-        killed = []
+        codes = {}
         for child in reversed(self._children):
             child.process.terminate()
         for child in reversed(self._children):
             try:
                 child.process.wait(max(0.0, deadline_s - time.monotonic()))
             except subprocess.TimeoutExpired:
-                killed.append(child.name)
                 child.process.kill()
-                child.process.wait()
+            codes[child.name] = child.process.wait()
             assert child.process.stdin is not None
             child.process.stdin.close()
         self._children.clear()
-        return killed
+        return codes
 
     def __enter__(self) -> Cluster:
         return self

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
+from rich.markup import escape
 
 from embedwire.cli.settings import CONFIG_VARIABLE, PREFIX, Group, load
 
@@ -26,7 +27,8 @@ Config = Annotated[
     ),
 ]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the results here, as JSON.", show_default=False)
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the results here, as JSON.", show_default=False),
 ]
 
 
@@ -37,7 +39,9 @@ def takes(*groups: type[Group]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = list(signature.parameters.values())[1:]
-        flags = [_flag(name, field, panel=inspect.getdoc(group) or "") for name, (field, group) in names.items()]
+        flags = [
+            _flag(name, field, panel=inspect.getdoc(group) or "") for name, (field, group) in names.items()
+        ]
         config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, annotation=Config, default=None)
 
         @functools.wraps(command)
@@ -65,7 +69,7 @@ def _flag(name: str, field: FieldInfo, *, panel: str) -> inspect.Parameter:
         show_default=False,
         metavar=metavar,
     )
-    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    annotation = Annotated[kind | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None)
 
 
@@ -86,7 +90,7 @@ def _kind(annotation: Any) -> tuple[Any, str | None]:
 def _default(field: FieldInfo) -> str:
     if field.default in (None, (), False):
         return ""
-    return f"[dim][{shown(field.default)}][/]"
+    return f"[dim]{escape(f'[{shown(field.default)}]')}[/]"
 
 
 def shown(value: Any) -> str:

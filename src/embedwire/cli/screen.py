@@ -37,7 +37,9 @@ def check_writable(path: Path | None) -> None:
 
 def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) -> Table:
     """An empty table in the one style of all commands. ``right`` are columns of numbers."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    made = Table(
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
+    )
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made
@@ -65,7 +67,7 @@ def timeline(passage: Mapping[str, Any]) -> Table:
     else:
         rounds = passage["rounds"]
         made.add_row("room", f"{passage['room']} from {passage['encoder']} over {passage['transport']}")
-        made.add_row("tokens", f"{passage['total_tokens']} in {len(rounds)} rounds: {_shortened(rounds)}")
+        made.add_row("tokens", f"{passage['total_tokens']} in {_counted(rounds)}")
         made.add_row("bytes", f"{passage['bytes']} ({size(passage['bytes'])})")
         made.add_row("encode", milliseconds(passage["encode_ms"]))
         made.add_row("transfer", milliseconds(passage["transfer_ms"]))
@@ -73,6 +75,8 @@ def timeline(passage: Mapping[str, Any]) -> Table:
     return made
 
 
-def _shortened(rounds: list[int], most: int = 12) -> str:
-    head = " + ".join(map(str, rounds[:most]))
-    return head if len(rounds) <= most else f"{head} + … ({len(rounds) - most} more)"
+def _counted(rounds: list[int], most: int = 12) -> str:
+    if len(rounds) == 1:
+        return "one round"
+    tail = f" + … ({len(rounds) - most} more)" if len(rounds) > most else ""
+    return f"{len(rounds)} rounds: {' + '.join(map(str, rounds[:most]))}{tail}"

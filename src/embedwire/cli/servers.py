@@ -22,19 +22,36 @@ import typer
 
 from embedwire.cli.options import takes
 from embedwire.cli.screen import out, size
-from embedwire.cli.settings import Bounds, Encoder, Engine, Language, Loaded, Member, Router, Server, Settings, Wire
+from embedwire.cli.settings import (
+    Bounds,
+    Encoder,
+    Engine,
+    Language,
+    Loaded,
+    Member,
+    Router,
+    Server,
+    Settings,
+    Wire,
+)
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a name on the Hugging Face Hub.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory, or a name on the Hugging Face Hub.")
+]
 Name = Annotated[
-    str | None, typer.Option("--name", help="What requests call the model [MODEL as given].", show_default=False)
+    str | None,
+    typer.Option("--name", help="What requests call the model [MODEL as given].", show_default=False),
 ]
 ReadyFile = Annotated[
     Path | None,
     typer.Option(
-        "--ready-file", metavar="FILE", help="Write one JSON object here when the server is ready.", show_default=False
+        "--ready-file",
+        metavar="FILE",
+        help="Write one JSON object here when the server is ready.",
+        show_default=False,
     ),
 ]
 IsChild = Annotated[bool, typer.Option("--child", hidden=True, help="Speak JSON, and end when stdin does.")]
@@ -58,8 +75,9 @@ class Voice:
             print(text, flush=True)
             return
         out.print(f"[bold]{facts['role']}[/] ready at {facts['url']}", soft_wrap=True)
-        for name in facts.keys() - {"role", "url"}:
-            out.print(f"  {name.replace('_', ' ')}: {facts[name]}", soft_wrap=True)
+        for name, fact in facts.items():
+            if name not in ("role", "url"):
+                out.print(f"  {name.replace('_', ' ')}: {fact}", soft_wrap=True, markup=False)
 
 
 @takes(Server)
@@ -79,8 +97,8 @@ def registry(loaded: Loaded, *, ready_file: ReadyFile = None, child: IsChild = F
 def router(loaded: Loaded, *, ready_file: ReadyFile = None, child: IsChild = False) -> None:
     """Run the router: the public OpenAI-compatible API in front of encoders and language servers.
 
-    It finds them through --registry-url, or is told of them with --worker-urls. Exit code 0: stopped by SIGTERM or Ctrl-C; 2: an error, whose
-    cause is the last line.
+    It finds them through --registry-url, or is told of them with --worker-urls. Exit code 0: stopped by SIGTERM or Ctrl-C; 2: an
+    error, whose cause is the last line.
     """
     from embedwire.serve.dispatch import DispatchLimits
     from embedwire.serve.router_app import RouterSettings, router_app
@@ -102,7 +120,7 @@ def router(loaded: Loaded, *, ready_file: ReadyFile = None, child: IsChild = Fal
             ),
         )
     )
-    _serve(app, settings, {"role": "router"}, Voice(ready_file, child))
+    _serve(app, settings, {"role": "router"}, Voice(ready_file, child), port=loaded.public_port)
 
 
 @takes(Server, Member, Engine, Wire, Encoder, Bounds)
@@ -159,7 +177,12 @@ def encoder(
             metrics=AppMetrics({"sender": sender.stats, "encode": service.stats}),
             registry=_link(settings),
         )
-        facts = {"role": "encoder", "model": name or model, "rooms_at": sender.address, "memory": size(settings.source_memory)}
+        facts = {
+            "role": "encoder",
+            "model": name or model,
+            "rooms_at": sender.address,
+            "memory": size(settings.source_memory),
+        }
         _serve(app, settings, facts, Voice(ready_file, child))
 
 
@@ -214,7 +237,12 @@ def language(
             default_max_tokens=settings.default_max_tokens,
         )
         pool = f"{settings.num_blocks} blocks of {settings.block_size} tokens"
-        facts = {"role": "language", "model": name or model, "pool": pool, "memory": size(settings.assembly_memory)}
+        facts = {
+            "role": "language",
+            "model": name or model,
+            "pool": pool,
+            "memory": size(settings.assembly_memory),
+        }
         _serve(app, settings, facts, Voice(ready_file, child))
 
 
@@ -227,7 +255,9 @@ def _link(settings: Settings) -> Any:
 def _begin(settings: Settings, *, is_child: bool) -> None:
     """Before anything is held: from now on SIGTERM ends this process through its cleaning up, also while a model is loading."""
     logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
@@ -242,15 +272,18 @@ def _end_with_stdin() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _serve(app: FastAPI, settings: Settings, facts: dict[str, Any], voice: Voice) -> None:
+def _serve(
+    app: FastAPI, settings: Settings, facts: dict[str, Any], voice: Voice, *, port: int | None = None
+) -> None:
+    port = settings.port if port is None else port
     from embedwire.errors import ConfigurationError
     from embedwire.serve.run import AppServer
 
     on_ready: Callable[[str], None] = lambda url: voice.say({"url": url} | facts)  # noqa: E731
     try:
         server = AppServer(
-            app, host=settings.host, port=settings.port, shutdown_s=settings.shutdown_s, on_ready=on_ready
+            app, host=settings.host, port=port, shutdown_s=settings.shutdown_s, on_ready=on_ready
         )
     except OSError as error:
-        raise ConfigurationError(f"can not listen on {settings.host}:{settings.port}: {error}") from None
+        raise ConfigurationError(f"can not listen on {settings.host}:{port}: {error}") from None
     server.serve()

@@ -27,6 +27,7 @@ from embedwire.limits import Limits
 
 PREFIX = "EMBEDWIRE_"
 CONFIG_VARIABLE = "EMBEDWIRE_CONFIG"
+PUBLIC_PORT = 8000
 WIRES: Mapping[str, tuple[str, ...] | None] = {"auto": None, "shm": ("shm",), "tcp": ("tcp",)}
 """What each value of ``transport`` offers, best first; None: all there are."""
 
@@ -34,7 +35,11 @@ Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, lt=2**16)]
 Seconds = Annotated[float, Field(gt=0)]
 Size = Annotated[ByteSize, Field(ge=1)]
-Urls = Annotated[tuple[str, ...], NoDecode, BeforeValidator(lambda v: v.replace(",", " ").split() if isinstance(v, str) else v)]
+Urls = Annotated[
+    tuple[str, ...],
+    NoDecode,
+    BeforeValidator(lambda v: v.replace(",", " ").split() if isinstance(v, str) else v),
+]
 
 
 class Group(BaseModel):
@@ -49,7 +54,7 @@ class Server(Group):
     host: str = "127.0.0.1"
     """Address to listen on. It has to be one that the other processes can reach: it is also what they are told."""
     port: Port = 0
-    """HTTP port; 0 takes a free one."""
+    """HTTP port; 0 takes a free one. The router's is 8000 unless told, that of others a free one."""
     shutdown_s: Seconds = 10.0
     """How long answers under way may go on after SIGTERM or Ctrl-C."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
@@ -150,7 +155,11 @@ def _docstrings(cls: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     found: dict[str, str] = {}
     for field, text in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+        ):
             found[field.target.id] = inspect.cleandoc(ast.literal_eval(text.value))
     return found
 
@@ -158,7 +167,9 @@ def _docstrings(cls: type) -> dict[str, str]:
 def _bounds() -> type[Group]:
     texts = _docstrings(Limits)
     kinds: Mapping[str, Any] = {"float": Seconds, "int": Count}
-    made = {f.name: (kinds[str(f.type)], Field(f.default, description=texts.get(f.name))) for f in fields(Limits)}
+    made = {
+        f.name: (kinds[str(f.type)], Field(f.default, description=texts.get(f.name))) for f in fields(Limits)
+    }
     return create_model("Bounds", __base__=Group, __doc__="Time-outs and bounds", **made)  # type: ignore[call-overload,no-any-return]
 
 
@@ -171,7 +182,9 @@ GROUPS: tuple[type[Group], ...] = (Server, Member, Engine, Wire, Encoder, Langua
 class Settings(Bounds, Router, Language, Encoder, Wire, Engine, Member, Server, BaseSettings):  # type: ignore[misc,valid-type]
     """All settings, checked. Made by :func:`load`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
     NOT_FIELDS: ClassVar[frozenset[str]] = frozenset({CONFIG_VARIABLE})
 
     @property
@@ -192,6 +205,11 @@ class Loaded:
     settings: Settings
     origins: Mapping[str, str]
 
+    @property
+    def public_port(self) -> int:
+        """The router's port, which users have to know."""
+        return PUBLIC_PORT if self.origins["port"] == "default" else self.settings.port
+
     def as_variables(self) -> dict[str, str]:
         """What was set, as environment variables for a child process."""
         values = self.settings.model_dump(mode="json", include=set(self.origins))
@@ -211,7 +229,7 @@ def load(flags: Mapping[str, Any] | None = None, *, config: Path | None = None) 
     path = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     sources = (
-        ({name: value for name, value in _file(path).items()}, lambda name: str(path)),
+        (_file(path), lambda name: str(path)),
         (_variables(), lambda name: PREFIX + name.upper()),
         (given, lambda name: "--" + name.replace("_", "-")),
     )
@@ -226,7 +244,9 @@ def load(flags: Mapping[str, Any] | None = None, *, config: Path | None = None) 
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise ConfigurationError(f"{name} is {first['input']!r} ({origins[name]}): {first['msg'].lower()}") from None
+        raise ConfigurationError(
+            f"{name} is {first['input']!r} ({origins[name]}): {first['msg'].lower()}"
+        ) from None
     return Loaded(settings, origins)
 
 

@@ -15,13 +15,15 @@ from embedwire.cli.settings import GROUPS, Loaded
 def settings(
     loaded: Loaded,
     *,
-    changed: Annotated[bool, typer.Option("--changed", help="Only those that differ from their default.")] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only those that differ from their default.")
+    ] = False,
     json: JsonFile = None,
 ) -> None:
     """Print every setting that holds here, and where it came from.
 
-    A flag goes before a variable (EMBEDWIRE_ and the name in capitals), that before the file that --config or EMBEDWIRE_CONFIG names (TOML),
-    that before the default. Exit code 0: all are fine; 2: one is unknown or out of range.
+    A flag goes before a variable (EMBEDWIRE_ and the name in capitals), that before the file that --config or EMBEDWIRE_CONFIG
+    names (TOML), that before the default. Exit code 0: all are fine; 2: one is unknown or out of range.
     """
     check_writable(json)
     dumped = loaded.settings.model_dump(mode="json")
@@ -31,6 +33,8 @@ def settings(
             origin = loaded.origins[name]
             if not (changed and origin == "default"):
                 value = getattr(loaded.settings, name)
-                made.add_row(name, "–" if value is None or value == () else shown(value), origin, variable(name))
+                made.add_row(
+                    name, "–" if value is None or value == () else shown(value), origin, variable(name)
+                )
     out.print(made)
     write_json(json, {name: {"value": dumped[name], "from": loaded.origins[name]} for name in loaded.origins})

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from embedwire.cli.cluster import ChildFailed, Cluster
-from embedwire.cli.cluster import Child as Child
+from embedwire.cli.cluster import Child, ChildFailed, Cluster
 from embedwire.cli.settings import PREFIX
 
 READY_S = 600.0
@@ -51,7 +50,9 @@ def start_stack(
     member = anywhere | {f"{PREFIX}REGISTRY_URL": registry.url}
     named = ["--name", name] if name else []
     on_step(f"loading the model: {encoders} × its encode half, {languages} × its language half")
-    encoding = [cluster.start(f"encoder {i + 1}", "encoder", model, *named, variables=member) for i in range(encoders)]
+    encoding = [
+        cluster.start(f"encoder {i + 1}", "encoder", model, *named, variables=member) for i in range(encoders)
+    ]
     reading = [
         cluster.start(
             f"language {i + 1}", "language", model, *named, variables=member | dict(language_variables or {})
@@ -65,7 +66,9 @@ def start_stack(
     return Stack(registry, router, encoding, reading)
 
 
-def _wait_known(cluster: Cluster, router_url: str, wanted: Mapping[str, int], *, timeout_s: float = 60.0) -> None:
+def _wait_known(
+    cluster: Cluster, router_url: str, wanted: Mapping[str, int], *, timeout_s: float = 60.0
+) -> None:
     deadline_s = time.monotonic() + timeout_s
     with httpx.Client(trust_env=False, timeout=5.0) as client:
         while True:

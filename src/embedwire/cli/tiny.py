@@ -17,7 +17,9 @@ def tiny_model(
     directory: Directory,
     *,
     family: Annotated[Family, typer.Option(help="Architecture.")] = "qwen2_5_vl",
-    scale: Annotated[Literal["tiny", "400m"], typer.Option(help="About 200,000 parameters, or 400 million.")] = "tiny",
+    scale: Annotated[
+        Literal["tiny", "400m"], typer.Option(help="About 200,000 parameters, or 400 million.")
+    ] = "tiny",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
 ) -> None:
     """Write a small checkpoint with random weights into DIR. Its answers are gibberish; everything else about it is real.

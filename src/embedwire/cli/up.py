@@ -26,8 +26,9 @@ def up(
 ) -> None:
     """Run everything for MODEL on this machine: registry, router, encoders and language servers, each a process of its own.
 
-    --port is the router's; the others take free ones. Ctrl-C or SIGTERM ends all of them within --shutdown-s and a few seconds; when one ends
-    by itself, so do the others, and its last log lines are shown. Exit code 0: stopped; 2: an error, or a server that ended by itself.
+    --port is the router's; the others take free ones. Ctrl-C or SIGTERM ends all of them within --shutdown-s and a few seconds;
+    when one ends by itself, so do the others, and its last log lines are shown. Exit code 0: stopped; 2: an error, or a server
+    that ended by itself.
     """
     from embedwire.cli.cluster import Cluster
     from embedwire.cli.stack import start_stack
@@ -44,7 +45,7 @@ def up(
                     name=name,
                     encoders=encoders,
                     languages=languages,
-                    router_port=settings.port,
+                    router_port=loaded.public_port,
                     on_step=lambda step: status.update(step),
                 )
             made = table("server", "url", "pid", "")
@@ -52,7 +53,11 @@ def up(
                 extra = child.facts.get("pool") or child.facts.get("rooms_at") or ""
                 made.add_row(child.name, child.url, str(child.facts["pid"]), extra)
             out.print(made)
-            out.print(f"Ask with: embedwire ask --url {stack.router.url} 'What is this?' IMAGE", soft_wrap=True, markup=False)
+            out.print(
+                f"Ask with: embedwire ask --url {stack.router.url} 'What is this?' IMAGE",
+                soft_wrap=True,
+                markup=False,
+            )
             out.print("Ctrl-C ends everything.")
             write_json(json, {child.name: dict(child.facts) for child in stack.children})
             while True:

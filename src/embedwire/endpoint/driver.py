@@ -21,6 +21,7 @@ from typing import TypeVar
 import zmq
 
 from embedwire.errors import ConfigurationError, UsageError
+from embedwire.limits import ATTEMPT_MAX, ROOM_MAX
 from embedwire.transports import names
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,14 @@ FRAMES_PER_TURN_MAX = 256
 def identity_of(incarnation: int) -> bytes:
     """The routing id under which a receiver's socket is known to a sender's."""
     return b"R" + incarnation.to_bytes(8, "big")
+
+
+def check_key(room: int, attempt: int) -> None:
+    """Raise UsageError for what no message can name."""
+    if not 0 <= room <= ROOM_MAX or not 0 <= attempt <= ATTEMPT_MAX:
+        raise UsageError(
+            f"room {room} attempt {attempt}: rooms go from 0 to {ROOM_MAX}, attempts from 0 to {ATTEMPT_MAX}"
+        )
 
 
 def chosen(transports: Sequence[str] | None) -> tuple[str, ...]:
@@ -52,7 +61,8 @@ class Driver(ABC):
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller.register(self._wake, zmq.POLLIN)
         self._tasks: deque[Callable[[], None]] = deque()
-        self._gate = threading.Lock()
+        self._gate = threading.RLock()  # the collector may run a finalizer that posts in the midst of a post
+        self._closing = threading.Lock()
         self._is_open = True
         self._is_running = True
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -71,9 +81,9 @@ class Driver(ABC):
 
     def post(self, task: Callable[[], None]) -> None:
         """Run a task on the driver's thread, soon. Thread-safe; dropped when the driver has ended."""
-        self._tasks.append(task)
         with self._gate:
             if self._is_open:
+                self._tasks.append(task)
                 os.eventfd_write(self._wake, 1)
 
     def call(self, task: Callable[[], T]) -> T:
@@ -99,12 +109,29 @@ class Driver(ABC):
             return future.result()
         raise UsageError(f"{self._thread.name} is closed")
 
+    def close(self) -> None:
+        """End all rooms (cause ``closed``), tell their peers, and free everything. Idempotent, from any thread but the driver's own,
+        where callbacks run: there it raises UsageError."""
+        if threading.current_thread() is self._thread:
+            raise UsageError(f"{self._thread.name} can not be closed out of a callback of its own")
+        with self._closing:
+            if self._thread.is_alive():
+                self._close()
+
+    @abstractmethod
+    def _close(self) -> None:
+        """End the rooms and then the thread. Called once."""
+
     def _run(self) -> None:
         while self._is_running:
             self._turn()
+        self._free()
+
+    def _free(self) -> None:
         self._context.destroy(linger=200)
         with self._gate:
             self._is_open = False
+            self._tasks.clear()
             os.close(self._wake)
 
     def _turn(self) -> None:

@@ -99,6 +99,7 @@ class SessionWriter:
         self._jobs: SimpleQueue[WriteJob | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._region: RemoteRegion | None = None
+        self._closer: threading.Thread | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"embedwire-writer-{peer:x}", daemon=True)
         self._thread.start()
@@ -108,21 +109,25 @@ class SessionWriter:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """End the session: a running write returns, queued ones are reported as lost."""
+        """End the session: a running write returns, queued ones are reported as lost. Returns at once; a wire may take a moment
+        to end its write, so that is done on a thread of its own."""
         with self._lock:
             self._is_closed = True
             region = self._region
-        if region is not None:
-            region.close()
         self._jobs.put(None)
+        if region is not None:
+            self._closer = threading.Thread(target=region.close, name=f"{self._thread.name}-close", daemon=True)
+            self._closer.start()
 
     def is_alive(self) -> bool:
-        """Whether the thread still runs."""
-        return self._thread.is_alive()
+        """Whether a thread of it still runs."""
+        return self._thread.is_alive() or (self._closer is not None and self._closer.is_alive())
 
     def join(self, timeout_s: float) -> None:
-        """Wait until the thread has ended."""
+        """Wait until its threads have ended."""
         self._thread.join(timeout_s)
+        if self._closer is not None:
+            self._closer.join(timeout_s)
 
     def _run(self) -> None:
         if self._attach():

@@ -347,7 +347,7 @@ class ReceiverCore:
         while (room := self.admission.admit()) is not None:
             room.has_assembly = True
             self._actions.append(Assemble(room.key, room.total_tokens))
-        peers = sum(1 for session in self.sessions.values() if session.rooms)
+        peers = len(self.sessions)  # also who has no room now: what is all held when it has one may never come back
         while (turn := self.admission.next_grant(peers=peers)) is not None:
             room, blocks = turn
             self._tickets += 1

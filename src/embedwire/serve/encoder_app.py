@@ -64,13 +64,16 @@ def encoder_app(
     metrics: AppMetrics | None = None,
     registry: RegistryLink | None = None,
     requests_max: int = 256,
-    body_bytes_max: int = 512 * 2**20,
+    body_bytes_max: int = 80 * 2**20,
+    bodies_bytes_max: int = 4 * 2**30,
 ) -> FastAPI:
-    """An app around a service. ``requests_max`` are taken up at a time, one more is refused with 503."""
+    """An app around a service. ``requests_max`` are taken up at a time and hold bodies of
+    ``bodies_bytes_max`` together; what is more is refused with 503. A body may take a little more than a
+    router's."""
     fetcher = media or MediaFetcher()
     identity = Identity(role=Role.ENCODER, model=model, layout=layout, control_address=control_address)
     app = worker_app(identity, metrics or AppMetrics(), registry=registry, while_running=fetcher)
-    admission = Admission(requests_max)
+    admission = Admission(requests_max, bytes_max=bodies_bytes_max)
     threads = anyio.CapacityLimiter(requests_max)  # each may wait for memory, and must not hold up the others
 
     async def take_up(asked: EncodeRequest) -> TakenUp:
@@ -85,8 +88,9 @@ def encoder_app(
 
     @app.post("/encode")
     async def encode(request: Request) -> Response:
-        with admission.admitted():
-            asked = await anyio.to_thread.run_sync(_parse, await read_body(request, body_bytes_max))
+        with admission.admitted() as hold:
+            body = await read_body(request, body_bytes_max, hold=hold)
+            asked = await anyio.to_thread.run_sync(_parse, body)
             try:
                 taken = await unless_disconnected(request, lambda: take_up(asked))
             except ClientGone:

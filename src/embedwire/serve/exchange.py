@@ -22,8 +22,13 @@ from embedwire.serve.faults import ClientGone
 T = TypeVar("T")
 
 
-async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The request's body. Raises InvalidRequestError (413) as soon as it is known to be over the limit."""
+Hold = Callable[[int], None]
+"""Counts bytes as held. Raises OverloadedError."""
+
+
+async def read_body(request: Request, limit_bytes: int, *, hold: Hold = lambda _count: None) -> bytes:
+    """The request's body. Raises InvalidRequestError (413) as soon as it is known to be over the limit, and
+    what ``hold`` raises, which is told of every byte as it comes."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit_bytes:
         raise _too_large(limit_bytes)
@@ -31,6 +36,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     try:
         async for chunk in request.stream():
             body += chunk
+            hold(len(chunk))
             if len(body) > limit_bytes:
                 raise _too_large(limit_bytes)
     except ClientDisconnect:
@@ -69,22 +75,36 @@ async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]
 
 
 class Admission:
-    """At most ``limit`` requests under way; one more is refused at once."""
+    """At most ``requests_max`` requests under way, and bodies of ``bytes_max`` together; what is more is
+    refused at once."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, requests_max: int, *, bytes_max: int) -> None:
+        self._requests_max = requests_max
+        self._bytes_max = bytes_max
+        self._held_bytes = 0
         self.under_way = 0
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Take one place while the block runs. Raises OverloadedError when there is none."""
-        if self.under_way >= self._limit:
-            raise OverloadedError(f"{self._limit} requests are under way already")
+    def admitted(self) -> Iterator[Hold]:
+        """Take one place while the block runs, and what is held through the result. Raises
+        OverloadedError."""
+        if self.under_way >= self._requests_max:
+            raise OverloadedError(f"{self._requests_max} requests are under way already")
+        mine_bytes = 0
+
+        def hold(count: int) -> None:
+            nonlocal mine_bytes
+            mine_bytes += count
+            self._held_bytes += count
+            if self._held_bytes > self._bytes_max:
+                raise OverloadedError(f"the requests under way hold {self._bytes_max} bytes already")
+
         self.under_way += 1
         try:
-            yield
+            yield hold
         finally:
             self.under_way -= 1
+            self._held_bytes -= mine_bytes
 
 
 class EventStream(StreamingResponse):

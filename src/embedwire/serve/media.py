@@ -37,7 +37,7 @@ class MediaLimits:
 
     items_max: int = 64
     item_bytes_max: int = 32 * 2**20
-    total_bytes_max: int = 256 * 2**20
+    total_bytes_max: int = 64 * 2**20
     redirects_max: int = 3
     timeout_s: float = 20.0
     """For all media of the request together, from the first look-up to the last byte."""

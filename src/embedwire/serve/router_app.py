@@ -53,7 +53,9 @@ class RouterSettings:
     registry_url: str | None = None
     worker_urls: Sequence[str] = ()
     requests_max: int = 1024
-    body_bytes_max: int = 512 * 2**20
+    body_bytes_max: int = 64 * 2**20
+    bodies_bytes_max: int = 4 * 2**30
+    """Of all requests under way together. Their decoded form takes about as much again."""
     misses_to_evict: int = 3
     watch: WatchTimes = field(default_factory=WatchTimes)
     limits: DispatchLimits = field(default_factory=DispatchLimits)
@@ -61,9 +63,9 @@ class RouterSettings:
     def __post_init__(self) -> None:
         if (self.registry_url is None) == (not self.worker_urls):
             raise ConfigurationError("a router needs either registry_url or worker_urls, and not both")
-        if self.requests_max < 1 or self.body_bytes_max < 1:
-            bounds = f"requests_max ({self.requests_max}) and body_bytes_max ({self.body_bytes_max})"
-            raise ConfigurationError(f"{bounds} have to be above 0")
+        for name in ("requests_max", "body_bytes_max", "bodies_bytes_max"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it has to be above 0")
 
 
 class Router:
@@ -73,7 +75,7 @@ class Router:
         self.settings = settings
         self.table = Registry(misses_to_evict=settings.misses_to_evict)
         self.metrics = AppMetrics()
-        self.admission = Admission(settings.requests_max)
+        self.admission = Admission(settings.requests_max, bytes_max=settings.bodies_bytes_max)
         self.dispatch: Dispatch
 
     @asynccontextmanager
@@ -125,10 +127,10 @@ def router_app(settings: RouterSettings) -> FastAPI:
     async def chat(request: Request) -> Response:
         began_s, deadline_s = anyio.current_time(), settings.limits.deadline_s
         async with AsyncExitStack() as stack:
-            stack.enter_context(router.admission.admitted())
+            hold = stack.enter_context(router.admission.admitted())
             try:
                 with anyio.fail_after(deadline_s):
-                    body = await read_body(request, settings.body_bytes_max)
+                    body = await read_body(request, settings.body_bytes_max, hold=hold)
                     raw, asked = await anyio.to_thread.run_sync(router.parse, body)
                     router.check_model(asked.model)
                     way = stack.enter_context(router.dispatch.way(raw, asked, began_s=time.monotonic()))

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from embedwire.protocol.messages import Message, RoomMessage, encode
 from embedwire.testing.sim_timeline import NEVER, Timeline
 
+
 @dataclass(slots=True, kw_only=True)
 class Weather:
     """Chances from 0 to 1, and times in seconds. Different delays are what puts messages out of order."""

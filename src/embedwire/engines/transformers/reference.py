@@ -3,8 +3,9 @@
     python -m embedwire.engines.transformers.reference MODEL [--dtype bfloat16] < prompt.json
 
 ``prompt.json`` is ``{"messages": [...], "media": [base64, ...], "max_tokens": n}``, with messages as in
-:class:`~embedwire.encode.interface.ChatPrompt`. Plain transformers does the rest, with nothing of ours but the prompt's processing: one model,
-one ``generate``, always the likeliest token, no stop token. A process of its own, since it holds the whole model.
+:class:`~embedwire.encode.interface.ChatPrompt`. Plain transformers does the rest, with nothing of ours but the prompt's
+processing: one model, one ``generate``, always the likeliest token, no stop token. A process of its own, since it holds the whole
+model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from embedwire.engines.transformers.families import family_of
 from embedwire.engines.transformers.processing import PromptProcessor
 
 
-def greedy_ids(model: str, prompt: ChatPrompt, *, max_tokens: int, dtype: str, threads: int | None = None) -> list[int]:
+def greedy_ids(
+    model: str, prompt: ChatPrompt, *, max_tokens: int, dtype: str, threads: int | None = None
+) -> list[int]:
     """The first ``max_tokens`` token ids of the undivided model's greedy answer; it does not stop at its end-of-text token."""
     if threads is not None:
         torch.set_num_threads(threads)
@@ -41,7 +44,11 @@ def greedy_ids(model: str, prompt: ChatPrompt, *, max_tokens: int, dtype: str, t
     whole.generation_config.eos_token_id = None
     with torch.inference_mode():
         answer = whole.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, **inputs
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            **inputs,
         )
     return [int(token) for token in answer[0, ids.shape[1] :]]
 
@@ -54,7 +61,9 @@ def prompt_of(content: Mapping[str, Any]) -> ChatPrompt:
 
 def main() -> None:
     """Read a prompt from stdin, print ``{"token_ids": [...]}``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int)

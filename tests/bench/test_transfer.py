@@ -1,0 +1,63 @@
+"""The measurement counts what it says it counts. No time is asserted."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from embedwire.bench import transfer
+from embedwire.bench.payload import Payload
+from embedwire.bench.transfer import Subject, measure, steps
+from embedwire.errors import ConfigurationError, TransferError
+
+
+@pytest.mark.parametrize("wire", ["shm", "tcp"])
+def test_rounds_and_bytes_are_those_of_the_pool(wire: str) -> None:
+    subject = Subject(transport=wire, tokens=40, token_bytes=64, pools_tokens=(16, 5), block_size=4)
+    ticks: Counter[str] = Counter()
+    cases = measure(subject, repeat=1, on_progress=lambda: ticks.update(["tick"]))
+    assert [(c.pool_tokens, c.rounds) for c in cases] == [(40, 1), (16, 3), (8, 5)]
+    assert {c.bytes for c in cases} == {40 * 64}
+    assert [c.resume_cost is None for c in cases] == [True, False, False]
+    assert ticks["tick"] == steps(subject, repeat=1) == 3 * 4
+    for case in cases:
+        assert case.ratio == case.baseline_median_s / case.median_s
+        assert case.one_round_median_s == cases[0].median_s
+
+
+def test_a_wrong_byte_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenario 33: every payload is filled with its room's number, and checked."""
+    monkeypatch.setattr(transfer._Bench, "_copies", lambda bench, room: 0.0)
+    with pytest.raises(TransferError, match="arrived with a wrong byte"):
+        measure(Subject(transport="shm", tokens=8, token_bytes=64, pools_tokens=()), repeat=1)
+
+
+def test_payloads_of_rooms_differ_in_every_word() -> None:
+    payload = Payload(4, 64)
+    first = payload.fill(1).copy()
+    assert payload.equals(first)
+    second = payload.fill(2)
+    assert not np.any(first.view(np.uint64) == second.view(np.uint64))
+    assert not payload.equals(first)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"transport": "pigeon"}, {"tokens": 0}, {"token_bytes": 12}, {"pools_tokens": (0,)}, {"block_size": 0}],
+)
+def test_a_subject_that_can_not_be_measured_is_refused(wrong: dict[str, object]) -> None:
+    fine: dict[str, object] = {"transport": "shm", "tokens": 8, "token_bytes": 64, "pools_tokens": ()}
+    with pytest.raises(ConfigurationError):
+        Subject(**fine | wrong)  # type: ignore[arg-type]
+
+
+def test_the_child_is_gone_afterwards() -> None:
+    before = {name for name in os.listdir("/dev/shm") if name.startswith("embedwire-")}
+    measure(Subject(transport="shm", tokens=8, token_bytes=64, pools_tokens=()), repeat=1)
+    from multiprocessing import active_children
+
+    assert active_children() == []
+    assert {name for name in os.listdir("/dev/shm") if name.startswith("embedwire-")} - before == set()

@@ -1,0 +1,53 @@
+"""The demo as a stranger runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from embedwire.cli import demo
+from embedwire.cli.demo import BLOCK_SIZE, MAX_TOKENS, NUM_BLOCKS
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Run
+
+
+@pytest.mark.e2e
+@pytest.mark.model
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("family", "transport"), [("qwen3_vl", "tcp"), ("llava", "shm")])
+def test_the_divided_model_answers_as_the_undivided_one(
+    family: str, transport: str, embedwire: Run, tmp_path: Path
+) -> None:
+    """Scenarios 12 and 17: an embedding many times the pool arrives whole, and nothing is left granted."""
+    file = tmp_path / "demo.json"
+    ended = embedwire("demo", "--family", family, "--transport", transport, "--json", file, timeout_s=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    told = json.loads(file.read_text())
+    assert all(claim["holds"] for claim in told["claims"])
+    assert len(told["claims"]) == 4
+    assert told["token_ids"] == told["undivided_token_ids"]
+    assert len(told["token_ids"]) == MAX_TOKENS
+    assert len(set(told["token_ids"])) > 3
+    assert told["embedwire"]["transport"] == transport
+    assert max(told["embedwire"]["rounds"]) == NUM_BLOCKS * BLOCK_SIZE
+    assert "Gibberish" in ended.stdout
+
+
+def test_other_ids_are_not_taken_for_the_same() -> None:
+    ids = list(range(MAX_TOKENS))
+    assert demo._same_ids(ids, ids).holds
+    assert not demo._same_ids(ids, [*ids[:-1], 99]).holds
+    assert not demo._same_ids(ids[:-1], ids).holds
+    assert "from token 3 on" in demo._same_ids(ids, [*ids[:3], 99]).detail
+
+
+def test_a_server_that_was_killed_or_a_file_left_behind_is_no_clean_end(tmp_path: Path) -> None:
+    left = tmp_path / "embedwire-0"
+    left.touch()
+    assert demo._ended_cleanly({"router": 0}, {str(tmp_path / "gone")}).holds
+    assert not demo._ended_cleanly({"router": 0}, {str(left)}).holds
+    assert not demo._ended_cleanly({"router": -9}, set()).holds

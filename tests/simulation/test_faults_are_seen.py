@@ -1,0 +1,335 @@
+"""Old faults put back one at a time: the simulation has to see each. A simulation that sees nothing proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from embedwire.errors import EmbedwireError
+from embedwire.limits import Limits
+from embedwire.memory.allocator import BlockAllocator
+from embedwire.protocol.actions import Drain
+from embedwire.protocol.admission import Admission
+from embedwire.protocol.messages import Cause, Grant, Message, Status
+from embedwire.protocol.receiver import ReceiverTransfer
+from embedwire.protocol.receiver_core import ReceiverCore
+from embedwire.protocol.sender import SenderTransfer
+from embedwire.protocol.sender_core import SenderCore
+from embedwire.protocol.states import SenderEvent, SenderState
+from embedwire.testing.sim_link import delay
+from embedwire.testing.sim_nodes import ReceiverNode
+from embedwire.testing.simulation import ONE_SIDED, Weather, WireFaults, World
+
+Patch = pytest.MonkeyPatch
+
+# ---------------------------------------------------------------------- worlds, all well unless a fault is in
+
+
+def two_rounds() -> None:
+    """2000/1024, B 128; every status and grant comes twice."""
+    world = World()
+    sender = world.add_sender()
+    world.add_receiver(default_allocate_tokens=1024, num_blocks=8)
+    world.link.rules += [delay(Status, 0.001, 0.003), delay(Grant, 0.001, 0.004)]
+    transfer = world.request(7, 2000)
+    world.settle()
+    assert transfer.is_done
+    assert transfer.rounds == (1024, 976)
+    assert len(sender.writes) == 2
+
+
+def losses() -> None:
+    """A third of all messages is lost."""
+    world = World(2, weather=Weather(loss=0.33))
+    world.add_sender()
+    world.add_receiver()
+    transfers = [world.request(room, 500) for room in range(1, 9)]
+    world.settle()
+    assert all(t.is_done for t in transfers)
+
+
+def crowd() -> None:
+    """40 rooms of two encoders crowd a one-sided pool of 6 blocks, clients leave in mid-write, and drains come late."""
+    world = World(3, weather=Weather(delay_s=(0.02, 0.1)))
+    senders = [
+        world.add_sender(f"encoder-{i}", faults=WireFaults(slice_tokens=100, slice_s=(0.01, 0.3)))
+        for i in (1, 2)
+    ]
+    receiver = world.add_receiver(num_blocks=6, default_allocate_tokens=128, wire=ONE_SIDED)
+    transfers = [world.request(room, 400 + room, sender=senders[room % 2]) for room in range(1, 41)]
+    for room in range(3, 41, 3):
+        world.after(0.3 * room, lambda room=room: receiver.abort((room, 0)))  # type: ignore[misc]
+    world.settle()
+    assert sum(t.is_done for t in transfers) > 20
+
+
+def lease() -> None:
+    """A slice takes longer than its round may; other rooms wait for the blocks, and drain them late."""
+    world = World(limits=Limits(round_s=6.0, write_timeout_s=6.0))
+    slow = world.add_sender("encoder-1", faults=WireFaults(slice_s=(30.0, 30.0)))
+    quick = world.add_sender("encoder-2", faults=WireFaults(slice_s=(0.1, 0.1), slice_tokens=512))
+    world.add_receiver(num_blocks=4, wire=ONE_SIDED)
+    world.link.rules.append(delay(Status, 4.0))
+    transfer = world.request(1, 384, sender=slow)
+    world.run_until(lambda: bool(slow.writes))
+    for room in range(2, 20):
+        world.request(room, 4 * 128, sender=quick, open_after_s=room * 1.0)
+    world.settle()
+    assert transfer.receiver_end is Cause.DEADLINE
+
+
+def doubt() -> None:
+    """A write comes back as unknown; afterwards the same encoder has to get through."""
+    world = World()
+    sender = world.add_sender(faults=WireFaults(in_doubt=1.0))
+    world.add_receiver(wire=ONE_SIDED, num_blocks=8)
+    world.request(1, 1000)
+    world.run(for_s=1.0)
+    sender.setup.faults.in_doubt = 0.0
+    following = world.request(2, 1000)
+    world.run(for_s=10.0)
+    assert following.is_done
+
+
+def restart() -> None:
+    """An encoder dies in mid-round on a one-sided wire and is back at once."""
+    world = World()
+    sender = world.add_sender(faults=WireFaults(slice_s=(0.1, 0.1)))
+    world.add_receiver(wire=ONE_SIDED, num_blocks=8)
+    world.request(1, 1000)
+    world.run(for_s=0.1)
+    world.restart(sender)
+    world.run(for_s=5.0)
+    following = world.request(2, 1000)
+    world.settle()
+    assert following.is_done
+
+
+def refusal() -> None:
+    """The encoder's memory can never hold the room."""
+    world = World()
+    world.add_sender(source_bytes=10)
+    world.add_receiver()
+    transfer = world.request(1, 1000)
+    world.run(for_s=1.0)
+    assert transfer.receiver_end is Cause.NEVER_FITS
+
+
+def frozen() -> None:
+    """Encoder 1 freezes with grants while encoder 2 has nothing to do for the moment."""
+    world = World()
+    stuck, healthy = world.add_sender("encoder-1"), world.add_sender("encoder-2")
+    world.add_receiver(num_blocks=8, wire=ONE_SIDED)
+    world.request(100, 1000, sender=healthy)
+    world.run(for_s=1.0)
+    world.request(1, 5000, sender=stuck)
+    world.run_until(lambda: bool(stuck.writes))
+    stuck.process.freeze()
+    following = world.request(101, 1000, sender=healthy)
+    world.run(for_s=20.0)
+    assert following.is_done
+    stuck.process.wake()
+    world.settle()
+
+
+WORLDS = (two_rounds, losses, crowd, lease, doubt, restart, refusal, frozen)
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.__name__)
+def test_all_is_well_without_faults(world: Callable[[], None]) -> None:
+    """What the faults below break is whole."""
+    world()
+
+
+# ---------------------------------------------------------------------- the faults
+
+
+def resume_is_stored_but_never_queued(patch: Patch) -> None:
+    patch.setattr(Admission, "rejoin", lambda self, room: None)
+
+
+def grant_announces_the_tokens_it_wants(patch: Patch) -> None:
+    whole = ReceiverTransfer.grant_message
+
+    def message(self: ReceiverTransfer, granted: Any, **more: Any) -> Message:
+        told = whole(self, granted, **more)
+        return type(told)(
+            **{f: getattr(told, f) for f in told.__struct_fields__} | {"allocated_tokens": granted.tokens}
+        )
+
+    patch.setattr(ReceiverTransfer, "grant_message", message)
+
+
+def aux_is_read_from_every_round(patch: Patch) -> None:
+    whole = ReceiverCore.on_drained
+
+    def on_drained(self: ReceiverCore, key: Any, number: int, to_token: int, **more: Any) -> Any:
+        return whole(self, key, number, to_token, **(more | {"aux": more["aux"] or (0,) * 16}))
+
+    patch.setattr(ReceiverCore, "on_drained", on_drained)
+
+
+def rounds_are_told_apart_by_their_blocks(patch: Patch) -> None:
+    whole = SenderTransfer.on_grant
+
+    def on_grant(self: SenderTransfer, grant: Grant, **more: Any) -> Any:
+        if any(set(r.block_indices) >= set(grant.block_indices) for r in self.rounds):
+            return None
+        return whole(self, grant, **more)
+
+    patch.setattr(SenderTransfer, "on_grant", on_grant)
+
+
+def a_grant_that_comes_twice_is_written_twice(patch: Patch) -> None:
+    whole = SenderTransfer.on_grant
+
+    def on_grant(self: SenderTransfer, grant: Grant, **more: Any) -> Any:
+        known = grant.round < len(self.rounds) and self.state is SenderState.WRITING
+        return self.rounds[grant.round] if known else whole(self, grant, **more)
+
+    patch.setattr(SenderTransfer, "on_grant", on_grant)
+
+
+def the_last_round_is_told_by_the_configured_size(patch: Patch) -> None:
+    def wanted(self: Admission, room: ReceiverTransfer) -> int:
+        return self.blocks.blocks_for(min(self.default_allocate_tokens // 2, room.total_tokens))
+
+    patch.setattr(Admission, "_wanted", wanted)
+
+
+def partial_is_success(patch: Patch) -> None:
+    def rejoin(core: ReceiverCore) -> Callable[..., None]:
+        def finish(room: ReceiverTransfer) -> None:
+            room.machine.state = next(s for s in type(room.state) if s.value == "filling")
+            core._finish(room, 0.0)
+
+        return finish
+
+    whole = ReceiverCore.__init__
+
+    def init(self: ReceiverCore, **more: Any) -> None:
+        whole(self, **more)
+        self.admission.rejoin = rejoin(self)  # type: ignore[method-assign]
+
+    patch.setattr(ReceiverCore, "__init__", init)
+
+
+def blocks_are_kept_while_waiting_for_more(patch: Patch) -> None:
+    patch.setattr(Admission, "give_back", lambda self, address, granted: None)
+
+
+def nothing_is_asked_again(patch: Patch) -> None:
+    patch.setattr(ReceiverCore, "_ask_again", lambda self, room, now: None)
+
+
+def blocks_are_free_at_once_on_every_wire(patch: Patch) -> None:
+    whole = ReceiverCore._fail
+
+    def fail(self: ReceiverCore, room: ReceiverTransfer, *more: Any, **options: Any) -> None:
+        self.sessions[room.address].is_fenced = True
+        whole(self, room, *more, **options)
+
+    patch.setattr(ReceiverCore, "_fail", fail)
+
+
+def the_end_is_told_before_writes_have_returned(patch: Patch) -> None:
+    def settle(self: SenderCore, room: SenderTransfer) -> None:
+        if room.state is SenderState.ENDING:
+            self._end(room.peer or 0, room.key, *(room.end or (Cause.ABORTED, "")))
+        if room.state is SenderState.ENDING and not room.writes_under_way:
+            room.machine.step(SenderEvent.WRITES_RETURNED)
+            self._forget(room)
+
+    patch.setattr(SenderCore, "_settle", settle)
+
+
+def a_doubt_lasts_for_ever(patch: Patch) -> None:
+    patch.setattr(SenderCore, "on_doubt_ended", lambda self, peer, key: [])
+
+
+def doubt_is_taken_for_loss(patch: Patch) -> None:
+    def unknown(self: SenderCore, key: Any, number: int, detail: str, *, now: float) -> Any:
+        room = self._write_returned(key)
+        self._fail(room, Cause.WIRE_FAILED, detail, now)
+        self._settle(room)
+        return self._take()
+
+    patch.setattr(SenderCore, "on_write_unknown", unknown)
+    patch.setattr(SenderCore, "on_doubt_ended", lambda self, peer, key: [])
+
+
+def quarantine_is_for_nobody(patch: Patch) -> None:
+    whole = Admission.quarantine
+    patch.setattr(
+        Admission, "quarantine", lambda self, address, granted, *, peer: whole(self, address, granted, peer=0)
+    )
+    patch.setattr(ReceiverCore, "suspects", {0})
+
+
+def a_refusal_is_kept_secret(patch: Patch) -> None:
+    whole = SenderCore.fail
+
+    def fail(self: SenderCore, key: Any, cause: Cause, detail: str, *, now: float) -> Any:
+        return whole(self, key, cause, detail, now=now) if key in self.rooms else []
+
+    patch.setattr(SenderCore, "fail", fail)
+
+
+def the_allocator_hands_out_what_is_in_use(patch: Patch) -> None:
+    whole = BlockAllocator.alloc_blocks
+
+    def alloc(self: BlockAllocator, n: int) -> Any:
+        blocks = whole(self, n)
+        return blocks and (0, *blocks[1:])
+
+    patch.setattr(BlockAllocator, "alloc_blocks", alloc)
+
+
+def one_peer_may_take_the_whole_pool(patch: Patch) -> None:
+    whole = Admission.next_grant
+    patch.setattr(Admission, "next_grant", lambda self, *, peers: whole(self, peers=1))
+
+
+def a_drain_skips_what_came_late(patch: Patch) -> None:
+    whole = ReceiverNode._drain
+
+    def drain(self: ReceiverNode, order: Drain) -> None:
+        whole(self, replace(order, from_token=min(order.from_token + 1, order.to_token)))
+
+    patch.setattr(ReceiverNode, "_drain", drain)
+
+
+@pytest.mark.parametrize(
+    ("fault", "world"),
+    [
+        (resume_is_stored_but_never_queued, two_rounds),  # scenario 1
+        (grant_announces_the_tokens_it_wants, two_rounds),  # 2
+        (aux_is_read_from_every_round, two_rounds),  # 3
+        (a_grant_that_comes_twice_is_written_twice, two_rounds),  # 4, 11
+        (rounds_are_told_apart_by_their_blocks, two_rounds),  # 5
+        (partial_is_success, two_rounds),  # 6
+        (the_last_round_is_told_by_the_configured_size, two_rounds),  # 7
+        (a_drain_skips_what_came_late, two_rounds),  # 8
+        (blocks_are_kept_while_waiting_for_more, two_rounds),  # 16
+        (nothing_is_asked_again, losses),  # 26d
+        (one_peer_may_take_the_whole_pool, frozen),  # 26f
+        (blocks_are_free_at_once_on_every_wire, crowd),  # 27
+        (the_end_is_told_before_writes_have_returned, crowd),  # 27
+        (quarantine_is_for_nobody, restart),  # 28
+        (a_doubt_lasts_for_ever, doubt),  # 30
+        (a_refusal_is_kept_secret, refusal),  # 32
+        (the_allocator_hands_out_what_is_in_use, crowd),  # 33
+        (blocks_are_free_at_once_on_every_wire, lease),  # 34
+    ],
+    ids=lambda part: part.__name__,
+)
+def test_a_fault_put_back_is_seen(
+    fault: Callable[[Patch], None], world: Callable[[], None], monkeypatch: Patch
+) -> None:
+    """Scenarios 1 to 8, 11, 16, 26d, 26f, 27, 28, 30, 32, 33 and 34, each with its fault put back."""
+    fault(monkeypatch)
+    with pytest.raises((AssertionError, EmbedwireError, KeyError)):
+        world()
