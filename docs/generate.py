@@ -86,7 +86,8 @@ def sender_states() -> str:
 def receiver_states() -> str:
     sets = (states.LIVE, states.HOLDS_BLOCKS, states.PEER_MAY_WRITE, states.RECEIVER_TERMINAL)
     rows = [
-        (s.value, states.POLL_OF[s].name, *(yes(s in chosen) for chosen in sets)) for s in states.ReceiverState
+        (s.value, states.POLL_OF[s].name, *(yes(s in chosen) for chosen in sets))
+        for s in states.ReceiverState
     ]
     return table(("state", "poll", "live", "holds blocks", "the peer may write", "final"), rows)
 
@@ -113,7 +114,10 @@ def unique(names: str) -> str:
 def message_list() -> str:
     """Every message with its fields, receiver's first."""
     parts = []
-    for who, union in (("Receiver to sender", messages.ToSender), ("Sender to receiver", messages.ToReceiver)):
+    for who, union in (
+        ("Receiver to sender", messages.ToSender),
+        ("Sender to receiver", messages.ToReceiver),
+    ):
         parts += [f"### {who}", *(message(kind) for kind in get_args(union))]
     return "\n\n".join(parts)
 
@@ -205,7 +209,17 @@ def exchange() -> str:
         to_sender = envelope.origin.startswith("language")
         content = msgspec.to_builtins(envelope.message)
         kind = content.pop("type")
-        skipped = {"source", "target", "room", "attempt", "version", "nonce", "fields", "wires", "content_hash"}
+        skipped = {
+            "source",
+            "target",
+            "room",
+            "attempt",
+            "version",
+            "nonce",
+            "fields",
+            "wires",
+            "content_hash",
+        }
         told = ", ".join(f"{name} {brief(v)}" for name, v in content.items() if name not in skipped)
         arrow = "receiver → sender" if to_sender else "sender → receiver"
         nbytes = str(len(messages.encode(envelope.message)))

@@ -133,19 +133,19 @@ def test_children_end_when_their_parent_is_killed(up: Up) -> None:
 
 
 def test_a_child_that_can_not_start_is_named_with_its_last_words() -> None:
-    with (
-        pytest.raises(
-            ChildFailed, match=r"(?s)encoder has ended: exit code 2.*encoder \| embedwire: .*/nowhere"
-        ),
-        Cluster({}) as cluster,
-    ):
+    with Cluster({}) as cluster:
         child = cluster.start("encoder", "encoder", "/nowhere/at/all")
-        cluster.wait_ready([child], timeout_s=120)
+        with pytest.raises(
+            ChildFailed, match=r"(?s)encoder has ended: exit code 2.*encoder \| embedwire: .*/nowhere"
+        ):
+            cluster.wait_ready([child], timeout_s=120)
 
 
 def test_a_child_that_is_not_ready_in_time_is_named() -> None:
-    with pytest.raises(ChildFailed, match="registry was not ready within 0 s"), Cluster({}) as cluster:
-        cluster.wait_ready([cluster.start("registry", "registry")], timeout_s=0)
+    with Cluster({}) as cluster:
+        child = cluster.start("registry", "registry")
+        with pytest.raises(ChildFailed, match="registry was not ready within 0 s"):
+            cluster.wait_ready([child], timeout_s=0)
 
 
 def test_stop_gives_the_exit_code_of_each() -> None:

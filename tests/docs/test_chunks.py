@@ -18,7 +18,7 @@ TOKENS, CHUNK = 40, 16
 def test_the_same_chunks_give_the_same_bits(
     family: str, dtype: str, tiny_model_dir: Callable[[str], Path], undivided: Callable[[str, str], Any]
 ) -> None:
-    """Logits of every position of a prompt of 40 tokens in chunks of 16; the whole prompt at once differs, or nothing is shown."""
+    """Logits of every position of a prompt of 40 tokens in chunks of 16."""
     import numpy as np
     import torch
     from transformers import DynamicCache
@@ -36,6 +36,8 @@ def test_the_same_chunks_give_the_same_bits(
         )
         with torch.inference_mode():
             theirs = whole(
-                input_ids=torch.from_numpy(ids[part]).long()[None], past_key_values=their_cache, use_cache=True
+                input_ids=torch.from_numpy(ids[part]).long()[None],
+                past_key_values=their_cache,
+                use_cache=True,
             ).logits[0]
         assert torch.equal(own, theirs), f"tokens {part.start} to {part.stop}"

@@ -102,7 +102,7 @@ def test_a_callback_that_raises_harms_nobody(stage: Any) -> None:
     offer.add_done_callback(lambda _: 1 // 0)
     reception = receiver.open(1, sender.address)
     reception.add_done_callback(lambda _: 1 // 0)
-    stage.check(reception, 100)
+    stage.check(reception, 100).release()
     stage.move(sender, receiver, 2, 100)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from embedwire.endpoint.writer import SessionWriter
 from embedwire.errors import TransportError
 from embedwire.memory.source import Source
 from embedwire.transports.contract import Outcome
@@ -41,28 +42,28 @@ def crash() -> None:
     raise RuntimeError("injected")
 
 
-@pytest.mark.parametrize(
-    ("where", "skip"), [("write", 0), ("pieces", 0), ("pieces", 1), ("submit", 0)]
-)
-def test_an_exception_ends_its_room_only(stage: Any, monkeypatch: Any, where: str, skip: int) -> None:
+@pytest.mark.parametrize(("owner", "skip"), [("region", 0), ("source", 0), ("source", 1)])
+def test_an_exception_ends_its_room_only(stage: Any, monkeypatch: Any, owner: str, skip: int) -> None:
     """Scenario 30: the writer of a peer outlives a write that blew up; the peer is on no blacklist."""
+    where = {"region": (REGIONS[stage.wire], "write"), "source": (Source, "pieces")}[owner]
     sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
     stage.move(sender, receiver, 1, TOKENS)
     before = writers()
-    from embedwire.endpoint.writer import SessionWriter
-
-    owner, name = {
-        "write": (REGIONS[stage.wire], "write"),
-        "pieces": (Source, "pieces"),
-        "submit": (SessionWriter, "submit"),
-    }[where]
-    script(monkeypatch, owner, name, [*[None] * skip, crash])
+    script(monkeypatch, *where, [*[None] * skip, crash])
     offer = stage.offer(sender, 2, TOKENS)
     reception = receiver.open(2, sender.address)
     assert stage.failure_of(reception).cause == stage.failure_of(offer).cause == "wire_failed"
     stage.move(sender, receiver, 3, TOKENS)
     assert writers() == before
     assert sender.stats().sessions == 1
+
+
+def test_an_exception_before_the_write(stage: Any, monkeypatch: Any) -> None:
+    """Scenario 30: the driver's thread goes on too, and no write stays without its answer."""
+    script(monkeypatch, SessionWriter, "submit", [crash, None, crash])
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=4)
+    stage.move(sender, receiver, 1, TOKENS)
+    assert sender.stats().ended == {"done": 1}
 
 
 def test_a_lost_write_is_tried_again(stage: Any, monkeypatch: Any) -> None:
@@ -82,15 +83,43 @@ def test_a_write_that_is_always_lost(stage: Any, monkeypatch: Any) -> None:
 
 
 def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch: Any) -> None:
-    """Rule 5: UNKNOWN is not LOST. A one-sided wire's blocks stay in quarantine while the sender lives."""
-    script(monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.UNKNOWN])
+    """Rule 5: UNKNOWN is not LOST. A one-sided wire's blocks stay in quarantine until its session is closed.
+
+    Then they come back, and the peer is served again (scenario 30: on no blacklist).
+    """
+    region, may_close = REGIONS[stage.wire], threading.Event()
+    real = region.close
+
+    def close(self: Any) -> None:
+        assert may_close.wait(30)
+        real(self)
+
+    monkeypatch.setattr(region, "close", close)
+    script(monkeypatch, region, "write", [lambda: Outcome.UNKNOWN])
     sender, receiver = stage.sender(), stage.receiver(num_blocks=4, default_allocate_tokens=128)
     stage.offer(sender, 1, TOKENS)
     assert stage.failure_of(receiver.open(1, sender.address)).cause == "wire_failed"
     assert receiver.stats().blocks_quarantined == (1 if stage.wire == "shm" else 0)
-    stage.move(stage.sender(), receiver, 2, TOKENS)
-    sender.close()  # the proof
+    stage.move(stage.sender(), receiver, 2, TOKENS).release()
+    may_close.set()
     stage.wait_idle()
+    stage.move(sender, receiver, 3, TOKENS)
+
+
+def test_a_receiver_that_can_not_be_reached_again(stage: Any, monkeypatch: Any) -> None:
+    """After an unknown outcome: its room ends, none waits for ever, and its next try works."""
+
+    def unreachable() -> None:
+        raise TransportError("injected: no way")
+
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=4)
+    stage.move(sender, receiver, 1, TOKENS).release()
+    script(monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.UNKNOWN])
+    script(monkeypatch, OUTBOUNDS[stage.wire], "connect", [unreachable])
+    offer = stage.offer(sender, 2, TOKENS)
+    assert stage.failure_of(receiver.open(2, sender.address)).cause == "wire_failed"
+    assert stage.failure_of(offer).cause == "wire_failed"
+    stage.move(sender, receiver, 3, TOKENS)
 
 
 def test_a_receiver_out_of_reach(stage: Any, monkeypatch: Any) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from fastapi.testclient import TestClient
 
 from embedwire.errors import ConfigurationError
+from embedwire.memory.layout import multimodal
 from embedwire.registry import Registry, Role, Worker
+from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.registration import RegistrationTimes
+from embedwire.serve.run import AppServer
 from embedwire.serve.watch import WatchTimes, check_workers, every, follow_registry
-from embedwire.serve.worker_app import RegistryLink
+from embedwire.serve.worker_app import Identity, RegistryLink, worker_app
 
 WAIT_S = 20.0
 FAST = RegistrationTimes(interval_s=0.02, retry_min_s=0.02, retry_max_s=0.05)
@@ -56,6 +60,18 @@ def test_a_worker_registers_itself_and_says_goodbye(cluster: Any) -> None:
             break
     else:
         pytest.fail("it did not say good-bye")
+
+
+def test_an_address_that_nobody_can_reach_is_not_registered() -> None:
+    app = worker_app(
+        Identity(role=Role.LANGUAGE, model="m", layout=multimodal(8)),
+        AppMetrics(),
+        registry=RegistryLink(url="http://registry"),
+    )
+    server = AppServer(app, host="0.0.0.0")
+    with pytest.raises(ConfigurationError, match="advertise_host"), TestClient(app):
+        pass
+    server.close()
 
 
 def test_heartbeats_are_one_entry(cluster: Any) -> None:

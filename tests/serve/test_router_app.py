@@ -301,7 +301,8 @@ def test_bad_bodies(cluster: Any) -> None:
 def test_users_can_not_name_rooms(cluster: Any, chat: Any) -> None:
     """It would make a language server connect wherever a user likes."""
     router = cluster.add_router(cluster.add_language()[1])
-    answer = post(router.url, chat("a") | {"embedwire_room": {"control_address": "tcp://10.0.0.1:1"}})
+    room = {"room": 1, "attempt": 0, "control_address": "tcp://10.0.0.1:1", "encoder": "http://e"}
+    answer = post(router.url, chat("a") | {"embedwire_room": room})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "embedwire_room")
 
 

@@ -76,6 +76,16 @@ def test_the_address_is_known_before_it_starts() -> None:
     server.close()
 
 
+def test_connections_send_at_once() -> None:
+    """Without TCP_NODELAY every answer took 40 ms more: its body waited for the acknowledgement of its
+    head."""
+    server = AppServer(FastAPI())
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S), server._socket.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    server.close()
+
+
 def test_ipv6_addresses_are_bracketed() -> None:
     server = AppServer(FastAPI(), advertise_host="fd00::7")
     assert server.url.startswith("http://[fd00::7]:")

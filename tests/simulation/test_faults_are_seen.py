@@ -60,8 +60,11 @@ def crowd() -> None:
     ]
     receiver = world.add_receiver(num_blocks=6, default_allocate_tokens=128, wire=ONE_SIDED)
     transfers = [world.request(room, 400 + room, sender=senders[room % 2]) for room in range(1, 41)]
-    for room in range(3, 41, 3):
-        world.after(0.3 * room, lambda room=room: receiver.abort((room, 0)))  # type: ignore[misc]
+    for half_seconds in range(1, 15):
+        world.after(
+            half_seconds / 2,
+            lambda: [receiver.abort(w.running) for s in senders for w in s.wires.values() if w.running],
+        )
     world.settle()
     assert sum(t.is_done for t in transfers) > 20
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from embedwire.limits import Limits
 from embedwire.testing.sim_link import Weather
-from embedwire.testing.sim_nodes import InvariantBroken
 from embedwire.testing.sim_random import RandomWorld, main, run_seed
-from embedwire.testing.simulation import FENCED, ONE_SIDED, WireFaults, World
+from embedwire.testing.simulation import FENCED, ONE_SIDED, InvariantBroken, WireFaults, World
 
 
 @pytest.mark.parametrize("first", range(0, 300, 50))

@@ -50,7 +50,7 @@ def takes(*groups: type[Group]) -> Callable[[Command], Command]:
             given = {name: values.pop(name) for name in names}
             return command(load(given, config=path), **values)
 
-        del run.__wrapped__  # type: ignore[attr-defined]  # Typer would look at the signature behind it
+        del run.__wrapped__  # Typer would look at the signature behind it
         run.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [config, *flags]
         )
@@ -69,7 +69,7 @@ def _flag(name: str, field: FieldInfo, *, panel: str) -> inspect.Parameter:
         show_default=False,
         metavar=metavar,
     )
-    annotation = Annotated[kind | None, option]
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None)
 
 

@@ -19,9 +19,15 @@ from types import TracebackType
 import numpy as np
 import zmq
 
-from embedwire.endpoint.driver import Driver, chosen, identity_of
+from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
 from embedwire.endpoint.stats import ReceiveReport, ReceiverStats
-from embedwire.errors import ConfigurationError, ProtocolViolation, TransferError, UsageError
+from embedwire.errors import (
+    ConfigurationError,
+    EmbedwireError,
+    ProtocolViolation,
+    TransferError,
+    UsageError,
+)
 from embedwire.limits import (
     DEFAULT_ALLOCATE_TOKENS,
     DEFAULT_ASSEMBLY_BYTES,
@@ -29,7 +35,6 @@ from embedwire.limits import (
     DEFAULT_LIMITS,
     DEFAULT_NUM_BLOCKS,
     MESSAGE_BYTES_MAX,
-    ROOM_MAX,
     SLICE_BYTES,
     TOKENS_MAX,
     Limits,
@@ -140,9 +145,14 @@ class ReceiverEndpoint(Driver):
         self._budget = Budget(assembly_bytes)
         self._inbounds = {name: open_inbound(name, host=host) for name in chosen(transports)}
         first, *others = self._inbounds.values()
-        region = first.allocate(self._geometry.region_bytes)
-        for inbound in others:
-            inbound.register(region)
+        try:
+            region = first.allocate(self._geometry.region_bytes)
+            for inbound in others:
+                inbound.register(region)
+        except BaseException:
+            for inbound in self._inbounds.values():
+                inbound.close()
+            raise
         self._pool = BlockPool(self._geometry, region)
         self._core = ReceiverCore(
             incarnation=secrets.randbelow(2**62 - 1) + 1,
@@ -178,8 +188,7 @@ class ReceiverEndpoint(Driver):
         ``make_assembly`` says where the embedding is to lie (default: fresh numpy arrays). Raises OverloadedError when too many rooms
         are open, UsageError for a room and attempt that are open already or an address that is none.
         """
-        if not 0 <= room <= ROOM_MAX or attempt < 0:
-            raise UsageError(f"room {room} attempt {attempt}: rooms go from 0 to {ROOM_MAX}, attempts from 0")
+        check_key(room, attempt)
         reception = Reception(self, (room, attempt), make_assembly or self.layout.empty)
         self.call(lambda: self._open(reception, address))
         return reception
@@ -187,7 +196,12 @@ class ReceiverEndpoint(Driver):
     def _open(self, reception: Reception, address: Address) -> None:
         if address not in self._sockets:
             self._connect(address)
-        actions = self._core.open(reception.key, address, now=time.monotonic())
+        try:
+            actions = self._core.open(reception.key, address, now=time.monotonic())
+        except EmbedwireError:
+            if address not in self._core.sessions:
+                self._hang_up(address)
+            raise
         self._receptions[reception.key] = reception
         self._carry_out(actions)
 
@@ -216,10 +230,7 @@ class ReceiverEndpoint(Driver):
             frames_refused_total=self._frames_refused,
         )
 
-    def close(self) -> None:
-        """End all rooms (cause ``closed``), tell their senders, and free everything. Idempotent."""
-        if not self._thread.is_alive():
-            return
+    def _close(self) -> None:
         self.post(lambda: self._carry_out(self._core.close(now=time.monotonic())))
         self.call(self._stop)
         self._thread.join()
@@ -251,6 +262,11 @@ class ReceiverEndpoint(Driver):
             raise UsageError(f"{address!r} is no control address: {error}") from error
         self._sockets[address] = socket
         self._poller.register(socket, zmq.POLLIN)
+
+    def _hang_up(self, address: Address) -> None:
+        socket = self._sockets.pop(address)
+        self._poller.unregister(socket)
+        socket.close()
 
     def _next_due(self) -> float | None:
         due = self._core.next_due()
@@ -297,16 +313,21 @@ class ReceiverEndpoint(Driver):
             case Assemble(key, total_tokens):
                 self._assemble(key, total_tokens)
             case Drain():
-                self._drain(action)
+                try:
+                    self._drain(action)
+                except Exception as error:
+                    detail = f"not drained: {type(error).__name__}: {error}"
+                    self._pending.extend(
+                        self._core.abort(action.key, Cause.WIRE_FAILED, detail, now=time.monotonic())
+                    )
+                    raise
             case Finished(key):
                 self._finish(self._core.rooms[key])
             case Failed(key, cause, detail):
                 self._ended[cause.value] += 1
                 self._receptions.pop(key).set_exception(TransferError(cause.value, detail))
             case Hangup(address):
-                socket = self._sockets.pop(address)
-                self._poller.unregister(socket)
-                socket.close()
+                self._hang_up(address)
 
     def _say(self, address: Address, message: messages.Message) -> None:
         logger.debug("> %s %s", address, message)
@@ -324,6 +345,8 @@ class ReceiverEndpoint(Driver):
             rows = self.layout.rows(reception.arrays)
             if len(rows[0]) != total_tokens:
                 raise UsageError(f"an assembly of {len(rows[0])} rows for {total_tokens} tokens")
+            if not all(array.flags.writeable for array in reception.arrays.values()):
+                raise UsageError("an assembly that can not be written to")
         except Exception as error:
             detail = f"no assembly: {type(error).__name__}: {error}"
             self._carry_out(self._core.abort(key, Cause.OVERLOADED, detail, now=time.monotonic()))

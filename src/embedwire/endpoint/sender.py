@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from types import TracebackType
 import numpy as np
 import zmq
 
-from embedwire.endpoint.driver import Driver, chosen, identity_of
+from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
 from embedwire.endpoint.stats import SenderStats, SendReport
 from embedwire.endpoint.writer import SessionWriter, WriteJob
 from embedwire.errors import (
@@ -27,10 +28,12 @@ from embedwire.errors import (
     OverloadedError,
     ProtocolViolation,
     TransferError,
+    TransportError,
     UsageError,
 )
 from embedwire.limits import (
     AUX_WORDS,
+    CONTENT_HASH_BYTES_MAX,
     DEFAULT_LIMITS,
     DEFAULT_SOURCE_BYTES,
     MESSAGE_BYTES_MAX,
@@ -71,13 +74,19 @@ class Offer(Future[SendReport]):
         self.source: Source | None = None
         self.arrays: Mapping[str, np.ndarray] = {}
         self.is_cancelled = False
+        self._is_filled = False
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
         """The source is ready: field name to a C-contiguous array (total_tokens, *field.shape). Nobody may change them until
-        the offer has ended. Raises UsageError when they do not match the layout; harmless after the end."""
+        the offer has ended. Raises UsageError when they do not match the layout, and the second time; harmless after the end."""
+        if self.done():
+            return
         source = Source(self._endpoint.layout, arrays)
         if source.tokens != self.total_tokens:
             raise UsageError(f"arrays of {source.tokens} tokens for a room of {self.total_tokens}")
+        if self._is_filled:
+            raise UsageError(f"room {self.key[0]} attempt {self.key[1]} was filled before")
+        self._is_filled = True
         self._endpoint._fill(self, source, arrays, source_ms=(time.monotonic() - self._offered_at) * 1000)
 
     def fail(self, detail: str) -> None:
@@ -119,22 +128,30 @@ class SenderEndpoint(Driver):
         self._core = SenderCore(
             incarnation=secrets.randbelow(2**62 - 1) + 1, fields=layout.describe(), limits=limits
         )
-        super().__init__("embedwire-sender")
         self._budget = Budget(memory_bytes)
+        super().__init__("embedwire-sender")
         self._offers: dict[RoomKey, Offer] = {}
         self._writers: dict[Peer, SessionWriter] = {}
         self._retired: list[SessionWriter] = []
         self._landed: dict[tuple[RoomKey, int], int] = {}
+        self._landed_lock = threading.Lock()
         self._ended: Counter[str] = Counter()
         self._rounds_total = self._bytes_total = self._frames_refused = 0
         self._socket = self._context.socket(zmq.ROUTER)
+        self.address = self._bind(f"tcp://{host}:{port or '*'}")
+        self._thread.start()
+
+    def _bind(self, address: str) -> str:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
         self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.bind(f"tcp://{host}:{port or '*'}")
-        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._free()
+            raise TransportError(f"can not listen at {address}: {error}") from error
         self._poller.register(self._socket, zmq.POLLIN)
-        self._thread.start()
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     # ------------------------------------------------------------------ for the owner of the source; any thread
 
@@ -147,13 +164,17 @@ class SenderEndpoint(Driver):
         aux: Sequence[int] = (),
         content_hash: bytes = b"",
     ) -> Offer:
-        """Reserve memory for a room and announce it. ``aux`` are up to 15 int32 that follow the total in the aux row.
+        """Reserve memory for a room and announce it. ``aux`` are up to 15 int32 that follow the total in the aux row;
+        ``content_hash`` is at most 64 bytes.
 
         Raises NeverFitsError when it is larger than ``memory_bytes``, OverloadedError when that much is not free now or too many
-        rooms are offered, UsageError for a room and attempt that were offered before.
+        rooms are offered, UsageError for a room and attempt that were offered before, or a number out of range.
         """
+        check_key(room, attempt)
         if not 1 <= total_tokens <= TOKENS_MAX:
             raise UsageError(f"total_tokens is {total_tokens}; it has to be in 1 .. {TOKENS_MAX}")
+        if len(content_hash) > CONTENT_HASH_BYTES_MAX:
+            raise UsageError(f"content_hash has {len(content_hash)} bytes; at most {CONTENT_HASH_BYTES_MAX}")
         row = (total_tokens, *aux, *([0] * (AUX_WORDS - 1 - len(aux))))
         pack_aux(row)
         return self.call(partial(self._offer, Offer(self, (room, attempt), total_tokens, row), content_hash))
@@ -213,10 +234,7 @@ class SenderEndpoint(Driver):
             frames_refused_total=self._frames_refused,
         )
 
-    def close(self) -> None:
-        """End all rooms (cause ``closed``), tell their receivers, and free everything. Idempotent."""
-        if not self._thread.is_alive():
-            return
+    def _close(self) -> None:
         self.post(lambda: self._carry_out(self._core.close(now=time.monotonic())))
         self.call(self._retire_writers)
         for writer in self._retired:
@@ -268,29 +286,39 @@ class SenderEndpoint(Driver):
             )
 
     def _carry_out(self, actions: list[SenderAction]) -> None:
+        """In order; one that fails does not take the others with it."""
         for action in actions:
-            match action:
-                case Reply(peer, message):
-                    self._say(peer, message)
-                case Attach(peer, hello):
-                    self._writers[peer] = SessionWriter(
-                        peer,
-                        hello,
-                        self._outbounds,
-                        incarnation=self._core.incarnation,
-                        events=self,
-                        limits=self.limits,
-                    )
-                case Detach(peer):
-                    self._detach(peer)
-                case Write():
+            self._guard(partial(self._do, action))
+
+    def _do(self, action: SenderAction) -> None:
+        match action:
+            case Reply(peer, message):
+                self._say(peer, message)
+            case Attach(peer, hello):
+                self._writers[peer] = SessionWriter(
+                    peer,
+                    hello,
+                    self._outbounds,
+                    incarnation=self._core.incarnation,
+                    events=self,
+                    limits=self.limits,
+                )
+            case Detach(peer):
+                self._detach(peer)
+            case Write():
+                try:
                     self._write(action)
-                case CancelWrites(key):
-                    self._offers[key].is_cancelled = True
-                case Release():
-                    self._release(action)
+                except Exception:
+                    self.written(action, Outcome.LOST, ())  # the core counts on an answer to every write
+                    raise
+            case CancelWrites(key):
+                self._offers[key].is_cancelled = True
+            case Release():
+                self._release(action)
 
     def _say(self, peer: Peer, message: messages.Message) -> None:
+        if isinstance(message, messages.Refused):
+            logger.warning("! receiver %x refused: %s: %s", peer, message.cause, message.detail)
         logger.debug("> %x %s", peer, message)
         try:
             self._socket.send_multipart([identity_of(peer), messages.encode(message)], zmq.NOBLOCK)
@@ -340,25 +368,32 @@ class SenderEndpoint(Driver):
         self.post(lambda: self._carry_out(self._core.on_attached(peer, wire)))
 
     def attach_failed(self, peer: Peer, detail: str) -> None:
-        """A writer's receiver is out of reach; the writer has ended."""
+        """A writer's receiver is out of reach, for the first time or again."""
 
         def failed() -> None:
             self._detach(peer)
-            self._carry_out(self._core.on_attach_failed(peer, detail))
+            session = self._core.sessions.get(peer)
+            if session is not None and session.wire is not None:
+                self._carry_out(self._core.on_peer_lost(peer, detail, now=time.monotonic()))
+            else:
+                self._carry_out(self._core.on_attach_failed(peer, detail))
 
         self.post(failed)
 
     def landed(self, write: Write, landed_tokens: int) -> None:
         """Tokens of a round have landed. Reports that the driver has not read yet are merged into the newest."""
         slot = (write.key, write.round.number)
-        is_waiting = slot in self._landed
-        self._landed[slot] = landed_tokens
+        with self._landed_lock:
+            is_waiting = slot in self._landed
+            self._landed[slot] = landed_tokens
         if not is_waiting:
             self.post(partial(self._on_landed, slot))
 
     def _on_landed(self, slot: tuple[RoomKey, int]) -> None:
         key, number = slot
-        self._carry_out(self._core.on_landed(key, number, self._landed.pop(slot), now=time.monotonic()))
+        with self._landed_lock:
+            landed_tokens = self._landed.pop(slot)
+        self._carry_out(self._core.on_landed(key, number, landed_tokens, now=time.monotonic()))
 
     def written(self, write: Write, outcome: Outcome, digests: tuple[int, ...]) -> None:
         """A write has returned."""
@@ -374,3 +409,7 @@ class SenderEndpoint(Driver):
             self._carry_out(self._core.on_write_lost(key, number, "the write was lost", now=now))
         else:
             self._carry_out(self._core.on_write_unknown(key, number, "the write may still land", now=now))
+
+    def doubt_ended(self, write: Write) -> None:
+        """A write that was reported as unknown can not land any more."""
+        self.post(lambda: self._carry_out(self._core.on_doubt_ended(write.peer, write.key)))

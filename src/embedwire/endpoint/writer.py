@@ -33,6 +33,7 @@ class WriterEvents(Protocol):
     def attach_failed(self, peer: Peer, detail: str) -> None: ...
     def landed(self, write: Write, landed_tokens: int) -> None: ...
     def written(self, write: Write, outcome: Outcome, digests: tuple[int, ...]) -> None: ...
+    def doubt_ended(self, write: Write) -> None: ...
 
 
 @dataclass(slots=True)
@@ -91,7 +92,6 @@ class SessionWriter:
         limits: Limits,
     ) -> None:
         self._peer = peer
-        self._hello = hello
         self._outbounds = outbounds
         self._incarnation = incarnation
         self._events = events
@@ -99,6 +99,7 @@ class SessionWriter:
         self._jobs: SimpleQueue[WriteJob | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._region: RemoteRegion | None = None
+        self._wires = hello.wires
         self._closer: threading.Thread | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"embedwire-writer-{peer:x}", daemon=True)
@@ -116,7 +117,8 @@ class SessionWriter:
             region = self._region
         self._jobs.put(None)
         if region is not None:
-            self._closer = threading.Thread(target=region.close, name=f"{self._thread.name}-close", daemon=True)
+            name = f"{self._thread.name}-close"
+            self._closer = threading.Thread(target=region.close, name=name, daemon=True)
             self._closer.start()
 
     def is_alive(self) -> bool:
@@ -130,17 +132,19 @@ class SessionWriter:
             self._closer.join(timeout_s)
 
     def _run(self) -> None:
-        if self._attach():
-            while (job := self._jobs.get()) is not None:
-                self._carry_out(job)
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is not None:
+        is_usable = self._attach()
+        if is_usable:
+            self._events.attached(self._peer, self._wires[0][0])
+        while (job := self._jobs.get()) is not None:  # which `close` puts behind the last job, and it comes in any case
+            if is_usable:
+                is_usable = self._carry_out(job)
+            else:
                 self._events.written(job.write, Outcome.LOST, ())
 
     def _attach(self) -> bool:
+        """Reach the receiver over the first of ``_wires`` that works, and keep to that one from then on."""
         failures = []
-        for wire, descriptor in self._hello.wires:
+        for wire, descriptor in self._wires:
             outbound = self._outbounds.get(wire)
             if outbound is None:
                 failures.append(f"{wire}: not offered by the sender")
@@ -156,21 +160,31 @@ class SessionWriter:
                 logger.exception("wire %s failed to connect", wire)
                 failures.append(f"{wire}: {type(error).__name__}: {error}")
                 continue
-            return self._keep(region, wire)
-        self._events.attach_failed(self._peer, "; ".join(failures))
+            self._wires = ((wire, descriptor),)
+            return self._keep(region)
+        if not self._is_closed:
+            self._events.attach_failed(self._peer, "; ".join(failures))
         return False
 
-    def _keep(self, region: RemoteRegion, wire: str) -> bool:
+    def _keep(self, region: RemoteRegion) -> bool:
         with self._lock:
             if not self._is_closed:
                 self._region = region
-        if self._region is None:
-            region.close()
-            return False
-        self._events.attached(self._peer, wire)
-        return True
+                return True
+        region.close()
+        return False
 
-    def _carry_out(self, job: WriteJob) -> None:
+    def _renew(self, write: Write) -> bool:
+        """After a write of unknown outcome: its session is closed, so that nothing of it can land any more, and another one begun."""
+        with self._lock:
+            region, self._region = self._region, None
+        if region is not None:
+            region.close()
+        self._events.doubt_ended(write)
+        return self._attach()
+
+    def _carry_out(self, job: WriteJob) -> bool:
+        """Write a round and report it. False: the receiver is out of reach."""
         assert self._region is not None
 
         def on_landed(slices: int) -> None:
@@ -190,3 +204,4 @@ class SessionWriter:
             logger.exception("a write failed in a way that is our own fault")
             outcome = Outcome.UNKNOWN
         self._events.written(job.write, outcome, job.digests.digest())
+        return outcome is not Outcome.UNKNOWN or self._renew(job.write)

@@ -28,6 +28,7 @@ from embedwire.errors import ProtocolViolation
 from embedwire.limits import (
     AUX_WORDS,
     BLOCKS_MAX,
+    CONTENT_HASH_BYTES_MAX,
     DETAIL_CHARS_MAX,
     INCARNATION_MAX,
     MESSAGE_BYTES_MAX,
@@ -138,7 +139,7 @@ class Announce(RoomMessage, tag="announce", frozen=True, kw_only=True):
 
     total_tokens: Positive
     aux: Aux
-    content_hash: Annotated[bytes, Meta(max_length=64)]
+    content_hash: Annotated[bytes, Meta(max_length=CONTENT_HASH_BYTES_MAX)]
     ready: bool
     source_ms: Annotated[float, Meta(ge=0)] = 0.0
 

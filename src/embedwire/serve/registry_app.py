@@ -1,6 +1,7 @@
 """The registry as a server: workers register, their health is checked, routers ask who is there.
 
-Owns routes only; the table is :class:`embedwire.registry.Registry`. Everything runs on the event loop.
+For workers and routers: do not let users reach it. Owns routes only; the table is
+:class:`embedwire.registry.Registry`. Everything runs on the event loop.
 
     POST   /workers        a Worker as JSON; the same again is a heartbeat
     DELETE /workers        ?url=…&incarnation=… (the latter may be left out)

@@ -95,9 +95,10 @@ class Router:
 
     async def _look(self, client: httpx.AsyncClient) -> None:
         if self.settings.registry_url is None:
-            await check_workers(self.table, client, static_urls=self.settings.worker_urls)
+            urls = [url.rstrip("/") for url in self.settings.worker_urls]
+            await check_workers(self.table, client, static_urls=urls)
         else:
-            await follow_registry(self.table, client, self.settings.registry_url)
+            await follow_registry(self.table, client, self.settings.registry_url.rstrip("/"))
 
     def parse(self, body: bytes) -> tuple[dict[str, Any], ChatRequest]:
         """On a worker thread: a body may be megabytes. Raises InvalidRequestError."""

@@ -14,18 +14,22 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from embedwire.errors import ConfigurationError
 from embedwire.limits import INCARNATION_MAX
 from embedwire.memory.layout import Layout
 from embedwire.registry import Role, Worker
 from embedwire.serve.faults import answer_faults, json_response
 from embedwire.serve.metrics import AppMetrics, CountRequests
 from embedwire.serve.registration import RegistrationTimes, registered
+
+WILDCARDS = frozenset({"0.0.0.0", "::"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +74,10 @@ def worker_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with (
-            while_running or nullcontext(),
-            registered(link.url, identity.at(app.state.url), times=link.times),
-        ):
+        worker = identity.at(app.state.url)
+        if link.url and urlsplit(worker.url).hostname in WILDCARDS:
+            raise ConfigurationError(f"nobody can reach {worker.url}: a registry needs an advertise_host")
+        async with while_running or nullcontext(), registered(link.url, worker, times=link.times):
             yield
 
     app = FastAPI(title=f"Embedwire {identity.role}", lifespan=lifespan, openapi_url=None)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from embedwire.protocol.messages import RoomKey
 from embedwire.protocol.states import HOLDS_BLOCKS, Poll
 from embedwire.testing.sim_memory import TOKEN_BYTES
-from embedwire.testing.sim_nodes import InvariantBroken, ReceiverNode, SenderNode
+from embedwire.testing.sim_nodes import ReceiverNode, SenderNode
+from embedwire.testing.sim_wire import InvariantBroken
 
 
 class Checks:

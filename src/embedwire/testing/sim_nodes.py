@@ -40,12 +40,8 @@ from embedwire.protocol.receiver_core import Offered, ReceiverCore
 from embedwire.protocol.sender_core import SenderCore
 from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, Cells, Memory, aux_of, cells, digests, room_of
 from embedwire.testing.sim_timeline import Process, Timeline
-from embedwire.testing.sim_wire import FENCED, Target, Wire, WireFaults
+from embedwire.testing.sim_wire import FENCED, InvariantBroken, Target, Wire, WireFaults
 from embedwire.transports.contract import Outcome
-
-
-class InvariantBroken(AssertionError):
-    """The world has caught the protocol at a fault."""
 
 
 @dataclass(slots=True)
@@ -320,7 +316,15 @@ class ReceiverNode:
     @property
     def target(self) -> Target:
         """The memory that senders may write to."""
-        return Target(self.memory, self.process, self.setup.wire, self.address)
+        return Target(self.memory, self.process, self.setup.wire, self._holds)
+
+    def _holds(self, key: RoomKey, ticket: int) -> bool:
+        room, doubted = self.core.rooms.get(key), self.core.quarantine.get(key)
+        kept = (
+            *(room.open_rounds if room is not None else ()),
+            *(doubted.rounds if doubted is not None else ()),
+        )
+        return any(granted.ticket == ticket for granted in kept)
 
     def kill(self) -> None:
         """End a life."""

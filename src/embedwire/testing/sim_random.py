@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from embedwire.errors import EmbedwireError
 from embedwire.limits import Limits
+from embedwire.protocol.messages import RoomKey
 from embedwire.protocol.receiver import CorruptRoom
 from embedwire.testing.sim_link import Weather
 from embedwire.testing.sim_memory import TOKEN_BYTES
@@ -41,7 +42,7 @@ class RandomWorld:
         self.receivers = [self._add_receiver(i, largest) for i in range(rng.randint(1, 3))]
         self.transfers = [self._add_room(room, tokens) for room, tokens in rooms]
         if self.is_harsh:
-            for _ in range(rng.randint(1, 8)):
+            for _ in range(rng.randint(1, 30)):
                 self.world.after(rng.uniform(0, STORM_S), self._draw_fault())
         self.world.after(STORM_S, self._clear_up)
 
@@ -82,7 +83,7 @@ class RandomWorld:
             source_bytes=largest * rng.choice((1, 2, 100)),
             faults=WireFaults(
                 slice_tokens=rng.choice((7, 64, 512)),
-                slice_s=(0.0001, rng.choice((0.001, 0.05))),
+                slice_s=(0.0001, rng.choice((0.001, 0.05, 1.0 if is_harsh else 0.1))),
                 lost=rng.choice((0.0, 0.02)) if is_harsh else 0.0,
                 in_doubt=rng.choice((0.0, 0.01)) if is_harsh else 0.0,
             ),
@@ -103,13 +104,14 @@ class RandomWorld:
 
     def _add_room(self, room: int, tokens: int) -> Transfer:
         rng = self.rng
+        start_s = rng.choice((0.0, rng.uniform(0, STORM_S)))
         return self.world.request(
             room,
             tokens,
             sender=rng.choice(self.senders),
             receiver=rng.choice(self.receivers),
-            offer_after_s=rng.choice((0.0, rng.uniform(0, 10))),
-            open_after_s=rng.choice((0.0, rng.uniform(0, 10))),
+            offer_after_s=start_s + rng.choice((0.0, rng.uniform(0, 10))),
+            open_after_s=start_s + rng.choice((0.0, rng.uniform(0, 10))),
             source_s=rng.choice((0.0, rng.uniform(0, 3))),
         )
 
@@ -117,20 +119,32 @@ class RandomWorld:
 
     def _draw_fault(self) -> Callable[[], object]:
         rng, world = self.rng, self.world
-        node = rng.choice(world.nodes)
-        transfer = rng.choice(self.transfers)
-        pause_s = rng.choice((0.1, 1.0, 8.0, 30.0))
+        node, transfer = rng.choice(world.nodes), rng.choice(self.transfers)
         sender, receiver = rng.choice(self.senders), rng.choice(self.receivers)
+        pause_s = rng.choice((0.1, 1.0, 8.0, 30.0))
         return rng.choice(
             (
                 lambda: self._freeze(node, pause_s),
+                lambda: self._freeze(sender, pause_s),
                 lambda: self._kill(node, pause_s),
                 lambda: world.link.cut(sender.address, receiver.address, for_s=pause_s),
-                lambda: transfer.sender.process.run(lambda: transfer.sender.abort(transfer.key)),
-                lambda: transfer.receiver.process.run(lambda: transfer.receiver.abort(transfer.key)),
+                lambda: self._abort(transfer.sender, transfer.key),
+                lambda: self._abort(transfer.receiver, transfer.key),
+                lambda: self._abort_in_mid_write(sender),
+                lambda: self._abort_in_mid_write(sender),
                 lambda: self._garbage(sender, receiver),
             )
         )
+
+    def _abort(self, node: SenderNode | ReceiverNode, key: RoomKey) -> None:
+        node.process.run(lambda: node.abort(key))
+
+    def _abort_in_mid_write(self, sender: SenderNode) -> None:
+        """The clients of all rooms that this sender is writing at the moment have gone."""
+        for wire in list(sender.wires.values()):
+            if wire.running is not None:
+                transfer = self.world.transfers[wire.running]
+                self._abort(self.rng.choice((transfer.sender, transfer.receiver)), transfer.key)
 
     def _freeze(self, node: SenderNode | ReceiverNode, pause_s: float) -> None:
         self.world.timeline.note(f"freeze {node.address}")

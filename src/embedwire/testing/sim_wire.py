@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,10 @@ FENCED = "fenced"
 ONE_SIDED = "one-sided"
 
 
+class InvariantBroken(AssertionError):
+    """The world has caught the protocol at a fault."""
+
+
 @dataclass(slots=True, kw_only=True)
 class WireFaults:
     """Chances a slice, from 0 to 1, and times in seconds."""
@@ -28,7 +33,7 @@ class WireFaults:
     slice_s: tuple[float, float] = (0.001, 0.001)
     lost: float = 0.0
     in_doubt: float = 0.0
-    doubt_lands_after_s: tuple[float, float] = (0.1, 40.0)
+    doubt_lands_after_s: tuple[float, float] = (0.01, 1.5)
     says_landed_too_early: bool = False
     """A broken wire: it reports a slice when it is begun."""
 
@@ -42,12 +47,13 @@ class WriteEvents(Protocol):
 
 @dataclass(slots=True)
 class Target:
-    """A receiver's registered memory, and the process that it belongs to."""
+    """A receiver's registered memory, and the process that it belongs to. ``holds``: whether the blocks of a room's ticket are still kept
+    for it."""
 
     memory: Memory
     process: Process
     wire: str
-    address: str
+    holds: Callable[[RoomKey, int], bool]
 
 
 class Wire:
@@ -74,6 +80,11 @@ class Wire:
         self._position = 0
         self._cancelled: set[RoomKey] = set()
         self._is_closed = False
+
+    @property
+    def running(self) -> RoomKey | None:
+        """The room of the write that is under way."""
+        return self._running.key if self._running is not None else None
 
     # ------------------------------------------------------------------ what the sender orders
 
@@ -169,6 +180,10 @@ class Wire:
 
     def _put(self, write: Write, start: int, stop: int) -> None:
         granted = write.round
+        if not self._target.process.is_dead and not self._target.holds(write.key, granted.ticket):
+            raise InvariantBroken(
+                f"a write of {write.key} lands in blocks that are no longer kept for it: {granted}"
+            )
         if start < stop:
             first = granted.start_token
             self._target.memory.write(granted, start, cells(write.key, first + start, first + stop))

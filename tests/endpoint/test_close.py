@@ -1,0 +1,156 @@
+"""The end of an endpoint: at any moment, from any thread, with nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from embedwire.endpoint import ReceiverEndpoint, SenderEndpoint
+from embedwire.errors import UsageError
+
+pytestmark = pytest.mark.timeout(60)
+
+TOKENS = 1000
+
+
+def test_fifty_starts_and_stops(stage: Any, holdings: Any) -> None:
+    """No thread, descriptor or shared memory is left, whichever side closes first."""
+    before = holdings()
+    for number in range(50):
+        sender = SenderEndpoint(stage.layout, transports=(stage.wire,))
+        receiver = ReceiverEndpoint(stage.layout, num_blocks=4, transports=(stage.wire,))
+        stage.move(sender, receiver, number, 600).release()
+        first, second = (sender, receiver) if number % 2 else (receiver, sender)
+        first.close()
+        second.close()
+    assert holdings() == before
+
+
+def test_what_was_received_outlives_the_endpoint(stage: Any) -> None:
+    """The arrays are the owner's; letting go of them after the end is harmless."""
+    receiver = stage.receiver()
+    received = stage.move(stage.sender(), receiver, 1, TOKENS)
+    receiver.close()
+    assert received.arrays["fill_ids"].nbytes == 4 * TOKENS
+    received.release()
+    del received
+
+
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_rooms_under_way_end_on_both_sides(stage: Any, holdings: Any, side: str) -> None:
+    """Rule 8: cause ``closed``, heard on the other side, in every phase but before the first word."""
+    before = holdings()
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
+    waiting = receiver.open(1, sender.address)
+    announced = sender.offer(2, total_tokens=TOKENS)
+    opened = receiver.open(2, sender.address)
+    stage.until(lambda: receiver.stats().rooms.get("waiting") == 1)
+    (sender if side == "sender" else receiver).close()
+    assert stage.failure_of(announced).cause == stage.failure_of(opened).cause == "closed"
+    if side == "receiver":
+        assert stage.failure_of(waiting).cause == "closed"
+    else:
+        waiting.cancel()
+        assert stage.failure_of(waiting).cause in ("aborted", "peer_lost")
+        receiver.close()
+    sender.close()
+    assert holdings() == before
+
+
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_it_may_close_during_a_write(stage: Any, holdings: Any, brake: Any, side: str) -> None:
+    """Scenario 27: the write ends first; the memory it came from and went to is freed after."""
+    before = holdings()
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
+    held = brake(after_slices=1)
+    offer = stage.offer(sender, 1, TOKENS)
+    reception = receiver.open(1, sender.address)
+    held.wait_reached()
+    closer = threading.Thread(target=(sender if side == "sender" else receiver).close)
+    closer.start()
+    if side == "receiver":
+        closer.join(30)
+        assert stage.failure_of(reception).cause == "closed"
+        assert not offer.done()  # the writer is still in the midst of it
+    held.release()
+    closer.join(30)
+    assert not closer.is_alive()
+    assert stage.failure_of(offer).cause == stage.failure_of(reception).cause == "closed"
+    sender.close()
+    receiver.close()
+    assert holdings() == before
+
+
+def test_many_threads_close_at_once(stage: Any) -> None:
+    """Idempotent, and each returns only when it is over."""
+    for endpoint in (stage.sender(), stage.receiver()):
+        failures: list[BaseException] = []
+        barrier = threading.Barrier(8)
+
+        def close(endpoint: Any = endpoint, failures: Any = failures, barrier: Any = barrier) -> None:
+            try:
+                barrier.wait(30)
+                endpoint.close()
+                assert not endpoint._thread.is_alive()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=close) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert failures == []
+        endpoint.close()
+
+
+def test_after_the_end_all_is_refused(stage: Any) -> None:
+    """An error of ours, at once, and what ends late is harmless."""
+    sender, receiver = stage.sender(), stage.receiver()
+    offer, reception = sender.offer(1, total_tokens=10), receiver.open(1, sender.address)
+    receiver.close()
+    sender.close()
+    for call in (
+        sender.stats,
+        receiver.stats,
+        lambda: sender.offer(2, total_tokens=10),
+        lambda: receiver.open(2, sender.address),
+    ):
+        with pytest.raises(UsageError, match="is closed"):
+            call()
+    assert stage.failure_of(offer).cause == stage.failure_of(reception).cause == "closed"
+    offer.fill(stage.layout.empty(10))
+    offer.abort()
+    offer.fail("late")
+    reception.cancel()
+
+
+def test_as_context_managers(stage: Any) -> None:
+    """Both close at the end of the block, also when it raises."""
+    with pytest.raises(ZeroDivisionError):
+        with SenderEndpoint(stage.layout) as sender, ReceiverEndpoint(stage.layout) as receiver:
+            stage.move(sender, receiver, 1, 100)
+            _ = 1 // 0
+    assert not sender._thread.is_alive()
+    assert not receiver._thread.is_alive()
+
+
+def test_a_callback_may_not_close_its_endpoint(stage: Any) -> None:
+    """It would wait for itself: told so, and nothing hangs."""
+    sender, receiver = stage.sender(), stage.receiver()
+    raised: list[BaseException] = []
+
+    def close(_: Any) -> None:
+        try:
+            receiver.close()
+        except UsageError as error:
+            raised.append(error)
+
+    reception = receiver.open(1, sender.address)
+    reception.add_done_callback(close)
+    stage.offer(sender, 1, 100)
+    stage.check(reception, 100)
+    receiver.stats()
+    assert len(raised) == 1
