@@ -36,5 +36,8 @@ sim: setup
 bench: setup
 	$(VENV)/bin/embedwire bench transfer
 
+docs: setup
+	$(PY) docs/generate.py
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ import msgspec
 from msgspec import inspect
 
 from embedwire import errors
+from embedwire.bench.transfer import Case
 from embedwire.cli.options import shown, variable
 from embedwire.cli.settings import GROUPS, Bounds
 from embedwire.encode import EncodeStats
@@ -322,7 +323,7 @@ def metrics_list() -> str:
     for server, snapshots in SNAPSHOTS.items():
         if snapshots:
             metrics = AppMetrics(
-                {prefix: lambda kind=kind: empty_snapshot(kind) for prefix, kind in snapshots.items()}
+                {prefix: partial(empty_snapshot, kind) for prefix, kind in snapshots.items()}
             )
             parts += [f"## {server.capitalize()}", metrics_table(metrics, lambda name: name not in common)]
     return "\n\n".join(parts)
@@ -348,6 +349,10 @@ def empty_snapshot(kind: type) -> object:
     hints = get_type_hints(kind)
     is_map = {f.name: get_origin(hints[f.name]) is Mapping for f in fields(kind)}
     return kind(**{name: {"…": 0} if mapping else 0 for name, mapping in is_map.items()})
+
+
+def bench_case() -> str:
+    return ", ".join(f"`{field.name}`" for field in fields(Case)) + "."
 
 
 def errors_table() -> str:
@@ -386,6 +391,7 @@ REGIONS: Mapping[str, Callable[[], str]] = {
     "limits": limits_table,
     "settings": settings_list,
     "metrics": metrics_list,
+    "bench-case": bench_case,
     "errors": errors_table,
 }
 

@@ -87,7 +87,8 @@ def up(tiny_model: Path, environment: dict[str, str]) -> Iterator[Up]:
     yield running
     running.process.kill()
     running.process.communicate()
-    psutil.wait_procs(list(running.children.values()), timeout=ENDS_WITHIN_S)
+    for child in psutil.wait_procs(list(running.children.values()), timeout=ENDS_WITHIN_S)[1]:
+        child.kill()
 
 
 def test_it_answers_and_ctrl_c_leaves_nothing_behind(up: Up, embedwire: Run, tmp_path: Path) -> None:

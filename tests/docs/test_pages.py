@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +88,15 @@ def test_files_and_tests_that_pages_name_exist(pages: list[Path], root: Path) ->
 def test_readme_shows_the_example(root: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert (root / "examples" / "two_processes.py").read_text() in blocks
+
+
+def test_python_on_pages_parses_and_imports_what_there_is(pages: list[Path]) -> None:
+    for page in pages:
+        for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            for node in ast.walk(ast.parse(block, filename=page.name)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("embedwire"):
+                    module = importlib.import_module(node.module or "")
+                    assert all(hasattr(module, alias.name) for alias in node.names), f"{page.name}: {block}"
 
 
 def test_every_cause_is_explained_with_its_status(root: Path) -> None:

@@ -27,7 +27,7 @@ from embedwire.testing.payload import differing, payload
 
 LAYOUT = multimodal(8)
 """32 bytes a token."""
-PATIENCE_S = 3.0
+PATIENCE_S = 20.0
 """Longer than anything takes here on a busy machine; what takes longer hangs."""
 QUICK = Limits(
     retry_s=0.05,
@@ -161,7 +161,7 @@ class Brake:
         self._released.set()
 
 
-@pytest.fixture()
+@pytest.fixture
 def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Brake]]:
     """Make a brake; it is let go at the end at the latest."""
     made: list[Brake] = []
@@ -197,7 +197,7 @@ class Holdings:
         return cls(len(links), frozenset(segments), frozenset(threads))
 
 
-@pytest.fixture()
+@pytest.fixture
 def stamped() -> Callable[..., dict[str, np.ndarray]]:
     """``stamped(layout, tokens, room)``: a payload in which every int32 of every field is the room's number."""
 
@@ -211,7 +211,7 @@ def stamped() -> Callable[..., dict[str, np.ndarray]]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kinds of all control messages that any endpoint sends, in order."""
     kinds: list[str] = []
@@ -225,7 +225,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return kinds
 
 
-@pytest.fixture()
+@pytest.fixture
 def holdings() -> Callable[[], Holdings]:
     """``holdings()``: what this process holds now."""
     return Holdings.now

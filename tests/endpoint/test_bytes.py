@@ -123,7 +123,11 @@ def test_the_first_wire_that_works_is_used(stage: Any) -> None:
     """A receiver offers several wires over one pool; the sender takes the first that it knows too."""
     receiver = stage.receiver(transports=("shm", "tcp"))
     other = {"shm": "tcp", "tcp": "shm"}[stage.wire]
-    for room, wires, used in ((1, (stage.wire,), stage.wire), (2, (other,), other), (3, ("tcp", "shm"), "shm")):
+    for room, wires, used in (
+        (1, (stage.wire,), stage.wire),
+        (2, (other,), other),
+        (3, ("tcp", "shm"), "shm"),
+    ):
         assert stage.move(stage.sender(transports=wires), receiver, room, 300).report.transport == used
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from embedwire.errors import NeverFitsError, OverloadedError
 from embedwire.limits import Limits
+from embedwire.testing.payload import payload
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -79,10 +80,11 @@ def test_more_rooms_than_may_be_open(stage: Any) -> None:
     with pytest.raises(OverloadedError, match="at most 3"):
         receiver.open(3, stage.sender().address)
     assert len(receiver._sockets) == 1
-    for room in range(3):
-        stage.offer(sender, room, 100)
+    offers = [sender.offer(room, total_tokens=100) for room in range(3)]
     with pytest.raises(OverloadedError, match="at most 3"):
-        stage.offer(sender, 3, 100)
+        sender.offer(3, total_tokens=100)
+    for room, offer in enumerate(offers):
+        offer.fill(payload(stage.layout, 100, room=room))
     for reception in waiting:
         stage.check(reception, 100)
 

@@ -38,7 +38,7 @@ class Idle(Driver):
         self._thread.join(30)
 
 
-@pytest.fixture()
+@pytest.fixture
 def driver() -> Iterator[Idle]:
     made = Idle()
     yield made
@@ -76,6 +76,7 @@ def test_no_failure_ends_the_thread(driver: Idle, caplog: Any) -> None:
     assert driver.call(lambda: "still here") == "still here"
     while driver.faults:
         driver.call(lambda: None)
+    driver.call(lambda: None)
     assert sum("a step failed" in record.getMessage() for record in caplog.records) == 4
 
 
@@ -104,7 +105,6 @@ def test_it_is_not_closed_by_itself(driver: Idle) -> None:
 
 def test_a_post_may_interrupt_a_post(driver: Idle) -> None:
     """The collector may run a finalizer, which posts, at any point of a post on the same thread."""
-
 
     def post_twice() -> bool:
         with driver._gate:

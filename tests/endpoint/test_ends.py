@@ -156,9 +156,7 @@ DIFFERENT = [
     pytest.param(multimodal(8, deepstack_levels=1), "deepstack_embeddings bfloat16[1, 8]", id="deepstack"),
     pytest.param(multimodal(8, mrope=False), "receiver none", id="fewer-fields"),
     pytest.param(item(8), "embeddings bfloat16[8]", id="item"),
-    pytest.param(
-        Layout("other", (multimodal(8).fields[0], Field("ids", "int32"))), "ids int32[]", id="name"
-    ),
+    pytest.param(Layout("other", (multimodal(8).fields[0], Field("ids", "int32"))), "ids int32[]", id="name"),
 ]
 
 

@@ -27,7 +27,9 @@ def writers() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("embedwire-writer")}
 
 
-def script(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, steps: list[Callable[[], Any] | None]) -> None:
+def script(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, steps: list[Callable[[], Any] | None]
+) -> None:
     """The first calls of a method do these steps instead; None, and whatever follows, is the real thing."""
     real, left = getattr(owner, name), list(steps)
 

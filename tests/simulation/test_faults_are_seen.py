@@ -66,7 +66,7 @@ def crowd() -> None:
             lambda: [receiver.abort(w.running) for s in senders for w in s.wires.values() if w.running],
         )
     world.settle()
-    assert sum(t.is_done for t in transfers) > 20
+    assert sum(t.is_done for t in transfers) >= 10
 
 
 def lease() -> None:

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from embedwire.cli.options import JsonFile
 from embedwire.cli.screen import check_writable, err, out, size, table, write_json
+from embedwire.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     from embedwire.bench.transfer import Case, Subject
@@ -42,7 +43,9 @@ def transfer(
         ),
     ] = None,
     transport: Annotated[list[str] | None, typer.Option(help="shm or tcp; may be repeated [both].")] = None,
-    window: Annotated[int, typer.Option(help="Rounds of one embedding that may be open at a time.")] = 1,
+    window: Annotated[
+        int, typer.Option(min=1, help="Rounds of one embedding that may be open at a time.")
+    ] = DEFAULT_LIMITS.window_rounds,
     repeat: Annotated[int, typer.Option(help="Measured transfers a case, after two to warm up.")] = 9,
     json: JsonFile = None,
 ) -> None:

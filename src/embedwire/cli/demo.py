@@ -26,8 +26,8 @@ from embedwire.cli.screen import check_writable, err, out, size, table, timeline
 from embedwire.cli.tiny import Family
 from embedwire.errors import EmbedwireError
 
-NUM_BLOCKS, BLOCK_SIZE = 4, 16
-"""A receive pool of 64 tokens, which three images never fit into."""
+NUM_BLOCKS, BLOCK_SIZE = 2, 16
+"""A receive pool of 32 tokens, which three images never fit into."""
 ROUNDS_MIN = 3
 MAX_TOKENS = 32
 QUESTION = "What is in these three images?"

@@ -53,7 +53,7 @@ def doctor(*, json: JsonFile = None) -> None:
         ("the platform", lambda: [_platform()]),
         ("the wires", lambda: [_wire(name) for name in _wires()]),
         ("transformers", lambda: [_transformers()]),
-        ("optional packages", lambda: [_optional(name) for name in OPTIONAL]),
+        ("optional packages", lambda: [_optional(name) for name in OPTIONAL if name not in _wires()]),
     )
     with err.status("") as status:
         for what, find in tests:
@@ -108,11 +108,16 @@ def _wire(name: str) -> Finding:
             received.release()
     except Exception as error:  # whatever a vendor's library may raise
         if not is_needed and "can not be used here" in str(error):
-            return Finding(part, "missing", _one_line(error))
+            return Finding(part, "missing", f"{_one_line(error)}; {_fix(name)}")
         return Finding(part, "broken", f"{_one_line(error)}{_hint(name)}", is_needed)
     return Finding(
         part, "works", f"{rows.nbytes // 1024} KiB in {rounds} rounds, every byte right", is_needed
     )
+
+
+def _fix(name: str) -> str:
+    gives = OPTIONAL[name][1] if name in OPTIONAL else "one more wire"
+    return f"gives {gives}: pip install 'embedwire[{name}]'"
 
 
 def _hint(name: str) -> str:
@@ -180,8 +185,7 @@ def _use_both_halves(directory: Path) -> None:
 
 def _optional(name: str) -> Finding:
     """Import it in a process of its own: such packages change the process that they are in."""
-    module, gives = OPTIONAL[name]
-    fix = f"gives {gives}: pip install 'embedwire[{name}]'"
+    module, fix = OPTIONAL[name][0], _fix(name)
     found = subprocess.run(
         [
             sys.executable,

@@ -172,6 +172,7 @@ class ReceiverEndpoint(Driver):
         super().__init__("embedwire-receiver")
         self._receptions: dict[RoomKey, Reception] = {}
         self._sockets: dict[Address, zmq.Socket[bytes]] = {}
+        self._silent: set[Address] = set()
         self._pending: deque[ReceiverAction] = deque()
         self._ended: Counter[str] = Counter()
         self._rounds_total = self._bytes_total = self._frames_refused = 0
@@ -268,12 +269,19 @@ class ReceiverEndpoint(Driver):
         self._poller.unregister(socket)
         socket.close()
 
+    def _connect_again(self, address: Address) -> None:
+        """The connection may be what is dead, and not the sender: half open, or its identity taken by another."""
+        self._hang_up(address)
+        self._connect(address)
+
     def _next_due(self) -> float | None:
         due = self._core.next_due()
         return due if not self._core.suspects else min(due or self._proof_at, self._proof_at)
 
     def _on_time(self, now: float) -> None:
         self._carry_out(self._core.on_tick(now))
+        while self._silent:
+            self._connect_again(self._silent.pop())
         if now >= self._proof_at and (suspects := self._core.suspects):
             self._proof_at = now + PROOF_POLL_S
             for incarnation in suspects:
@@ -324,6 +332,8 @@ class ReceiverEndpoint(Driver):
             case Finished(key):
                 self._finish(self._core.rooms[key])
             case Failed(key, cause, detail):
+                if cause is Cause.PEER_LOST and key in self._core.rooms:
+                    self._silent.add(self._core.rooms[key].address)
                 self._ended[cause.value] += 1
                 self._receptions.pop(key).set_exception(TransferError(cause.value, detail))
             case Hangup(address):

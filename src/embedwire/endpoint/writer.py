@@ -135,7 +135,9 @@ class SessionWriter:
         is_usable = self._attach()
         if is_usable:
             self._events.attached(self._peer, self._wires[0][0])
-        while (job := self._jobs.get()) is not None:  # which `close` puts behind the last job, and it comes in any case
+        while (
+            job := self._jobs.get()
+        ) is not None:  # which `close` puts behind the last job, and it comes in any case
             if is_usable:
                 is_usable = self._carry_out(job)
             else:

@@ -78,7 +78,7 @@ class SenderNode:
         *,
         timeline: Timeline,
         say: Callable[[str, Peer, Message], None],
-        reach: Callable[[Peer], Target | None],
+        reach: Callable[[str, Peer], Target | None],
     ) -> None:
         self.address = address
         self.setup = setup
@@ -192,7 +192,7 @@ class SenderNode:
                     self._release(action)
 
     def _attach(self, peer: Peer) -> None:
-        target = self._reach(peer)
+        target = self._reach(self.address, peer)
         if target is None or self.setup.attach_fails:
             self.do(self.core.on_attach_failed(peer, "out of reach"))
         else:
@@ -244,7 +244,7 @@ class SenderNode:
     def _end_doubt(self, peer: Peer, key: RoomKey, old: Wire | None) -> None:
         """Close the wire over which the write went, and reach the receiver anew."""
         if old is not None and self.wires.get(peer) is old:
-            target = self._reach(peer)
+            target = self._reach(self.address, peer)
             self._detach(peer)
             if target is not None:
                 self._connect(peer, target)
@@ -313,10 +313,9 @@ class ReceiverNode:
         self._pending: deque[ReceiverAction] = deque()
         self._is_busy = False
 
-    @property
-    def target(self) -> Target:
-        """The memory that senders may write to."""
-        return Target(self.memory, self.process, self.setup.wire, self._holds)
+    def target(self, is_cut: Callable[[], bool]) -> Target:
+        """The memory that a sender may write to."""
+        return Target(self.memory, self.process, self.setup.wire, self._holds, is_cut)
 
     def _holds(self, key: RoomKey, ticket: int) -> bool:
         room, doubted = self.core.rooms.get(key), self.core.quarantine.get(key)

@@ -19,6 +19,8 @@ from embedwire.transports.contract import Outcome
 
 FENCED = "fenced"
 ONE_SIDED = "one-sided"
+POLL_S = 0.5
+"""How often a stalled slice is looked at."""
 
 
 class InvariantBroken(AssertionError):
@@ -33,6 +35,7 @@ class WireFaults:
     slice_s: tuple[float, float] = (0.001, 0.001)
     lost: float = 0.0
     in_doubt: float = 0.0
+    write_timeout_s: float = 20.0
     doubt_lands_after_s: tuple[float, float] = (0.01, 1.5)
     says_landed_too_early: bool = False
     """A broken wire: it reports a slice when it is begun."""
@@ -48,12 +51,13 @@ class WriteEvents(Protocol):
 @dataclass(slots=True)
 class Target:
     """A receiver's registered memory, and the process that it belongs to. ``holds``: whether the blocks of a room's ticket are still kept
-    for it."""
+    for it; ``is_cut``: whether the way there is, for a wire that needs one."""
 
     memory: Memory
     process: Process
     wire: str
     holds: Callable[[RoomKey, int], bool]
+    is_cut: Callable[[], bool]
 
 
 class Wire:
@@ -104,8 +108,14 @@ class Wire:
 
     def on_kill(self) -> None:
         """The sender dies: a part of the slice under way may have landed, and nothing lands afterwards."""
-        if self._running is not None and not self._is_closed and self._timeline.chance(0.5):
-            self._put(self._running, self._position, self._slice_end(self._running) // 2)
+        write = self._running
+        if (
+            write is not None
+            and not self._is_closed
+            and self._is_let_in(write)
+            and self._timeline.chance(0.5)
+        ):
+            self._put(write, self._position, (self._position + self._slice_end(write)) // 2)
         self.close()
 
     # ------------------------------------------------------------------ one round
@@ -153,10 +163,26 @@ class Wire:
             return
         if self._owner.is_frozen:  # the copy goes on after waking up, and asks nobody
             self._owner.run(lambda: self._land(write))
-        elif target.wire == FENCED and target.process.is_frozen:
-            target.process.run(lambda: self._owner.run(lambda: self._land(write)))
+        elif target.wire == FENCED and (target.process.is_frozen or target.is_cut()):
+            self._stall(write, waited_s=0.0)
         else:
             self._land(write)
+
+    def _stall(self, write: Write, *, waited_s: float) -> None:
+        """The bytes wait at the receiver's door; after a while the sender gives up, and they may yet come in."""
+        target = self._target
+        if self._owner.is_dead:
+            return
+        if self._is_closed or target.process.is_dead:
+            self._owner.run(lambda: self._end(Outcome.LOST))
+        elif not target.process.is_frozen and not target.is_cut():
+            self._owner.run(lambda: self._land(write))
+        elif waited_s >= self._faults.write_timeout_s:
+            position, end = self._position, self._slice_end(write)
+            self._timeline.after(self._faults.write_timeout_s, lambda: self._land_late(write, position, end))
+            self._owner.run(lambda: self._end(Outcome.UNKNOWN))
+        else:
+            self._timeline.after(POLL_S, lambda: self._stall(write, waited_s=waited_s + POLL_S))
 
     def _land(self, write: Write) -> None:
         if self._is_closed or not self._is_let_in(write):

@@ -204,11 +204,11 @@ class World:
         node = self.receivers[address]
         node.process.run(lambda: node.on_frame(frame, origin=origin))
 
-    def _reach(self, peer: Peer) -> Target | None:
+    def _reach(self, origin: str, peer: Peer) -> Target | None:
         node = self._life_of.get(peer)
         if node is None or node.process.incarnation != peer or node.process.is_dead:
             return None
-        return node.target
+        return node.target(lambda: self.now < self.link.cut_until(origin, node.address))
 
     # ------------------------------------------------------------------ time
 

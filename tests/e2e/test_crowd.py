@@ -1,0 +1,97 @@
+"""Many requests at the same moment, through a pool of four blocks of 16 tokens: each gets its own answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.e2e.conftest import Stack
+
+pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(240)]
+POOL_TOKENS = 64
+
+Bodies = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def questions(chat: Callable[..., dict[str, Any]], picture: Callable[..., bytes]) -> Bodies:
+    """Sixteen requests with one to three pictures of their own, none of which fits into the pool at once."""
+    sizes = ((280, 224), (252, 280), (196, 336), (308, 252))
+    return [
+        chat(f"This is number {n}.", *(picture(*sizes[(n + i) % 4], seed=10 * n + i) for i in range(1 + n % 3)))
+        for n in range(16)
+    ]
+
+
+def ids_of(answer: Any) -> list[int]:
+    ids: list[int] = answer.json()["choices"][0]["token_ids"]
+    return ids
+
+
+def one_at_a_time(stack: Stack, questions: Bodies) -> list[list[int]]:
+    """The ids of each; no two are the same, so that nobody's answer can pass for another's."""
+    expected = [stack.ids(body) for body in questions]
+    assert len({tuple(ids) for ids in expected}) == len(questions)
+    return expected
+
+
+def test_64_requests_at_once_are_answered_as_one_at_a_time(stack: Stack, questions: Bodies) -> None:
+    """Scenarios 16, 17 and 31: every embedding is longer than the pool that 64 of them share; all arrive, and each where it belongs."""
+    expected = one_at_a_time(stack, questions)
+    answers = stack.ask_all([questions[n % 16] for n in range(64)])
+    assert [answer.status_code for answer in answers] == [200] * 64
+    for n, answer in enumerate(answers):
+        assert ids_of(answer) == expected[n % 16], f"request {n}"
+        passage = answer.json()["embedwire"]
+        assert passage["transport"] == "shm"
+        assert sum(passage["rounds"]) == passage["total_tokens"]
+        assert len(passage["rounds"]) >= 2
+        assert max(passage["rounds"]) <= POOL_TOKENS
+    assert len({answer.json()["embedwire"]["room"] for answer in answers}) == 64
+
+
+def test_200_requests_at_once_are_answered_or_refused(stack: Stack, questions: Bodies) -> None:
+    """Scenario 31: each of 200 is answered right, or refused with 503 and told when to come again; none is lost."""
+    expected = one_at_a_time(stack, questions)
+    answers = stack.ask_all([questions[n % 16] for n in range(200)])
+    assert len(answers) == 200
+    answered = [(n, answer) for n, answer in enumerate(answers) if answer.status_code == 200]
+    for n, answer in answered:
+        assert ids_of(answer) == expected[n % 16], f"request {n}"
+    for answer in answers:
+        if answer.status_code != 200:
+            assert answer.status_code == 503, answer.text
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "overloaded"
+    assert len(answered) >= 64  # as many as the engine lets wait; and more are refused than none:
+    assert len(answered) < 200  # the router was told to take 160 at a time
+
+
+@pytest.fixture(scope="module")
+def tcp_stack(start_stack: Callable[..., Stack]) -> Stack:
+    return start_stack(TRANSPORT="tcp")
+
+
+def test_the_same_over_tcp(tcp_stack: Stack, questions: Bodies) -> None:
+    """Scenarios 16, 17 and 31 on the other wire."""
+    expected = one_at_a_time(tcp_stack, questions)
+    answers = tcp_stack.ask_all([questions[n % 16] for n in range(32)])
+    assert [answer.status_code for answer in answers] == [200] * 32
+    for n, answer in enumerate(answers):
+        assert ids_of(answer) == expected[n % 16], f"request {n}"
+        assert answer.json()["embedwire"]["transport"] == "tcp"
+    tcp_stack.wait_at_rest()
+
+
+def test_private_media_are_refused_unless_they_are_allowed(
+    tcp_stack: Stack, chat: Callable[..., dict[str, Any]]
+) -> None:
+    """A user can not make the encoder fetch from where only it can reach: here its own registry."""
+    answer = tcp_stack.ask(chat("What is this?", f"{tcp_stack.registry.url}/workers"))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_media_url"
+    assert answer.json()["error"]["param"] == "messages[0].content[0].image_url"
+    tcp_stack.wait_at_rest()

@@ -1,0 +1,167 @@
+"""Admission: who gets memory and blocks, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedwire.limits import AUX_WORDS
+from embedwire.memory.allocator import BlockAllocator
+from embedwire.memory.budget import Budget
+from embedwire.protocol.actions import Round
+from embedwire.protocol.admission import Admission
+from embedwire.protocol.messages import Announce
+from embedwire.protocol.receiver import ReceiverTransfer
+
+
+def admission(
+    *, blocks: int = 8, memory_tokens: int = 100_000, default: int = 512, window: int = 1
+) -> Admission:
+    """A pool of blocks of 128 tokens, one byte a token."""
+    return Admission(
+        BlockAllocator(blocks, 128),
+        Budget(memory_tokens),
+        token_bytes=1,
+        default_allocate_tokens=default,
+        window_rounds=window,
+    )
+
+
+def room(number: int, total: int, address: str = "encoder-1") -> ReceiverTransfer:
+    """A room that was announced as ready."""
+    made = ReceiverTransfer((number, 0), address, opened_at=0.0)
+    aux = (total, *[0] * (AUX_WORDS - 1))
+    made.on_announce(
+        Announce(source=1, room=number, total_tokens=total, aux=aux, content_hash=b"", ready=True)
+    )
+    return made
+
+
+def grant_next(line: Admission, *, peers: int = 1) -> tuple[int, int, Round] | None:
+    """The next grant as (room, blocks, round), opened in the room."""
+    turn = line.next_grant(peers=peers)
+    if turn is None:
+        return None
+    granted = turn[0].grant(turn[1], block_size=128, ticket=1)
+    line.want_more(turn[0])
+    return turn[0].key[0], len(turn[1]), granted
+
+
+def admit_all(line: Admission, *rooms: ReceiverTransfer) -> None:
+    for one in rooms:
+        line.join(one)
+    while line.admit() is not None:
+        pass
+
+
+def test_first_come_first_served_for_assemblies() -> None:
+    """A small room behind a large one that does not fit yet waits for its turn."""
+    line = admission(memory_tokens=1000)
+    first, large, small = room(1, 600), room(2, 900), room(3, 10)
+    for one in (first, large, small):
+        line.join(one)
+    assert line.admit() is first
+    assert line.admit() is None
+    line.memory.release(first.key)
+    assert line.admit() is large
+    assert line.admit() is small
+
+
+def test_what_never_fits_is_said_in_numbers() -> None:
+    """Scenario 17: the need and the limit are named."""
+    line = admission(memory_tokens=1000)
+    assert line.never_fits(1000) is None
+    problem = line.never_fits(1001)
+    assert problem is not None
+    assert "1001" in problem
+    assert "1000" in problem
+
+
+def test_the_default_is_for_the_first_round_only() -> None:
+    """Scenario 2: 500 configured are 4 blocks; later rounds take what is free, up to the remainder."""
+    line = admission(default=500)
+    one = room(1, 5000)
+    admit_all(line, one)
+    granted = grant_next(line)
+    assert granted is not None
+    assert granted[:2] == (1, 4)
+    one.open_rounds.clear()
+    line.give_back(one.address, granted[2])
+    line.rejoin(one)
+    again = grant_next(line)
+    assert again is not None
+    assert again[:2] == (1, 8)
+
+
+def test_fewer_free_blocks_are_better_than_none() -> None:
+    """Scenario 16: the next in turn takes what is there."""
+    line = admission(blocks=5)
+    admit_all(line, room(1, 5000), room(2, 5000), room(3, 5000))
+    assert [g and g[:2] for g in (grant_next(line), grant_next(line), grant_next(line))] == [
+        (1, 4),
+        (2, 1),
+        None,
+    ]
+    assert [r.key[0] for r in line.for_blocks] == [3]
+
+
+def test_one_of_several_peers_does_not_get_the_whole_pool() -> None:
+    """Scenario 26f: a quarter stays for others; a room of another peer passes those of one that has its share."""
+    line = admission(default=5000)
+    admit_all(line, room(1, 5000, "a"), room(2, 5000, "a"), room(3, 5000, "b"))
+    assert [g and g[:2] for g in (grant_next(line, peers=2), grant_next(line, peers=2))] == [(1, 6), (3, 2)]
+    assert grant_next(line, peers=2) is None
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_small_pool_serves_anybody(blocks: int) -> None:
+    """Scenario 12: one block is enough, however many peers there are."""
+    line = admission(blocks=blocks)
+    admit_all(line, room(1, 5000, "a"))
+    assert grant_next(line, peers=5) is not None
+
+
+def test_nothing_while_blocks_are_in_quarantine() -> None:
+    """Scenario 26f: a peer in doubt gets no block until there is proof; its blocks count as its own until then."""
+    line = admission()
+    one, two = room(1, 128, "a"), room(2, 128, "a")
+    admit_all(line, one, two)
+    granted = grant_next(line)
+    assert granted is not None
+    line.quarantine("a", granted[2], peer=77)
+    assert grant_next(line) is None
+    assert (line.held["a"], line.in_quarantine["a"]) == (1, 1)
+    line.release("a", granted[2])
+    assert grant_next(line) is not None
+    assert (line.held["a"], line.in_quarantine["a"]) == (1, 0)
+
+
+def test_a_window_splits_the_pool() -> None:
+    """With a window of 2 a room may have two rounds of at most half the pool each, and no third."""
+    line = admission(window=2, default=5000)
+    one = room(1, 5000)
+    admit_all(line, one)
+    assert [g and g[:2] for g in (grant_next(line), grant_next(line))] == [(1, 4), (1, 4)]
+    assert not line.for_more
+    assert not line.for_blocks
+
+
+def test_who_has_nothing_comes_before_who_wants_more() -> None:
+    """A second round of one room waits behind the first of another."""
+    line = admission(window=2, default=256)
+    one, two = room(1, 5000), room(2, 5000)
+    admit_all(line, one, two)
+    assert [grant[0] for grant in (grant_next(line), grant_next(line), grant_next(line)) if grant] == [
+        1,
+        2,
+        1,
+    ]
+
+
+def test_leaving_takes_a_room_out_of_every_queue() -> None:
+    """And harms nobody when it is in none."""
+    line = admission(blocks=1)
+    rooms = [room(n, 500) for n in (1, 2, 3)]
+    admit_all(line, *rooms)
+    for one in (*rooms, room(9, 1)):
+        line.leave(one)
+    assert grant_next(line) is None

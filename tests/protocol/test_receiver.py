@@ -1,0 +1,135 @@
+"""One room on the receiving side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from embedwire.errors import ProtocolViolation
+from embedwire.limits import AUX_WORDS
+from embedwire.protocol.messages import Announce, Cause, Init, ResumeTransfer, Status
+from embedwire.protocol.receiver import CorruptRoom, ReceiverTransfer
+from embedwire.protocol.states import Poll, ReceiverState
+
+
+def aux_of(total: int) -> tuple[int, ...]:
+    return (total, -756, *[0] * (AUX_WORDS - 2))
+
+
+def announce(total: int = 2000, **other: Any) -> Announce:
+    content = {"total_tokens": total, "aux": aux_of(total), "content_hash": b"h", "ready": True} | other
+    return Announce(source=1, room=7, **content)
+
+
+def room(total: int = 2000) -> ReceiverTransfer:
+    """An announced room."""
+    made = ReceiverTransfer((7, 0), "encoder-1", opened_at=0.0)
+    assert made.on_announce(announce(total))
+    return made
+
+
+def status(sent: int, number: int = 0, digests: tuple[int, ...] = ()) -> Status:
+    return Status(source=1, room=7, poll=Poll.TRANSFERRING, round=number, sent_tokens=sent, digests=digests)
+
+
+def test_announced_once_and_for_all() -> None:
+    """Becoming ready is news once; other facts are a violation."""
+    made = ReceiverTransfer((7, 0), "encoder-1", opened_at=0.0)
+    assert (made.total_tokens, made.poll) == (0, Poll.BOOTSTRAPPING)
+    assert made.on_announce(announce(ready=False))
+    assert not made.is_ready
+    assert not made.on_announce(announce(ready=False))
+    assert made.on_announce(announce())
+    assert not made.on_announce(announce())
+    assert not made.on_announce(announce(ready=False)), "a late one does not take it back"
+    assert made.is_ready
+    for other in (
+        {"total_tokens": 1999, "aux": aux_of(1999)},
+        {"content_hash": b"x"},
+        {"aux": (2000, *[0] * 15)},
+    ):
+        with pytest.raises(ProtocolViolation):
+            made.on_announce(announce(**other))
+    assert (made.total_tokens, made.state) == (2000, ReceiverState.WAITING)
+
+
+def test_total_and_aux_agree() -> None:
+    """Scenario 3: a total that aux does not know is a violation, and the room is as before."""
+    made = ReceiverTransfer((7, 0), "encoder-1", opened_at=0.0)
+    with pytest.raises(ProtocolViolation, match="aux says 0"):
+        made.on_announce(announce(aux=(0,) * 16))
+    assert made.state is ReceiverState.OPENING
+
+
+def test_a_grant_covers_what_its_blocks_hold() -> None:
+    """Scenarios 2 and 7: 8 blocks of 128 are 1024; the last round holds the rest, and announces whole blocks all the same."""
+    made = room()
+    first = made.grant(tuple(range(8)), block_size=128, ticket=5)
+    assert (first.tokens, made.remaining_tokens, made.state) == (1024, 976, ReceiverState.FILLING)
+    second = made.grant(tuple(range(8, 16)), block_size=128, ticket=6)
+    assert (second.start_token, second.tokens) == (1024, 976)
+    told = [made.grant_message(r, block_size=128, source=1, target=2) for r in (first, second)]
+    assert [type(t) for t in told] == [Init, ResumeTransfer]
+    assert [(t.allocated_tokens, t.start_token, t.ticket) for t in told] == [(1024, 0, 5), (1024, 1024, 6)]
+
+
+def test_landed_only_grows_and_is_drained_once() -> None:
+    """Late and repeated statuses are no news; each token is drained exactly once, in order."""
+    made = room()
+    made.grant((3,), block_size=128, ticket=1)
+    made.grant((1,), block_size=128, ticket=2)
+    assert made.on_status(status(100))
+    assert [(d.from_token, d.to_token) for d in made.take_drains()] == [(0, 100)]
+    assert not made.on_status(status(50))
+    assert made.take_drains() == []
+    assert made.on_status(status(200))
+    drains = made.take_drains()
+    assert [(d.from_token, d.to_token, d.round.number) for d in drains] == [(100, 128, 0), (128, 200, 1)]
+    assert made.landed_tokens == 200
+
+
+def test_more_than_was_granted_is_a_violation() -> None:
+    """Nor may a round be summed up before it has landed."""
+    made = room()
+    made.grant((3,), block_size=128, ticket=1)
+    with pytest.raises(ProtocolViolation, match="129 tokens sent, but only 128"):
+        made.on_status(status(129))
+    with pytest.raises(ProtocolViolation, match="before it had landed"):
+        made.on_status(status(127, digests=(1,)))
+
+
+def test_a_round_is_done_when_drained_and_its_sums_agree() -> None:
+    """Not before both sides' sums are there; the oldest first."""
+    made = room(200)
+    first = made.grant((3,), block_size=128, ticket=1)
+    assert made.pop_round_done() is None
+    assert made.on_status(status(128))
+    made.on_drained(0, 128, aux=aux_of(200), digests=(9,))
+    assert made.pop_round_done() is None
+    assert made.on_status(status(128, digests=(9,)))
+    assert not made.on_status(status(128, digests=(9,)))
+    assert made.pop_round_done() is first
+    assert made.pop_round_done() is None
+
+
+def test_sums_that_differ_and_another_aux_are_corruption() -> None:
+    """Neither is a success."""
+    made = room(128)
+    made.grant((3,), block_size=128, ticket=1)
+    made.on_status(status(128, digests=(9,)))
+    made.on_drained(0, 128, aux=None, digests=(8,))
+    with pytest.raises(CorruptRoom, match="sums"):
+        made.pop_round_done()
+    with pytest.raises(CorruptRoom, match="aux"):
+        made.on_drained(0, 128, aux=(0,) * 16, digests=None)
+
+
+def test_a_failed_room_hands_over_its_rounds() -> None:
+    """Blocks of open rounds are the caller's to free or to quarantine."""
+    made = room()
+    granted = made.grant((3,), block_size=128, ticket=1)
+    made.fail(Cause.ABORTED, "gone")
+    assert made.quarantined == [granted]
+    assert not made.open_rounds
+    assert (made.poll, made.is_live, made.end) == (Poll.FAILED, False, (Cause.ABORTED, "gone"))

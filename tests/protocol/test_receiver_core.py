@@ -1,0 +1,395 @@
+"""All rooms and sessions of a receiver, message by message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from embedwire.errors import OverloadedError, UsageError
+from embedwire.limits import AUX_WORDS, Limits
+from embedwire.memory.allocator import BlockAllocator
+from embedwire.memory.budget import Budget
+from embedwire.protocol.actions import (
+    Assemble,
+    Drain,
+    Failed,
+    Finished,
+    Hangup,
+    Permit,
+    ReceiverAction,
+    Revoke,
+    Send,
+)
+from embedwire.protocol.messages import (
+    Abort,
+    Announce,
+    Cause,
+    Done,
+    Ended,
+    Hello,
+    Init,
+    Message,
+    Open,
+    Ping,
+    Refused,
+    ResumeTransfer,
+    RoomKey,
+    Status,
+    Stranger,
+    Welcome,
+)
+from embedwire.protocol.receiver_core import Offered, ReceiverCore
+from embedwire.protocol.states import Poll, ReceiverState
+
+ME, SENDER, ADDRESS, KEY = 5, 11, "tcp://encoder:1", (7, 0)
+FROM = {"source": SENDER, "target": ME}
+
+
+def sent(actions: list[ReceiverAction]) -> list[Message]:
+    return [a.message for a in actions if isinstance(a, Send)]
+
+
+class Bench:
+    """A core with a pool of 4 blocks of 128, one byte a token."""
+
+    def __init__(self, *, wire: str = "tcp", memory: int = 10_000, **limits: Any) -> None:
+        self.blocks, self.memory = BlockAllocator(4, 128), Budget(memory)
+        self.core = ReceiverCore(
+            incarnation=ME,
+            offered=Offered(("a",), 128, 4, (("tcp", b""), ("shm", b"")), frozenset({"tcp"})),
+            blocks=self.blocks,
+            memory=self.memory,
+            token_bytes=1,
+            default_allocate_tokens=256,
+            limits=Limits(**limits),
+        )
+        self.wire = wire
+
+    def hear(self, message: Any, now: float = 1.0) -> list[ReceiverAction]:
+        return self.core.on_message(message, ADDRESS, now=now)
+
+    def welcome(self, source: int = SENDER, **other: Any) -> Welcome:
+        nonce = self.core.sessions[ADDRESS].nonce
+        content = {"version": 1, "nonce": nonce, "fields": ("a",), "wire": self.wire} | other
+        return Welcome(source=source, target=ME, **content)
+
+    def open(self, key: RoomKey = KEY, now: float = 0.0) -> None:
+        """A room whose sender has welcomed us."""
+        self.core.open(key, ADDRESS, now=now)
+        self.hear(self.welcome(), now)
+
+    def announce(self, key: RoomKey = KEY, total: int = 300, **other: Any) -> list[ReceiverAction]:
+        aux = (total, *[0] * (AUX_WORDS - 1))
+        content = {"total_tokens": total, "aux": aux, "content_hash": b"", "ready": True} | other
+        return self.hear(Announce(**FROM, room=key[0], attempt=key[1], **content))
+
+    def status(self, landed: int, number: int = 0, digests: tuple[int, ...] = ()) -> list[ReceiverAction]:
+        return self.hear(
+            Status(**FROM, room=7, poll=Poll.TRANSFERRING, round=number, sent_tokens=landed, digests=digests)
+        )
+
+    def drained(self, number: int, to: int, digests: tuple[int, ...] | None) -> list[ReceiverAction]:
+        return self.core.on_drained(KEY, number, to, aux=None, digests=digests, now=1.0)
+
+    def fill(self) -> None:
+        """The room is granted its first round."""
+        self.open()
+        self.announce()
+        assert self.core.rooms[KEY].state is ReceiverState.FILLING
+
+
+def test_hello_then_open() -> None:
+    """The room is asked for once the sender has welcomed us; the hello is said again until then, under one nonce."""
+    bench = Bench()
+    (hello,) = sent(bench.core.open(KEY, ADDRESS, now=0.0))
+    assert isinstance(hello, Hello)
+    assert sent(bench.core.on_tick(0.3)) == [hello]
+    assert [type(m) for m in sent(bench.hear(bench.welcome()))] == [Open]
+
+
+def test_a_whole_room() -> None:
+    """Assembly, permit, grant, drain, revoke: in this order, round by round; then done."""
+    bench = Bench()
+    bench.open()
+    first = bench.announce()
+    assert [type(a) for a in first] == [Assemble, Permit, Send]
+    assert [type(a) for a in bench.status(256)] == [Drain]
+    assert bench.drained(0, 256, (1,)) == []
+    second = bench.status(256, digests=(1,))
+    assert [type(a) for a in second] == [Revoke, Permit, Send]
+    assert isinstance(sent(second)[0], ResumeTransfer)
+    bench.status(300, 1, (2,))
+    last = bench.drained(1, 300, (2,))
+    assert [type(a) for a in last] == [Revoke, Finished, Send]
+    assert isinstance(sent(last)[0], Done)
+    assert bench.blocks.blocks_free == 4
+    assert bench.hear(Ended(**FROM, room=7, cause=Cause.DONE)) == []
+    assert not bench.core.rooms
+    assert bench.memory.used_bytes == 300
+    bench.core.on_assembly_released(KEY, now=2.0)
+    bench.core.on_assembly_released(KEY, now=2.0)
+    assert bench.memory.used_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("other", "cause"),
+    [
+        ({"version": 2}, Cause.HANDSHAKE),
+        ({"fields": ("b",)}, Cause.HANDSHAKE),
+        ({"wire": "carrier pigeon"}, Cause.VIOLATION),
+    ],
+)
+def test_a_welcome_that_does_not_fit(other: dict[str, Any], cause: Cause) -> None:
+    """Scenario 20: the rooms end with the cause."""
+    bench = Bench()
+    bench.core.open(KEY, ADDRESS, now=0.0)
+    (failed,) = (a for a in bench.hear(bench.welcome(**other)) if isinstance(a, Failed))
+    assert failed.cause is cause
+
+
+@pytest.mark.parametrize("kind", ["welcome", "refused"])
+def test_an_answer_to_an_earlier_hello_is_none(kind: str) -> None:
+    """Scenario 29: late, from an earlier life of the sender: it begins, changes and ends nothing."""
+    bench = Bench()
+    bench.fill()
+    late: Message = bench.welcome(source=99)
+    if kind == "refused":
+        late = Refused(source=99, target=ME, nonce=1, cause=Cause.OVERLOADED, detail="")
+    assert bench.hear(late) == []
+    bench.hear(Stranger(**FROM))
+    assert bench.hear(late) == [], "another hello is on its way, with another nonce"
+    assert bench.core.sessions[ADDRESS].incarnation == SENDER
+    assert bench.core.rooms[KEY].is_live
+
+
+def test_a_stranger_is_a_question_not_an_answer() -> None:
+    """Scenario 29: whoever says so, no room ends before a new welcome has told who is there now."""
+    bench = Bench()
+    bench.fill()
+    (hello,) = sent(bench.hear(Stranger(source=99, target=ME)))
+    assert isinstance(hello, Hello)
+    assert bench.hear(Stranger(source=99, target=ME)) == []
+    assert bench.core.rooms[KEY].is_live
+    again = sent(bench.hear(bench.welcome()))
+    assert [type(m) for m in again] == [Init]
+
+
+@pytest.mark.parametrize(("wire", "free"), [("tcp", 4), ("shm", 2)])
+def test_another_life_of_the_sender(wire: str, free: int) -> None:
+    """Scenario 28: rooms that the earlier one had announced are lost; what it may still write to is kept, under its name."""
+    bench = Bench(wire=wire)
+    bench.fill()
+    bench.core.open((8, 0), ADDRESS, now=1.0)
+    bench.hear(Stranger(source=99, target=ME))
+    actions = bench.hear(bench.welcome(source=99))
+    (failed,) = (a for a in actions if isinstance(a, Failed))
+    assert (failed.key, failed.cause) == (KEY, Cause.PEER_LOST)
+    assert {type(m) for m in sent(actions)} == {Abort, Open}
+    assert bench.blocks.blocks_free == free
+    assert bench.core.suspects == ({SENDER} if wire == "shm" else set())
+    unknown = Ended(source=99, target=ME, room=7, cause=Cause.UNKNOWN_ROOM)
+    bench.hear(unknown)
+    assert bench.blocks.blocks_free == free, "the new life can not speak for the old one"
+    bench.core.on_peer_gone(SENDER, now=2.0)
+    assert bench.blocks.blocks_free == 4
+
+
+def test_another_wire_does_not_vouch_for_the_first() -> None:
+    """Rounds granted over a one-sided wire stay in quarantine when the sender comes back over a fenced one."""
+    bench = Bench(wire="shm")
+    bench.fill()
+    bench.hear(Stranger(**FROM))
+    bench.hear(bench.welcome(wire="tcp"))
+    assert bench.blocks.blocks_quarantined == 2
+
+
+def test_blocks_in_doubt_are_kept_until_the_end_is_certain() -> None:
+    """Scenario 27: an uncertain end tells why, and no more."""
+    bench = Bench(wire="shm")
+    bench.fill()
+    actions = bench.core.abort(KEY, Cause.ABORTED, "gone", now=1.0)
+    assert [type(a) for a in actions] == [Revoke, Failed, Send]
+    assert bench.memory.used_bytes == 0
+    assert bench.blocks.blocks_quarantined == 2
+    bench.hear(Ended(**FROM, room=7, cause=Cause.ABORTED, certain=False))
+    assert not bench.core.rooms
+    assert bench.blocks.blocks_quarantined == 2
+    with pytest.raises(UsageError):
+        bench.core.open(KEY, ADDRESS, now=1.0)
+    asked = [m for m in sent(bench.core.on_tick(20.0)) if isinstance(m, Abort)]
+    assert asked, "the end is still asked for"
+    bench.hear(Ended(**FROM, room=7, cause=Cause.ABORTED, certain=True))
+    assert bench.blocks.blocks_free == 4
+
+
+def test_a_drain_that_comes_after_the_end_is_harmless() -> None:
+    """While the room is being aborted, and when it is forgotten."""
+    bench = Bench()
+    bench.fill()
+    bench.status(256)
+    bench.core.abort(KEY, Cause.ABORTED, "", now=1.0)
+    assert bench.drained(0, 256, (1,)) == []
+    bench.hear(Ended(**FROM, room=7, cause=Cause.ABORTED))
+    assert bench.drained(0, 256, (1,)) == []
+
+
+def test_not_finished_before_the_last_round_has_its_sums() -> None:
+    """With a window: all tokens are drained, but one round was not compared yet; then its blocks come back too."""
+    bench = Bench(window_rounds=2)
+    bench.fill()
+    room = bench.core.rooms[KEY]
+    assert len(room.open_rounds) == 2
+    bench.status(300)
+    bench.drained(0, 256, (1,))
+    bench.drained(1, 300, (2,))
+    actions = bench.status(300, 0, (1,))
+    assert not any(isinstance(a, Finished) for a in actions)
+    assert any(isinstance(a, Finished) for a in bench.status(300, 1, (2,)))
+    assert bench.blocks.blocks_free == 4
+
+
+def test_wrong_sums_end_the_room_as_corrupt() -> None:
+    """Both sides hear it, and the blocks are free."""
+    bench = Bench()
+    bench.fill()
+    bench.status(256, 0, (1,))
+    actions = bench.drained(0, 256, (9,))
+    (failed,) = (a for a in actions if isinstance(a, Failed))
+    assert failed.cause is Cause.CORRUPT
+    (abort,) = sent(actions)
+    assert isinstance(abort, Abort)
+    assert abort.cause is Cause.CORRUPT
+    assert bench.blocks.blocks_free == 4
+
+
+@pytest.mark.parametrize("bad", ["announce", "status"])
+def test_a_violation_ends_its_own_room(bad: str) -> None:
+    """Scenario 29: nothing raises, and the other room goes on."""
+    bench = Bench()
+    bench.fill()
+    bench.core.open((8, 0), ADDRESS, now=1.0)
+    actions = bench.announce(total=301) if bad == "announce" else bench.status(257)
+    (failed,) = (a for a in actions if isinstance(a, Failed))
+    assert (failed.key, failed.cause) == (KEY, Cause.VIOLATION)
+    assert bench.core.rooms[8, 0].is_live
+
+
+def test_what_is_not_for_us_or_not_from_our_sender_is_nothing() -> None:
+    """Scenario 29: another target, another source, another address."""
+    bench = Bench()
+    bench.fill()
+    ended = {"room": 7, "cause": Cause.ABORTED}
+    assert bench.hear(Ended(source=SENDER, target=99, **ended)) == []
+    assert bench.hear(Ended(source=99, target=ME, **ended)) == []
+    assert bench.core.on_message(Ended(**FROM, **ended), "tcp://other:1", now=1.0) == []
+    assert bench.core.rooms[KEY].is_live
+
+
+def test_a_room_that_is_not_ours_any_more_is_aborted() -> None:
+    """Scenario 27: a sender that still talks of it hears its end in one round trip; an end is not answered."""
+    bench = Bench()
+    bench.open((8, 0))
+    (abort,) = sent(bench.announce())
+    assert isinstance(abort, Abort)
+    assert (abort.room, abort.cause) == (7, Cause.UNKNOWN_ROOM)
+    assert bench.hear(Ended(**FROM, room=7, cause=Cause.DONE)) == []
+
+
+def test_opened_twice_and_too_many() -> None:
+    """Rooms are bounded, and a key is open once."""
+    bench = Bench(rooms_max=2)
+    bench.open()
+    with pytest.raises(UsageError):
+        bench.core.open(KEY, ADDRESS, now=0.0)
+    bench.core.open((7, 1), ADDRESS, now=0.0)
+    with pytest.raises(OverloadedError):
+        bench.core.open((9, 0), ADDRESS, now=0.0)
+
+
+def test_never_fits_is_said_before_the_source_is_ready() -> None:
+    """Scenario 17: with the announcement, not after the encoder has run."""
+    bench = Bench(memory=299)
+    bench.open()
+    actions = bench.announce(ready=False)
+    assert [type(a) for a in actions] == [Failed, Send]
+    assert isinstance(actions[0], Failed)
+    assert actions[0].cause is Cause.NEVER_FITS
+
+
+def test_a_silent_sender_is_lost_and_asked_on() -> None:
+    """Scenario 28: after ``peer_silence_s`` its rooms end; a new one gets the whole time again."""
+    bench = Bench()
+    bench.open()
+    bench.announce(ready=False)
+    now, causes = 1.0, []
+    while now < 6.4:
+        now += 0.2
+        causes += [a.cause for a in bench.core.on_tick(now) if isinstance(a, Failed)]
+    assert causes == [Cause.PEER_LOST]
+    bench.core.open((8, 0), ADDRESS, now=now)
+    assert not [a for a in bench.core.on_tick(now + 4.0) if isinstance(a, Failed)]
+
+
+@pytest.mark.parametrize(
+    ("step", "deadline_s"), [("opening", 35.0), ("not ready", 120.0), ("no blocks", 120.0), ("filling", 60.0)]
+)
+def test_every_state_has_a_deadline(step: str, deadline_s: float) -> None:
+    """A sender that only answers pings does not keep a room for ever."""
+    bench = Bench()
+    bench.open(now=1.0)
+    if step == "no blocks":
+        bench.blocks.alloc_blocks(4)
+    if step != "opening":
+        bench.announce(ready=step != "not ready")
+    now, ends = 1.0, []
+    while now < 1.0 + deadline_s + 1.5:
+        bench.core.sessions[ADDRESS].heard_at = now
+        ends += [(now, a.cause) for a in bench.core.on_tick(now) if isinstance(a, Failed)]
+        now += 0.5
+    ((at, cause),) = ends
+    assert cause is Cause.DEADLINE
+    assert 1.0 + deadline_s <= at <= 1.0 + deadline_s + 0.5
+
+
+def test_an_idle_session_ends_at_its_time() -> None:
+    """Also where the clock's last bit is lost in a sum: one tick at the due time is enough, or a driver would spin on it."""
+    bench = Bench()
+    bench.open(now=0.1)
+    bench.core.abort(KEY, Cause.ABORTED, "", now=0.3)
+    bench.hear(Ended(**FROM, room=7, cause=Cause.ABORTED), now=4.280820999999999)
+    actions: list[ReceiverAction] = []
+    for _ in range(100):
+        due = bench.core.next_due()
+        if due is None:
+            break
+        actions += bench.core.on_tick(due)
+    assert actions[-1] == Hangup(ADDRESS)
+    assert not bench.core.sessions
+
+
+def test_no_message_ends_the_rooms_of_its_origin() -> None:
+    """Scenario 29: what could not be decoded came from somewhere."""
+    bench = Bench()
+    bench.fill()
+    assert bench.core.on_violation("tcp://other:1", "noise", now=1.0) == []
+    actions = bench.core.on_violation(ADDRESS, "noise", now=1.0)
+    assert [a.cause for a in actions if isinstance(a, Failed)] == [Cause.VIOLATION]
+
+
+def test_closing_ends_every_room() -> None:
+    """And tells the sender."""
+    bench = Bench()
+    bench.fill()
+    actions = bench.core.close(now=1.0)
+    assert [a.cause for a in actions if isinstance(a, Failed)] == [Cause.CLOSED]
+    assert [type(m) for m in sent(actions)] == [Abort]
+    assert bench.core.close(now=1.0) == []
+
+
+def test_pings_while_there_are_rooms() -> None:
+    """So that both sides know of each other while a room waits for its turn."""
+    bench = Bench()
+    bench.open()
+    bench.announce(ready=False)
+    assert any(isinstance(m, Ping) for m in sent(bench.core.on_tick(2.0)))

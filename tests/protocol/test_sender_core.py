@@ -1,0 +1,388 @@
+"""All rooms and sessions of a sender, message by message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from embedwire.errors import OverloadedError, UsageError
+from embedwire.limits import AUX_WORDS, Limits
+from embedwire.protocol.actions import Attach, CancelWrites, Detach, Release, Reply, SenderAction, Write
+from embedwire.protocol.messages import (
+    Abort,
+    Announce,
+    Cause,
+    Done,
+    Ended,
+    Grant,
+    Hello,
+    Init,
+    Message,
+    Open,
+    Ping,
+    Pong,
+    Refused,
+    ResumeTransfer,
+    RoomKey,
+    Status,
+    Stranger,
+    Welcome,
+)
+from embedwire.protocol.sender_core import SenderCore, difference
+from embedwire.protocol.states import Poll
+
+SENDER, PEER, KEY = 11, 5, (7, 0)
+TO = {"source": PEER, "target": SENDER}
+
+
+def hello(source: int = PEER, **other: Any) -> Hello:
+    content: dict[str, Any] = {"version": 1, "nonce": 1, "fields": ("a",), "block_size": 128, "num_blocks": 9}
+    return Hello(source=source, **(content | {"wires": (("shm", b""),)} | other))
+
+
+def grant(number: int = 0, start: int = 0, blocks: tuple[int, ...] = (1, 2)) -> Grant:
+    kind = Init if number == 0 else ResumeTransfer
+    return kind(
+        **TO,
+        room=7,
+        round=number,
+        start_token=start,
+        allocated_tokens=len(blocks) * 128,
+        block_indices=blocks,
+        ticket=number + 1,
+    )
+
+
+def said(actions: list[SenderAction]) -> list[Message]:
+    return [a.message for a in actions if isinstance(a, Reply)]
+
+
+class Bench:
+    """A core, and a receiver whose memory is in reach."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.core = SenderCore(incarnation=SENDER, fields=("a",), limits=Limits(**limits))
+        self.core.on_message(hello(), now=0.0)
+        self.core.on_attached(PEER, "shm")
+
+    def say(self, message: Any, now: float = 1.0) -> list[SenderAction]:
+        return self.core.on_message(message, now=now)
+
+    def offer(self, key: RoomKey = KEY, total: int = 300, now: float = 1.0) -> list[SenderAction]:
+        aux = (total, *[0] * (AUX_WORDS - 1))
+        return self.core.offer(key, total_tokens=total, aux=aux, content_hash=b"", now=now)
+
+    def write(self) -> Write:
+        """A room in the middle of its first write."""
+        self.offer()
+        self.say(Open(**TO, room=7))
+        self.core.ready(KEY, source_ms=1.0, now=1.0)
+        (write,) = (a for a in self.say(grant()) if isinstance(a, Write))
+        return write
+
+
+def test_hello_is_answered_when_the_memory_is_in_reach() -> None:
+    """Attach once; a repeated hello is answered with its own nonce."""
+    core = SenderCore(incarnation=SENDER, fields=("a",))
+    (attach,) = core.on_message(hello(nonce=3), now=0.0)
+    assert isinstance(attach, Attach)
+    assert core.on_message(hello(nonce=4), now=0.1) == []
+    (welcome,) = said(core.on_attached(PEER, "shm"))
+    assert isinstance(welcome, Welcome)
+    assert (welcome.nonce, welcome.wire, welcome.target) == (4, "shm", PEER)
+    (again,) = said(core.on_message(hello(nonce=6), now=0.2))
+    assert isinstance(again, Welcome)
+    assert again.nonce == 6
+
+
+@pytest.mark.parametrize(
+    ("other", "cause", "words"),
+    [
+        ({"version": 2}, Cause.HANDSHAKE, "sender 1, receiver 2"),
+        ({"fields": ("a", "b")}, Cause.HANDSHAKE, "field 1: sender none, receiver b"),
+        ({"source": 0}, Cause.VIOLATION, "incarnation"),
+    ],
+)
+def test_hello_is_refused(other: dict[str, Any], cause: Cause, words: str) -> None:
+    """Scenario 20: the answer says which field."""
+    core = SenderCore(incarnation=SENDER, fields=("a",))
+    (refused,) = said(core.on_message(hello(**other), now=0.0))
+    assert isinstance(refused, Refused)
+    assert (refused.cause, refused.nonce) == (cause, 1)
+    assert words in refused.detail
+    assert not core.sessions
+
+
+def test_a_wire_that_does_not_reach() -> None:
+    """The session is over, and the receiver hears it; a late result of an attach harms nobody."""
+    core = SenderCore(incarnation=SENDER, fields=("a",))
+    core.on_message(hello(nonce=8), now=0.0)
+    (refused,) = said(core.on_attach_failed(PEER, "other host"))
+    assert isinstance(refused, Refused)
+    assert (refused.cause, refused.nonce) == (Cause.WIRE_FAILED, 8)
+    assert core.on_attach_failed(PEER, "again") == []
+    assert core.on_attached(PEER, "shm") == [Detach(PEER)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Ping(source=6, target=SENDER), Ping(source=PEER, target=99), Open(source=6, target=SENDER, room=7)],
+)
+def test_strangers(message: Message) -> None:
+    """Scenario 29: who is not known here, or means an earlier life, is told so, and nothing changes."""
+    bench = Bench()
+    assert said(bench.say(message)) == [Stranger(source=SENDER, target=message.source)]
+    assert not bench.core._pending_opens
+
+
+def test_ping_pong() -> None:
+    """A known receiver is answered."""
+    assert said(Bench().say(Ping(**TO))) == [Pong(source=SENDER, target=PEER)]
+
+
+def test_offer_then_open_then_ready() -> None:
+    """Announced at once, and again when the source is ready; ready twice writes and says nothing twice."""
+    bench = Bench()
+    assert bench.offer() == []
+    (early,) = said(bench.say(Open(**TO, room=7)))
+    assert isinstance(early, Announce)
+    assert not early.ready
+    (ready,) = said(bench.core.ready(KEY, source_ms=2.0, now=1.0))
+    assert isinstance(ready, Announce)
+    assert ready.ready
+    assert bench.core.ready(KEY, source_ms=2.0, now=1.0) == []
+    bench.say(grant())
+    assert bench.core.ready(KEY, source_ms=2.0, now=1.0) == [], "no second write of the open round"
+
+
+def test_open_then_offer() -> None:
+    """Scenario 26e: the open waits, with a status meanwhile; then it is announced without being asked again."""
+    bench = Bench()
+    (told,) = said(bench.say(Open(**TO, room=7)))
+    assert isinstance(told, Status)
+    assert told.poll is Poll.BOOTSTRAPPING
+    (announced,) = said(bench.offer())
+    assert isinstance(announced, Announce)
+    assert not bench.core._pending_opens
+
+
+def test_an_open_waits_with_a_deadline() -> None:
+    """Asking again does not prolong it."""
+    bench = Bench()
+    bench.say(Open(**TO, room=7), now=0.0)
+    bench.say(Open(**TO, room=7), now=29.0)
+    assert not any(isinstance(m, Ended) for m in said(bench.core.on_tick(29.9)))
+    (ended,) = (m for m in said(bench.core.on_tick(30.1)) if isinstance(m, Ended))
+    assert ended.cause is Cause.UNKNOWN_ROOM
+
+
+def test_offered_twice_and_too_many() -> None:
+    """A key is offered once in a life; rooms are bounded."""
+    bench = Bench(rooms_max=2)
+    bench.offer((1, 0))
+    with pytest.raises(UsageError):
+        bench.offer((1, 0))
+    bench.offer((1, 1))
+    with pytest.raises(OverloadedError):
+        bench.offer((2, 0))
+    bench.core.fail((1, 1), Cause.ENCODER_FAILED, "no", now=1.0)
+    with pytest.raises(UsageError):
+        bench.offer((1, 1))
+
+
+def test_a_room_that_was_never_offered_can_be_refused() -> None:
+    """Scenario 32: an open that waits hears it at once, a later one in one round trip, and the key is spent."""
+    bench = Bench()
+    bench.say(Open(**TO, room=7))
+    (told,) = said(bench.core.fail(KEY, Cause.OVERLOADED, "no memory", now=1.0))
+    assert isinstance(told, Ended)
+    assert (told.cause, told.certain) == (Cause.OVERLOADED, True)
+    assert bench.core.fail(KEY, Cause.ABORTED, "again", now=1.0) == []
+    (again,) = said(bench.say(Open(**TO, room=7)))
+    assert isinstance(again, Ended)
+    assert again.cause is Cause.OVERLOADED
+    with pytest.raises(UsageError):
+        bench.offer()
+    assert not bench.core._pending_opens
+
+
+def test_a_whole_room() -> None:
+    """Two rounds, done, ended; the owner of the source gets it back with the cause and the rounds."""
+    bench = Bench()
+    write = bench.write()
+    assert (write.round.tokens, write.landed_tokens) == (256, 0)
+    (half,) = said(bench.core.on_landed(KEY, 0, 128, now=2.0))
+    assert isinstance(half, Status)
+    assert half.sent_tokens == 128
+    (whole,) = said(bench.core.on_written(KEY, 0, digests=(1,), now=2.0))
+    assert isinstance(whole, Status)
+    assert (whole.sent_tokens, whole.digests) == (256, (1,))
+    bench.say(grant(1, 256, (1,)))
+    bench.core.on_written(KEY, 1, digests=(2,), now=3.0)
+    actions = bench.say(Done(**TO, room=7))
+    assert actions[-1] == Release(KEY, Cause.DONE, "", (256, 44))
+    (ended,) = said(actions)
+    assert isinstance(ended, Ended)
+    assert ended.cause is Cause.DONE
+    (again,) = said(bench.say(Done(**TO, room=7)))
+    assert again == ended, "a lost end is said again"
+
+
+def test_a_grant_that_comes_again_is_answered_with_the_state() -> None:
+    """Scenario 11 and 26d: no second write; the answer holds what a lost status held, and nobody's deadline moves."""
+    bench = Bench()
+    bench.write()
+    bench.core.on_written(KEY, 0, digests=(1,), now=2.0)
+    due = dict(bench.core._timers._due)
+    (told,) = bench.say(grant(), now=50.0)
+    assert isinstance(told, Reply)
+    assert isinstance(told.message, Status)
+    assert (told.message.sent_tokens, told.message.digests) == (256, (1,))
+    assert bench.core._timers._due == due
+
+
+def test_a_bad_grant_fails_its_own_room() -> None:
+    """Nothing raises; the room ends on both sides, and another one does not."""
+    bench = Bench()
+    bench.offer((8, 0))
+    bench.write()
+    actions = bench.say(grant(1, 999, (3,)))
+    assert CancelWrites(KEY) in actions
+    actions = bench.core.on_write_lost(KEY, 0, "cancelled", now=2.0)
+    (ended,) = said(actions)
+    assert isinstance(ended, Ended)
+    assert ended.cause is Cause.VIOLATION
+    assert list(bench.core.rooms) == [(8, 0)]
+
+
+def test_an_abort_is_acknowledged_after_the_write_has_returned() -> None:
+    """Scenario 27: the source is not released before, and the abort that comes again meanwhile is silently waited for."""
+    bench = Bench()
+    bench.write()
+    assert bench.say(Abort(**TO, room=7, cause=Cause.ABORTED)) == [CancelWrites(KEY)]
+    assert bench.say(Abort(**TO, room=7, cause=Cause.ABORTED)) == []
+    actions = bench.core.on_write_lost(KEY, 0, "cancelled", now=2.0)
+    assert [type(a) for a in actions] == [Reply, Release]
+    (ended,) = said(actions)
+    assert isinstance(ended, Ended)
+    assert (ended.cause, ended.certain) == (Cause.ABORTED, True)
+
+
+def test_an_abort_of_a_room_that_was_never_opened_is_acknowledged() -> None:
+    """Scenario 26e: its open was lost: who ends a room hears of the end all the same."""
+    bench = Bench()
+    bench.offer()
+    (ended,) = said(bench.say(Abort(**TO, room=7, cause=Cause.ABORTED)))
+    assert isinstance(ended, Ended)
+    assert (ended.cause, ended.target) == (Cause.ABORTED, PEER)
+
+
+def test_a_lost_write_is_tried_again_a_few_times() -> None:
+    """From where it had landed; then the room fails."""
+    bench = Bench(write_attempts_max=2)
+    bench.write()
+    bench.core.on_landed(KEY, 0, 100, now=2.0)
+    (again,) = bench.core.on_write_lost(KEY, 0, "lost", now=2.0)
+    assert isinstance(again, Write)
+    assert again.landed_tokens == 100
+    (ended,) = said(bench.core.on_write_lost(KEY, 0, "lost", now=2.0))
+    assert isinstance(ended, Ended)
+    assert (ended.cause, ended.certain) == (Cause.WIRE_FAILED, True)
+
+
+def test_a_doubt_lasts_until_there_is_proof() -> None:
+    """Scenario 30: an unknown write ends the room uncertainly; when its wire was closed, the receiver hears the certain end."""
+    bench = Bench()
+    bench.write()
+    (ended,) = said(bench.core.on_write_unknown(KEY, 0, "timed out", now=2.0))
+    assert isinstance(ended, Ended)
+    assert not ended.certain
+    (asked,) = said(bench.say(Abort(**TO, room=7, cause=Cause.ABORTED)))
+    assert isinstance(asked, Ended)
+    assert not asked.certain
+    (certain,) = said(bench.core.on_doubt_ended(PEER, KEY))
+    assert isinstance(certain, Ended)
+    assert certain.certain
+    assert bench.core.on_doubt_ended(PEER, (99, 0)) == []
+
+
+def test_another_receiver_does_not_get_the_room() -> None:
+    """It belongs to who opened it; the other hears why, and the room goes on."""
+    bench = Bench()
+    bench.write()
+    bench.core.on_message(hello(6), now=1.0)
+    bench.core.on_attached(6, "shm")
+    (ended,) = said(bench.say(Open(source=6, target=SENDER, room=7)))
+    assert isinstance(ended, Ended)
+    assert ended.cause is Cause.VIOLATION
+    assert KEY in bench.core.rooms
+
+
+def test_a_silent_receiver_is_lost() -> None:
+    """Scenario 28: its rooms end when its writes have returned, its session at once."""
+    bench = Bench()
+    bench.write()
+    assert bench.core.on_tick(5.9) == []
+    actions = bench.core.on_tick(6.0)
+    assert CancelWrites(KEY) in actions
+    assert actions[-1] == Detach(PEER)
+    assert not bench.core.sessions
+    (_, release) = bench.core.on_write_lost(KEY, 0, "gone", now=7.0)
+    assert isinstance(release, Release)
+    assert release.cause is Cause.PEER_LOST
+
+
+@pytest.mark.parametrize(
+    ("step", "deadline_s"), [("offered", 30.0), ("not ready", 120.0), ("ready", 180.0), ("writing", 60.0)]
+)
+def test_every_state_has_a_deadline(step: str, deadline_s: float) -> None:
+    """A receiver that only pings does not keep a room for ever."""
+    bench = Bench()
+    if step == "writing":
+        bench.write()
+    else:
+        bench.offer()
+    if step in ("not ready", "ready"):
+        bench.say(Open(**TO, room=7))
+    if step == "ready":
+        bench.core.ready(KEY, source_ms=1.0, now=1.0)
+    now, room = 1.0, bench.core.rooms[KEY]
+    while now < 1.0 + deadline_s - 1.0:
+        bench.say(Ping(**TO), now)
+        bench.core.on_tick(now)
+        assert room.end is None
+        now += 1.0
+    bench.say(Ping(**TO), now)
+    bench.core.on_tick(1.0 + deadline_s)
+    assert room.end is not None
+    assert room.end[0] is Cause.DEADLINE
+
+
+def test_the_memory_of_ended_rooms_is_bounded() -> None:
+    """The oldest is forgotten first, but not one that is still asked for."""
+    bench = Bench(tombstones_max=3)
+    for number in range(3):
+        bench.core.fail((number, 0), Cause.OVERLOADED, "", now=1.0)
+    bench.say(Open(**TO, room=0))
+    bench.core.fail((3, 0), Cause.OVERLOADED, "", now=1.0)
+    assert list(bench.core._tombstones) == [(2, 0), (0, 0), (3, 0)]
+
+
+def test_closing_ends_every_room() -> None:
+    """And tells everybody."""
+    bench = Bench()
+    bench.write()
+    bench.offer((8, 0))
+    actions = bench.core.close(now=2.0) + bench.core.on_write_lost(KEY, 0, "closed", now=2.0)
+    assert {a.key: a.cause for a in actions if isinstance(a, Release)} == {
+        KEY: Cause.CLOSED,
+        (8, 0): Cause.CLOSED,
+    }
+    assert not bench.core.rooms
+
+
+def test_difference_names_the_first_field() -> None:
+    """Scenario 20: in words for both sides."""
+    assert "field 0: sender a, receiver b" in difference(("a",), ("b",))
+    assert "sender b, receiver none" in difference(("a", "b"), ("a",))
