@@ -52,6 +52,7 @@ class Up:
         assert self.process.stdout is not None
         lines = iter(self.process.stdout.readline, "")
         self.said = "".join(line for line in _until(lines, "Ctrl-C ends"))
+        assert "Ctrl-C ends" in self.said, self.process.communicate()[1]
         found = re.findall(r"^(\w+ ?\d?) +(http://\S+) +(\d+)", self.said, re.MULTILINE)
         self.urls = {name.strip(): url for name, url, _ in found}
         self.children = {name.strip(): psutil.Process(int(pid)) for name, _, pid in found}

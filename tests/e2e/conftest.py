@@ -54,7 +54,9 @@ class Metrics(dict[tuple[str, frozenset[tuple[str, str]]], float]):
 
     def total(self, name: str, **labels: str) -> float:
         """The sum of all samples of that name which carry these labels; 0 without any."""
-        return sum(v for (n, found), v in self.items() if n == f"embedwire_{name}" and found >= labels.items())
+        return sum(
+            v for (n, found), v in self.items() if n == f"embedwire_{name}" and found >= labels.items()
+        )
 
 
 class Server:
@@ -126,6 +128,10 @@ class Server:
     def stop(self) -> int:
         """SIGTERM, and its exit code. Killed when it does not end in time."""
         self.ask_to_stop()
+        return self.wait_stopped()
+
+    def wait_stopped(self) -> int:
+        """The exit code of one that was asked to stop."""
         try:
             return self.process.wait(WITHIN_S)
         except subprocess.TimeoutExpired:
@@ -274,8 +280,8 @@ def start_stack(
     yield start
     for one in started:
         one.ask_to_stop()
-    codes = {one.arguments[0]: one.stop() for one in started}
-    assert set(codes.values()) == {0}, codes
+    codes = [(one.arguments[0], one.wait_stopped()) for one in started]
+    assert {code for _, code in codes} == {0}, codes
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,9 @@ def questions(chat: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
     """Sixteen requests with one to three pictures of their own, none of which fits into the pool at once."""
     sizes = ((280, 224), (252, 280), (196, 336), (308, 252))
     return [
-        chat(f"This is number {n}.", *(picture(*sizes[(n + i) % 4], seed=10 * n + i) for i in range(1 + n % 3)))
+        chat(
+            f"This is number {n}.", *(picture(*sizes[(n + i) % 4], seed=10 * n + i) for i in range(1 + n % 3))
+        )
         for n in range(16)
     ]
 

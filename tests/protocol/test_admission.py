@@ -9,7 +9,7 @@ from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.budget import Budget
 from embedwire.protocol.actions import Round
 from embedwire.protocol.admission import Admission
-from embedwire.protocol.messages import Announce
+from embedwire.protocol.messages import Announce, Cause
 from embedwire.protocol.receiver import ReceiverTransfer
 
 
@@ -127,10 +127,11 @@ def test_nothing_while_blocks_are_in_quarantine() -> None:
     admit_all(line, one, two)
     granted = grant_next(line)
     assert granted is not None
-    line.quarantine("a", granted[2], peer=77)
+    one.fail(Cause.ABORTED, "")
+    line.quarantine(one, incarnation=77)
     assert grant_next(line) is None
     assert (line.held["a"], line.in_quarantine["a"]) == (1, 1)
-    line.release("a", granted[2])
+    line.release(one.key)
     assert grant_next(line) is not None
     assert (line.held["a"], line.in_quarantine["a"]) == (1, 0)
 

@@ -9,6 +9,7 @@ import pytest
 from embedwire.errors import OverloadedError, UsageError
 from embedwire.limits import AUX_WORDS, Limits
 from embedwire.protocol.actions import Attach, CancelWrites, Detach, Release, Reply, SenderAction, Write
+from embedwire.protocol.handshake import difference
 from embedwire.protocol.messages import (
     Abort,
     Announce,
@@ -29,7 +30,7 @@ from embedwire.protocol.messages import (
     Stranger,
     Welcome,
 )
-from embedwire.protocol.sender_core import SenderCore, difference
+from embedwire.protocol.sender_core import SenderCore
 from embedwire.protocol.states import Poll
 
 SENDER, PEER, KEY = 11, 5, (7, 0)

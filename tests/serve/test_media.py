@@ -104,6 +104,11 @@ async def test_one_private_address_among_public_ones_is_enough() -> None:
     assert net.requests == []
 
 
+async def test_media_that_came_with_the_request_do_not_come_too_late() -> None:
+    """A server that is busy does not blame its user: the time-out is for hosts that are slow."""
+    assert await fetch(Net(lambda _: body(b"")), "data:;base64,aW1hZ2U=", timeout_s=1e-9) == [b"image"]
+
+
 async def test_a_redirect_is_checked_again() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         return body(b"", 302, location="http://inside.example/secret")

@@ -225,7 +225,14 @@ def blocks_are_kept_while_waiting_for_more(patch: Patch) -> None:
 
 
 def nothing_is_asked_again(patch: Patch) -> None:
-    patch.setattr(ReceiverCore, "_ask_again", lambda self, room, now: None)
+    whole = ReceiverCore._on_room_due
+
+    def once(self: ReceiverCore, room: ReceiverTransfer, now: float) -> None:
+        with patch.context() as silent:
+            silent.setattr(self, "_ask", lambda room: None)
+            whole(self, room, now)
+
+    patch.setattr(ReceiverCore, "_on_room_due", once)
 
 
 def blocks_are_free_at_once_on_every_wire(patch: Patch) -> None:
@@ -267,7 +274,7 @@ def doubt_is_taken_for_loss(patch: Patch) -> None:
 def quarantine_is_for_nobody(patch: Patch) -> None:
     whole = Admission.quarantine
     patch.setattr(
-        Admission, "quarantine", lambda self, address, granted, *, peer: whole(self, address, granted, peer=0)
+        Admission, "quarantine", lambda self, room, *, incarnation: whole(self, room, incarnation=0)
     )
     patch.setattr(ReceiverCore, "suspects", {0})
 

@@ -23,7 +23,7 @@ def test_random_worlds(first: int) -> None:
     ends: Counter[str] = Counter()
     for seed in range(first, first + 50):
         ends += run_seed(seed)[1]
-    assert ends["done"] > ends.total() / 2, ends
+    assert ends["done"] > ends.total() / 3, ends
 
 
 def test_equal_seeds_give_equal_traces() -> None:

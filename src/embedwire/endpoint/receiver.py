@@ -58,9 +58,10 @@ from embedwire.protocol.actions import (
     Revoke,
     Send,
 )
+from embedwire.protocol.handshake import Offered
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.receiver import ReceiverTransfer
-from embedwire.protocol.receiver_core import Offered, ReceiverCore
+from embedwire.protocol.receiver_core import ReceiverCore
 from embedwire.transports import open_inbound
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from embedwire.protocol.actions import Address, Round
+from embedwire.protocol.messages import RoomKey
 from embedwire.protocol.receiver import ReceiverTransfer
 
 
@@ -41,8 +43,17 @@ class Memory(Protocol):
     def release(self, key: Hashable) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Rounds of a failed room that ``incarnation`` may still write to."""
+
+    address: Address
+    incarnation: int
+    rounds: list[Round]
+
+
 class Admission:
-    """The two queues, and the blocks that each peer holds."""
+    """The two queues, the blocks that each peer holds, and the rounds in quarantine."""
 
     def __init__(
         self,
@@ -63,6 +74,7 @@ class Admission:
         self.for_more: deque[ReceiverTransfer] = deque()
         self.held: Counter[Address] = Counter()
         self.in_quarantine: Counter[Address] = Counter()
+        self.quarantined: dict[RoomKey, Quarantined] = {}
 
     def never_fits(self, total_tokens: int) -> str | None:
         """Why a room of this size can never be served, or None."""
@@ -136,13 +148,18 @@ class Admission:
         self.blocks.free(granted.block_indices)
         self.held[address] -= len(granted.block_indices)
 
-    def quarantine(self, address: Address, granted: Round, *, peer: int) -> None:
-        """A round's blocks may still be written to."""
-        self.blocks.quarantine(granted.block_indices, peer=peer)
-        self.in_quarantine[address] += len(granted.block_indices)
+    def quarantine(self, room: ReceiverTransfer, *, incarnation: int) -> None:
+        """The rounds of a failed room may still be written to, by that incarnation of its sender."""
+        for granted in room.quarantined:
+            self.blocks.quarantine(granted.block_indices, peer=incarnation)
+            self.in_quarantine[room.address] += len(granted.block_indices)
+        self.quarantined[room.key] = Quarantined(room.address, incarnation, room.quarantined)
 
-    def release(self, address: Address, granted: Round) -> None:
-        """Proof has come that no write can land in a quarantined round."""
-        self.blocks.release_quarantine(granted.block_indices)
-        self.in_quarantine[address] -= len(granted.block_indices)
-        self.held[address] -= len(granted.block_indices)
+    def release(self, key: RoomKey) -> Quarantined:
+        """Proof has come that no write can land in what a room left behind."""
+        left = self.quarantined.pop(key)
+        for granted in left.rounds:
+            self.blocks.release_quarantine(granted.block_indices)
+            self.in_quarantine[left.address] -= len(granted.block_indices)
+            self.held[left.address] -= len(granted.block_indices)
+        return left

@@ -11,7 +11,18 @@ from collections import deque
 from embedwire.errors import ProtocolViolation
 from embedwire.limits import AUX_TOTAL_TOKENS
 from embedwire.protocol.actions import Address, Drain, Round
-from embedwire.protocol.messages import Announce, Cause, Init, ResumeTransfer, RoomKey, Status
+from embedwire.protocol.messages import (
+    Abort,
+    Announce,
+    Cause,
+    Done,
+    Init,
+    Open,
+    ResumeTransfer,
+    RoomKey,
+    RoomMessage,
+    Status,
+)
 from embedwire.protocol.states import (
     LIVE,
     POLL_OF,
@@ -173,6 +184,28 @@ class ReceiverTransfer:
         self.end = (cause, detail)
         self.quarantined = list(self.open_rounds)
         self.open_rounds.clear()
+
+    def questions(self, *, source: int, target: int, block_size: int) -> list[RoomMessage]:
+        """What the room waits for an answer to: nothing while it waits for our own memory."""
+        room, attempt = self.key
+        match self.state:
+            case ReceiverState.FILLING:
+                return [
+                    self.grant_message(granted, block_size=block_size, source=source, target=target)
+                    for granted in self.open_rounds
+                ]
+            case ReceiverState.CLOSING:
+                return [Done(source=source, target=target, room=room, attempt=attempt)]
+            case ReceiverState.ABORTING if self.end is not None:
+                cause, detail = self.end
+                return [
+                    Abort(
+                        source=source, target=target, room=room, attempt=attempt, cause=cause, detail=detail
+                    )
+                ]
+            case ReceiverState.OPENING | ReceiverState.WAITING if not self.is_ready:
+                return [Open(source=source, target=target, room=room, attempt=attempt)]
+        return []
 
     def grant_message(
         self, granted: Round, *, block_size: int, source: int, target: int

@@ -6,10 +6,10 @@ carries them out in order, and a Drain before it gives the core the next event.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from embedwire.errors import OverloadedError, ProtocolViolation, UsageError
-from embedwire.limits import DEFAULT_LIMITS, PROTOCOL_VERSION, Limits
+from embedwire.limits import DEFAULT_LIMITS, Limits
 from embedwire.protocol.actions import (
     Address,
     Assemble,
@@ -23,16 +23,12 @@ from embedwire.protocol.actions import (
     Send,
 )
 from embedwire.protocol.admission import Admission, Blocks, Memory
+from embedwire.protocol.handshake import Offered, ReceiverSession
 from embedwire.protocol.messages import (
     Abort,
     Announce,
     Cause,
-    Done,
     Ended,
-    Hello,
-    Message,
-    Open,
-    Ping,
     Refused,
     RoomKey,
     RoomMessage,
@@ -43,7 +39,6 @@ from embedwire.protocol.messages import (
     cut,
 )
 from embedwire.protocol.receiver import CorruptRoom, ReceiverTransfer
-from embedwire.protocol.sender_core import difference
 from embedwire.protocol.states import ReceiverEvent, ReceiverState
 from embedwire.protocol.timers import Timers
 
@@ -51,39 +46,6 @@ RESEND_S_MAX = 1.0
 """A message that waits for something slow is sent again at growing intervals, up to this."""
 IDLE_S = 60.0
 """A session without rooms is kept this long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """What a receiver says of itself in ``hello``. ``fenced``: the wires whose receiver can enforce the end of a grant."""
-
-    fields: tuple[str, ...]
-    block_size: int
-    num_blocks: int
-    wires: tuple[tuple[str, bytes], ...]
-    fenced: frozenset[str]
-
-
-@dataclass(slots=True)
-class ReceiverSession:
-    """One sender. ``incarnation`` is 0 until it has welcomed us; ``wire`` is None while we say hello, with this ``nonce``.
-    ``is_fenced`` is about the last wire."""
-
-    heard_at: float
-    nonce: int
-    incarnation: int = 0
-    wire: str | None = None
-    is_fenced: bool = False
-    rooms: set[RoomKey] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class Quarantine:
-    """Rounds of a failed room that ``incarnation`` may still write to."""
-
-    address: Address
-    incarnation: int
-    rounds: list[Round]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +77,6 @@ class ReceiverCore:
         self.limits = limits
         self.rooms: dict[RoomKey, ReceiverTransfer] = {}
         self.sessions: dict[Address, ReceiverSession] = {}
-        self.quarantine: dict[RoomKey, Quarantine] = {}
         self.admission = Admission(
             blocks,
             memory,
@@ -132,7 +93,7 @@ class ReceiverCore:
 
     def open(self, key: RoomKey, address: Address, *, now: float) -> list[ReceiverAction]:
         """Ask the sender at ``address`` for a room. Raises UsageError for a known key, OverloadedError over ``rooms_max``."""
-        if key in self.rooms or key in self.quarantine:
+        if key in self.rooms or key in self.admission.quarantined:
             raise UsageError(f"room {key[0]} attempt {key[1]} is open already")
         if len(self.rooms) >= self.limits.rooms_max:
             raise OverloadedError(
@@ -147,8 +108,7 @@ class ReceiverCore:
             session.heard_at = now  # silence counts from the first question on
             self._ask_session(address, session, now)
         session.rooms.add(key)
-        if session.wire is not None:
-            self._send(room, Open)
+        self._ask(room)
         self._await(room, self.limits.open_wait_s + self.limits.peer_silence_s, now)
         return self._take()
 
@@ -190,30 +150,17 @@ class ReceiverCore:
         if session.wire is not None or welcome.nonce != session.nonce:
             return  # late, and maybe from an earlier life of the sender
         session.heard_at = now
-        if welcome.version != PROTOCOL_VERSION:
-            self._fail_all(session, Cause.HANDSHAKE, f"sender speaks version {welcome.version}", now)
-        elif welcome.fields != self.offered.fields:
-            self._fail_all(session, Cause.HANDSHAKE, difference(welcome.fields, self.offered.fields), now)
-        elif welcome.wire not in dict(self.offered.wires):
-            self._fail_all(
-                session, Cause.VIOLATION, f"sender chose wire {welcome.wire!r}, which was not offered", now
-            )
-        else:
-            self._begin_session(welcome, address, session, now)
-
-    def _begin_session(
-        self, welcome: Welcome, address: Address, session: ReceiverSession, now: float
-    ) -> None:
-        """Where the sender is another process, or writes in another way, than before, its earlier rounds end first: as those of
-        the earlier one. A room that was not announced may yet come."""
-        is_fenced = welcome.wire in self.offered.fenced
-        if session.incarnation and (session.incarnation, session.is_fenced) != (welcome.source, is_fenced):
+        problem = self.offered.problem_with(welcome)
+        if problem is not None:
+            self._fail_all(session, *problem, now)
+            return
+        if session.is_other(welcome, self.offered):  # its rounds end as those of the earlier one
             for room in self._rooms_of(session):
-                if room.state is not ReceiverState.OPENING:
+                if room.state is not ReceiverState.OPENING:  # a room that was not announced may yet come
                     self._fail(room, Cause.PEER_LOST, f"the sender at {address} was started anew", now)
-        session.incarnation, session.wire, session.is_fenced = welcome.source, welcome.wire, is_fenced
+        session.begin(welcome, self.offered)
         for key in sorted(session.rooms & self.rooms.keys()):
-            self._ask_again(self.rooms[key], now)
+            self._ask(self.rooms[key])
 
     def _on_stranger(self, address: Address, session: ReceiverSession, now: float) -> None:
         """Somebody there does not know us, or did not once: the answer to a new hello will tell who it is."""
@@ -283,7 +230,7 @@ class ReceiverCore:
         self._confirm(room)
 
     def _on_certainty(self, ended: Ended, now: float) -> None:
-        held = self.quarantine.get(ended.key)
+        held = self.admission.quarantined.get(ended.key)
         if ended.certain and held is not None and held.incarnation == ended.source:
             self._end_quarantine(ended.key, now)
 
@@ -339,7 +286,7 @@ class ReceiverCore:
         room.machine.step(ReceiverEvent.ALL_DRAINED)
         room.end = (Cause.DONE, "")
         self._actions.append(Finished(room.key))
-        self._send(room, Done)
+        self._ask(room)
         self._await(room, self.limits.close_s, now)
 
     def _pump(self, now: float) -> None:
@@ -347,7 +294,9 @@ class ReceiverCore:
         while (room := self.admission.admit()) is not None:
             room.has_assembly = True
             self._actions.append(Assemble(room.key, room.total_tokens))
-        peers = len(self.sessions)  # also who has no room now: what is all held when it has one may never come back
+        peers = len(
+            self.sessions
+        )  # also who has no room now: what is all held when it has one may never come back
         while (turn := self.admission.next_grant(peers=peers)) is not None:
             room, blocks = turn
             self._tickets += 1
@@ -381,14 +330,12 @@ class ReceiverCore:
             for granted in room.quarantined:
                 self.admission.give_back(room.address, granted)
         elif room.quarantined:
-            for granted in room.quarantined:
-                self.admission.quarantine(room.address, granted, peer=session.incarnation)
-            self.quarantine[room.key] = Quarantine(room.address, session.incarnation, room.quarantined)
+            self.admission.quarantine(room, incarnation=session.incarnation)
         self._actions.append(Failed(room.key, cause, room.end[1] if room.end else ""))
         if is_told:
             self._confirm(room)
         else:
-            self._ask_again(room, now)
+            self._ask(room)
             self._await(room, self.limits.close_s, now)
         self._pump(now)
 
@@ -401,15 +348,13 @@ class ReceiverCore:
         """The sender knows that the room is over, or has had time enough to hear it."""
         room.machine.step(ReceiverEvent.CONFIRMED)
         del self.rooms[room.key]
-        if room.key in self.quarantine:
+        if room.key in self.admission.quarantined:
             return  # its end is still asked for, with the session
         self._timers.clear(_RoomDue(room.key))
         self.sessions[room.address].rooms.discard(room.key)
 
     def _end_quarantine(self, key: RoomKey, now: float) -> None:
-        held = self.quarantine.pop(key)
-        for granted in held.rounds:
-            self.admission.release(held.address, granted)
+        held = self.admission.release(key)
         if key not in self.rooms:
             self._timers.clear(_RoomDue(key))
             if held.address in self.sessions:
@@ -419,11 +364,11 @@ class ReceiverCore:
     @property
     def suspects(self) -> set[int]:
         """Incarnations that may still write to quarantined blocks: the driver looks whether they are gone."""
-        return {held.incarnation for held in self.quarantine.values()}
+        return {held.incarnation for held in self.admission.quarantined.values()}
 
     def on_peer_gone(self, incarnation: int, *, now: float) -> list[ReceiverAction]:
         """Proof that no write of a sender's incarnation can land any more."""
-        for key in [k for k, held in self.quarantine.items() if held.incarnation == incarnation]:
+        for key in [k for k, held in self.admission.quarantined.items() if held.incarnation == incarnation]:
             self._end_quarantine(key, now)
         return self._take()
 
@@ -454,13 +399,13 @@ class ReceiverCore:
                 self._on_session_due(due.address, now)
             elif due.key in self.rooms:
                 self._on_room_due(self.rooms[due.key], now)
-            elif due.key in self.quarantine:
+            elif due.key in self.admission.quarantined:
                 self._ask_end(due.key, now)
         return self._take()
 
     def _on_room_due(self, room: ReceiverTransfer, now: float) -> None:
         if now < room.deadline:
-            self._ask_again(room, now)
+            self._ask(room)
             if room.state is not ReceiverState.FILLING:
                 room.wait_s = min(room.wait_s * 2, RESEND_S_MAX)
             self._timers.set(_RoomDue(room.key), min(now + room.wait_s, room.deadline))
@@ -471,12 +416,12 @@ class ReceiverCore:
             )
         else:
             self._confirm(room)
-            if room.key in self.quarantine:
+            if room.key in self.admission.quarantined:
                 self._ask_end(room.key, now)
 
     def _ask_end(self, key: RoomKey, now: float) -> None:
         """Ask again for the end of a room that is forgotten but for its quarantined blocks, if there is still whom to ask."""
-        held = self.quarantine[key]
+        held = self.admission.quarantined[key]
         session = self.sessions[held.address]
         if session.wire is not None and session.incarnation == held.incarnation:
             number, attempt = key
@@ -515,46 +460,20 @@ class ReceiverCore:
 
     # ------------------------------------------------------------------ talking
 
-    def _ask_again(self, room: ReceiverTransfer, now: float) -> None:
-        """Send what the room waits for an answer to; nothing while it waits for our own memory."""
+    def _ask(self, room: ReceiverTransfer) -> None:
+        """Send what the room waits for an answer to; without a session, that asks for itself first, and its welcome for the rooms."""
         session = self.sessions[room.address]
-        if session.wire is None:
-            return  # the session asks for itself; its welcome asks for the rooms
-        if room.state is ReceiverState.CLOSING:
-            self._send(room, Done)
-        elif room.state is ReceiverState.ABORTING:
-            assert room.end is not None
-            self._send(room, Abort, cause=room.end[0], detail=room.end[1])
-        elif room.state is ReceiverState.FILLING:
-            for granted in room.open_rounds:
-                self._send_grant(room, granted)
-        elif not room.is_ready:
-            self._send(room, Open)
+        if session.wire is not None:
+            size = self.offered.block_size
+            for message in room.questions(
+                source=self.incarnation, target=session.incarnation, block_size=size
+            ):
+                self._actions.append(Send(room.address, message))
 
     def _ask_session(self, address: Address, session: ReceiverSession, now: float) -> None:
-        message: Message
-        if session.wire is None:
-            message = Hello(
-                source=self.incarnation,
-                version=PROTOCOL_VERSION,
-                nonce=session.nonce,
-                fields=self.offered.fields,
-                block_size=self.offered.block_size,
-                num_blocks=self.offered.num_blocks,
-                wires=self.offered.wires,
-            )
-            wait_s = self.limits.retry_s
-        else:
-            message = Ping(source=self.incarnation, target=session.incarnation)
-            wait_s = self.limits.peer_silence_s / 4
-        self._actions.append(Send(address, message))
+        self._actions.append(Send(address, session.question(self.offered, source=self.incarnation)))
+        wait_s = self.limits.retry_s if session.wire is None else self.limits.peer_silence_s / 4
         self._timers.set(_SessionDue(address), now + wait_s)
-
-    def _send(self, room: ReceiverTransfer, kind: type[Open | Done | Abort], **more: object) -> None:
-        number, attempt = room.key
-        target = self.sessions[room.address].incarnation
-        message = kind(source=self.incarnation, target=target, room=number, attempt=attempt, **more)  # type: ignore[arg-type]
-        self._actions.append(Send(room.address, message))
 
     def _send_grant(self, room: ReceiverTransfer, granted: Round) -> None:
         target = self.sessions[room.address].incarnation

@@ -5,11 +5,10 @@ Called by one driver thread (``endpoint.sender``) or by the simulation. Every pu
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from embedwire.errors import OverloadedError, ProtocolViolation, UsageError
-from embedwire.limits import AUX_TOTAL_TOKENS, DEFAULT_LIMITS, PROTOCOL_VERSION, Limits
+from embedwire.limits import AUX_TOTAL_TOKENS, DEFAULT_LIMITS, Limits
 from embedwire.protocol.actions import (
     Attach,
     CancelWrites,
@@ -21,6 +20,7 @@ from embedwire.protocol.actions import (
     SenderAction,
     Write,
 )
+from embedwire.protocol.handshake import Problem, SenderSession, problem_with_hello, refusal
 from embedwire.protocol.messages import (
     Abort,
     Cause,
@@ -32,29 +32,17 @@ from embedwire.protocol.messages import (
     Open,
     Ping,
     Pong,
-    Refused,
     RoomKey,
     RoomMessage,
     Status,
     Stranger,
     ToSender,
-    Welcome,
     cut,
 )
 from embedwire.protocol.sender import SenderTransfer
 from embedwire.protocol.states import HOLDS_SOURCE, Poll, SenderEvent, SenderState
 from embedwire.protocol.timers import Timers
-
-
-@dataclass(slots=True)
-class SenderSession:
-    """One receiver. ``wire`` is None while it is being attached. ``nonce`` is that of its latest hello."""
-
-    hello: Hello
-    nonce: int
-    heard_at: float
-    wire: str | None = None
-    rooms: set[RoomKey] = field(default_factory=set)
+from embedwire.protocol.tombstones import Tombstone, Tombstones
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +65,7 @@ class SenderCore:
         self.rooms: dict[RoomKey, SenderTransfer] = {}
         self.sessions: dict[Peer, SenderSession] = {}
         self._pending_opens: dict[RoomKey, Peer] = {}
-        self._tombstones: OrderedDict[RoomKey, tuple[Cause, str, bool]] = OrderedDict()
+        self._tombstones = Tombstones(limits.tombstones_max)
         self._timers: Timers[_RoomDue | _PeerDue] = Timers()
         self._actions: list[SenderAction] = []
 
@@ -120,7 +108,7 @@ class SenderCore:
         if room is not None:
             self._fail(room, cause, detail, now)
         elif key not in self._tombstones:
-            self._bury(key, cause, cut(detail), is_certain=True)
+            self._tombstones.bury(key, Tombstone(cause, cut(detail), is_certain=True))
             peer = self._pending_opens.pop(key, None)
             if peer is not None:
                 self._timers.clear(_RoomDue(key))
@@ -150,7 +138,7 @@ class SenderCore:
         peer = hello.source
         problem = self._problem_with(hello)
         if problem is not None:
-            self._refuse(peer, hello.nonce, *problem)
+            self._say(peer, refusal(peer, hello.nonce, problem, source=self.incarnation))
             return
         session = self.sessions.get(peer)
         if session is None:
@@ -163,16 +151,15 @@ class SenderCore:
         if session.wire is not None:
             self._welcome(peer, session.wire)
 
-    def _problem_with(self, hello: Hello) -> tuple[Cause, str] | None:
-        if hello.source == 0:
-            return Cause.VIOLATION, "incarnation 0"
-        if hello.version != PROTOCOL_VERSION:
-            return Cause.HANDSHAKE, f"protocol version: sender {PROTOCOL_VERSION}, receiver {hello.version}"
-        if hello.fields != self.fields:
-            return Cause.HANDSHAKE, difference(self.fields, hello.fields)
-        if hello.source not in self.sessions and len(self.sessions) >= self.limits.sessions_max:
+    def _problem_with(self, hello: Hello) -> Problem | None:
+        problem = problem_with_hello(hello, self.fields)
+        if (
+            problem is None
+            and hello.source not in self.sessions
+            and len(self.sessions) >= self.limits.sessions_max
+        ):
             return Cause.OVERLOADED, f"{len(self.sessions)} receivers; at most {self.limits.sessions_max}"
-        return None
+        return problem
 
     def on_attached(self, peer: Peer, wire: str) -> list[SenderAction]:
         """The receiver's memory is in reach."""
@@ -189,26 +176,13 @@ class SenderCore:
         session = self.sessions.pop(peer, None)
         if session is not None:
             self._timers.clear(_PeerDue(peer))
-            self._refuse(peer, session.nonce, Cause.WIRE_FAILED, detail)
+            self._say(
+                peer, refusal(peer, session.nonce, (Cause.WIRE_FAILED, detail), source=self.incarnation)
+            )
         return self._take()
 
-    def _refuse(self, peer: Peer, nonce: int, cause: Cause, detail: str) -> None:
-        self._say(
-            peer, Refused(source=self.incarnation, target=peer, nonce=nonce, cause=cause, detail=cut(detail))
-        )
-
     def _welcome(self, peer: Peer, wire: str) -> None:
-        self._say(
-            peer,
-            Welcome(
-                source=self.incarnation,
-                target=peer,
-                version=PROTOCOL_VERSION,
-                nonce=self.sessions[peer].nonce,
-                fields=self.fields,
-                wire=wire,
-            ),
-        )
+        self._say(peer, self.sessions[peer].welcome(self.fields, source=self.incarnation, wire=wire))
 
     def _on_room_message(self, message: RoomMessage, peer: Peer, now: float) -> None:
         room = self.rooms.get(message.key)
@@ -224,11 +198,9 @@ class SenderCore:
 
     def _on_unknown_room(self, message: RoomMessage, peer: Peer, now: float) -> None:
         key = message.key
-        tombstone = self._tombstones.get(key)
+        tombstone = self._tombstones.visit(key)
         if tombstone is not None:
-            self._tombstones.move_to_end(key)  # whoever still asks is remembered longest
-            cause, detail, certain = tombstone
-            self._end(peer, key, cause, detail, certain=certain)
+            self._end(peer, key, tombstone.cause, tombstone.detail, certain=tombstone.is_certain)
         elif not isinstance(message, Open):
             self._end(peer, key, Cause.UNKNOWN_ROOM, f"room {key[0]} attempt {key[1]} is not known here")
         elif key in self._pending_opens or len(self._pending_opens) < self.limits.pending_opens_max:
@@ -317,13 +289,12 @@ class SenderCore:
 
     def on_doubt_ended(self, peer: Peer, key: RoomKey) -> list[SenderAction]:
         """Proof has come that a write which returned as unknown can not land any more: the wire that it went over was closed."""
-        room, tombstone = self.rooms.get(key), self._tombstones.get(key)
+        room, tombstone = self.rooms.get(key), self._tombstones.visit(key)
         if room is not None:
             room.is_certain = True
         elif tombstone is not None:
-            cause, detail, _ = tombstone
-            self._tombstones[key] = (cause, detail, True)
-            self._end(peer, key, cause, detail)
+            tombstone.is_certain = True
+            self._end(peer, key, tombstone.cause, tombstone.detail)
         return self._take()
 
     def _write(self, room: SenderTransfer, granted: Round) -> None:
@@ -427,17 +398,12 @@ class SenderCore:
         cause, detail = room.end
         del self.rooms[room.key]
         self._timers.clear(_RoomDue(room.key))
-        self._bury(room.key, cause, detail, is_certain=room.is_certain)
+        self._tombstones.bury(room.key, Tombstone(cause, detail, room.is_certain))
         if room.peer is not None:
             if room.peer in self.sessions:
                 self.sessions[room.peer].rooms.discard(room.key)
             self._end(room.peer, room.key, cause, detail, certain=room.is_certain)
         self._actions.append(Release(room.key, cause, detail, tuple(r.tokens for r in room.rounds)))
-
-    def _bury(self, key: RoomKey, cause: Cause, detail: str, *, is_certain: bool) -> None:
-        self._tombstones[key] = (cause, detail, is_certain)
-        while len(self._tombstones) > self.limits.tombstones_max:
-            self._tombstones.popitem(last=False)
 
     def _end(self, peer: Peer, key: RoomKey, cause: Cause, detail: str, *, certain: bool = True) -> None:
         room, attempt = key
@@ -460,13 +426,3 @@ class SenderCore:
     def _take(self) -> list[SenderAction]:
         actions, self._actions = self._actions, []
         return actions
-
-
-def difference(sender_fields: tuple[str, ...], receiver_fields: tuple[str, ...]) -> str:
-    """Which field of two layouts differs first, in words for both sides."""
-    for index in range(max(len(sender_fields), len(receiver_fields))):
-        ours = sender_fields[index] if index < len(sender_fields) else "none"
-        theirs = receiver_fields[index] if index < len(receiver_fields) else "none"
-        if ours != theirs:
-            return f"layouts differ at field {index}: sender {ours}, receiver {theirs}"
-    return "layouts are equal"

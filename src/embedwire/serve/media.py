@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
@@ -40,7 +40,7 @@ class MediaLimits:
     total_bytes_max: int = 64 * 2**20
     redirects_max: int = 3
     timeout_s: float = 20.0
-    """For all media of the request together, from the first look-up to the last byte."""
+    """For all media of the request that are fetched together, from the first look-up to the last byte."""
     parallel_fetches_max: int = 8
     allow_private_media: bool = False
     """Let URLs lead to private addresses. Only where every user may reach what this host reaches."""
@@ -138,38 +138,42 @@ class MediaFetcher:
         found: dict[str, bytes] = {}
         failed: list[MediaError] = []
         slots = anyio.CapacityLimiter(self.limits.parallel_fetches_max)
-        pending = dict(urls)
 
-        async def fetch_one(place: str, url: str) -> None:
-            try:
-                async with slots:
-                    found[place] = await self._fetch(url, budget)
-            except MediaError as error:
-                error.param = place
-                failed.append(error)
-                group.cancel_scope.cancel()
-            else:
-                del pending[place]
+        async def get_all(get: Callable[[str, _Budget], Awaitable[bytes]], places: Sequence[str]) -> None:
+            async def get_one(place: str) -> None:
+                try:
+                    async with slots:
+                        found[place] = await get(urls[place], budget)
+                except MediaError as error:
+                    error.param = place
+                    failed.append(error)
+                    group.cancel_scope.cancel()
 
-        with anyio.move_on_after(self.limits.timeout_s) as time_limit:
             async with anyio.create_task_group() as group:
-                for place, url in urls.items():
-                    group.start_soon(fetch_one, place, url)
+                for place in places:
+                    group.start_soon(get_one, place)
+
+        await get_all(self._decode, [place for place, url in urls.items() if _is_inline(url)])
+        if not failed:  # what came with the request is not late, however busy this server is
+            with anyio.move_on_after(self.limits.timeout_s):
+                await get_all(self._fetch, [place for place in urls if place not in found])
         if failed:
             raise failed[0]
-        if time_limit.cancelled_caught:
+        missing = [place for place in urls if place not in found]
+        if missing:
             raise MediaError(
                 f"the media did not arrive within {self.limits.timeout_s:g} s",
                 code="media_timeout",
-                param=next(iter(pending), None),
+                param=missing[0],
             )
         return [found[place] for place in urls]
 
+    async def _decode(self, url: str, budget: _Budget) -> bytes:
+        data = await anyio.to_thread.run_sync(self._decode_data_url, url)
+        budget.spend(len(data))
+        return data
+
     async def _fetch(self, url: str, budget: _Budget) -> bytes:
-        if url[:5].lower() == "data:":
-            data = await anyio.to_thread.run_sync(self._decode_data_url, url)
-            budget.spend(len(data))
-            return data
         hop = _checked_url(url)
         for _ in range(self.limits.redirects_max + 1):
             request = self._client.build_request("GET", hop)
@@ -248,6 +252,10 @@ async def look_up(host: str, port: int) -> list[str]:
     hexadecimal)."""
     found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [address[0] for *_, address in found]
+
+
+def _is_inline(url: str) -> bool:
+    return url[:5].lower() == "data:"
 
 
 def _checked_url(text: str, *, base: httpx.URL | None = None) -> httpx.URL:

@@ -86,7 +86,9 @@ def _of_blocks(node: ReceiverNode) -> Iterator[str]:
     core, blocks = node.core, node.blocks
     blocks.check()
     granted = [b for room in core.rooms.values() for r in room.open_rounds for b in r.block_indices]
-    doubted = [b for held in core.quarantine.values() for r in held.rounds for b in r.block_indices]
+    doubted = [
+        b for held in core.admission.quarantined.values() for r in held.rounds for b in r.block_indices
+    ]
     if len(granted) != blocks.blocks_granted or len(doubted) != blocks.blocks_quarantined:
         yield f"rooms hold {len(granted)} blocks, quarantine {len(doubted)}: {blocks}"
     if len(set(granted + doubted)) != len(granted + doubted):
@@ -128,7 +130,7 @@ def _left_at_receiver(node: ReceiverNode) -> Iterator[str]:
     left = {
         "rooms": list(core.rooms),
         "sessions": list(core.sessions),
-        "quarantine": list(core.quarantine),
+        "quarantine": list(core.admission.quarantined),
         "queues": [*admission.for_assembly, *admission.for_blocks, *admission.for_more],
         "held": +admission.held,
         "bytes": node.budget.used_bytes,

@@ -35,8 +35,9 @@ from embedwire.protocol.actions import (
     SenderAction,
     Write,
 )
+from embedwire.protocol.handshake import Offered
 from embedwire.protocol.messages import Cause, Grant, Message, RoomKey, decode_for_receiver, decode_for_sender
-from embedwire.protocol.receiver_core import Offered, ReceiverCore
+from embedwire.protocol.receiver_core import ReceiverCore
 from embedwire.protocol.sender_core import SenderCore
 from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, Cells, Memory, aux_of, cells, digests, room_of
 from embedwire.testing.sim_timeline import Process, Timeline
@@ -318,7 +319,7 @@ class ReceiverNode:
         return Target(self.memory, self.process, self.setup.wire, self._holds, is_cut)
 
     def _holds(self, key: RoomKey, ticket: int) -> bool:
-        room, doubted = self.core.rooms.get(key), self.core.quarantine.get(key)
+        room, doubted = self.core.rooms.get(key), self.core.admission.quarantined.get(key)
         kept = (
             *(room.open_rounds if room is not None else ()),
             *(doubted.rounds if doubted is not None else ()),

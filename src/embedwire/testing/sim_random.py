@@ -42,7 +42,7 @@ class RandomWorld:
         self.receivers = [self._add_receiver(i, largest) for i in range(rng.randint(1, 3))]
         self.transfers = [self._add_room(room, tokens) for room, tokens in rooms]
         if self.is_harsh:
-            for _ in range(rng.randint(1, 30)):
+            for _ in range(rng.randint(1, 16)):
                 self.world.after(rng.uniform(0, STORM_S), self._draw_fault())
         self.world.after(STORM_S, self._clear_up)
 
@@ -126,7 +126,7 @@ class RandomWorld:
             (
                 lambda: self._freeze(node, pause_s),
                 lambda: self._freeze(sender, pause_s),
-                lambda: self._kill(node, pause_s),
+                lambda: self._kill(node, min(pause_s, 8.0)),
                 lambda: world.link.cut(sender.address, receiver.address, for_s=pause_s),
                 lambda: self._abort(transfer.sender, transfer.key),
                 lambda: self._abort(transfer.receiver, transfer.key),

@@ -164,10 +164,12 @@ class World:
         receiver = receiver or next(iter(self.receivers.values()))
         transfer = Transfer((room, attempt), total_tokens, sender, receiver)
         self.transfers[transfer.key] = transfer
-        sender.process.run_after(
-            offer_after_s, lambda: sender.request(transfer.key, total_tokens, source_s=source_s)
+        key = transfer.key
+        self.after(
+            offer_after_s,
+            lambda: sender.process.run(lambda: sender.request(key, total_tokens, source_s=source_s)),
         )
-        receiver.process.run_after(open_after_s, lambda: self._open(transfer))
+        self.after(open_after_s, lambda: receiver.process.run(lambda: self._open(transfer)))
         return transfer
 
     def _open(self, transfer: Transfer) -> None:
@@ -233,7 +235,7 @@ class World:
             self.timeline.now = max(self.timeline.now, due)
             node.tick()
         for receiver in self.receivers.values():
-            if receiver.core.quarantine:
+            if receiver.core.admission.quarantined:
                 receiver.process.run(receiver.look_for_proof)
         self.steps += 1
         self._checks.after_event(self.senders.values(), self.receivers.values())
