@@ -21,14 +21,14 @@ test: setup
 	$(PY) -m pytest
 
 check: setup
-	$(VENV)/bin/ruff format --check src tests
-	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/ruff format --check src tests docs examples
+	$(VENV)/bin/ruff check src tests docs examples
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
 format: setup
-	$(VENV)/bin/ruff format src tests
-	$(VENV)/bin/ruff check --fix src tests
+	$(VENV)/bin/ruff format src tests docs examples
+	$(VENV)/bin/ruff check --fix src tests docs examples
 
 sim: setup
 	$(PY) -m embedwire.testing.simulation --seed $(SEED)

@@ -49,6 +49,12 @@ def until(holds: Callable[[], Any], *, within_s: float = WITHIN_S, what: Callabl
     return value
 
 
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., Any]:
+    """:func:`until`"""
+    return until
+
+
 class Metrics(dict[tuple[str, frozenset[tuple[str, str]]], float]):
     """One look at a server's GET /metrics: (name, labels) to value."""
 

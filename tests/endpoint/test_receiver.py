@@ -11,6 +11,7 @@ import pytest
 from embedwire.endpoint import ReceiverEndpoint
 from embedwire.errors import ConfigurationError, TransportError, UsageError
 from embedwire.limits import ROOM_MAX
+from embedwire.memory.pool import BlockPool
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -108,6 +109,24 @@ def test_an_assembly_that_can_not_be_made(stage: Any, stamped: Any) -> None:
         assert stage.failure_of(reception).cause == stage.failure_of(offer).cause == "overloaded"
     assert "no place for 1000" in stage.failure_of(receiver.open(0, sender.address)).detail
     stage.move(sender, receiver, 99, TOKENS)
+
+
+def test_a_drain_that_fails(stage: Any, monkeypatch: Any) -> None:
+    """Scenario 30: the room ends at once on both sides, the thread goes on, and so do other rooms."""
+    real, failures = BlockPool.get_buf, [RuntimeError("injected")]
+
+    def get_buf(*args: Any, **more: Any) -> None:
+        if failures:
+            raise failures.pop()
+        real(*args, **more)
+
+    monkeypatch.setattr(BlockPool, "get_buf", get_buf)
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
+    offer = stage.offer(sender, 1, TOKENS)
+    failure = stage.failure_of(receiver.open(1, sender.address))
+    assert (failure.cause, failure.detail) == ("wire_failed", "not drained: RuntimeError: injected")
+    assert stage.failure_of(offer).cause == "wire_failed"
+    stage.move(sender, receiver, 2, TOKENS)
 
 
 def test_a_reception_is_a_future(stage: Any) -> None:

@@ -10,6 +10,7 @@ from embedwire.endpoint import SenderEndpoint
 from embedwire.errors import ConfigurationError, TransportError, UsageError
 from embedwire.limits import ROOM_MAX
 from embedwire.memory.layout import item
+from embedwire.protocol import messages
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -104,6 +105,26 @@ def test_a_callback_that_raises_harms_nobody(stage: Any) -> None:
     reception.add_done_callback(lambda _: 1 // 0)
     stage.check(reception, 100).release()
     stage.move(sender, receiver, 2, 100)
+
+
+def test_an_order_that_fails_takes_no_other_along(stage: Any, monkeypatch: Any) -> None:
+    """Scenario 30: the end of a room could not be told; its memory is freed and its owner told all the same."""
+    real, failures = SenderEndpoint._say, [RuntimeError("injected")]
+
+    def say(self: Any, peer: int, message: messages.Message) -> None:
+        if isinstance(message, messages.Ended) and failures:
+            raise failures.pop()
+        real(self, peer, message)
+
+    monkeypatch.setattr(SenderEndpoint, "_say", say)
+    sender, receiver = stage.sender(), stage.receiver()
+    offer = sender.offer(1, total_tokens=100)
+    reception = receiver.open(1, sender.address)
+    stage.until(lambda: sender.stats().rooms.get("announced") == 1)
+    offer.abort()
+    assert stage.failure_of(offer).cause == "aborted"
+    assert stage.failure_of(reception).cause == "aborted"  # it asked again
+    assert not failures
 
 
 def test_a_port_that_is_taken(stage: Any, holdings: Any) -> None:

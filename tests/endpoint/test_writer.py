@@ -109,18 +109,21 @@ def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch
 
 
 def test_a_receiver_that_can_not_be_reached_again(stage: Any, monkeypatch: Any) -> None:
-    """After an unknown outcome: its room ends, none waits for ever, and its next try works."""
+    """After an unknown outcome: its rooms end, none waits for its deadline, and its next try works."""
 
     def unreachable() -> None:
         raise TransportError("injected: no way")
 
     sender, receiver = stage.sender(), stage.receiver(num_blocks=4)
     stage.move(sender, receiver, 1, TOKENS).release()
+    bystander, waiting = sender.offer(9, total_tokens=TOKENS), receiver.open(9, sender.address)
+    stage.until(lambda: receiver.stats().rooms.get("waiting") == 1)
     script(monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.UNKNOWN])
     script(monkeypatch, OUTBOUNDS[stage.wire], "connect", [unreachable])
     offer = stage.offer(sender, 2, TOKENS)
     assert stage.failure_of(receiver.open(2, sender.address)).cause == "wire_failed"
     assert stage.failure_of(offer).cause == "wire_failed"
+    assert stage.failure_of(bystander).cause == stage.failure_of(waiting).cause == "peer_lost"
     stage.move(sender, receiver, 3, TOKENS)
 
 

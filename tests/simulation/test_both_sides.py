@@ -21,7 +21,7 @@ from embedwire.protocol.messages import (
 )
 from embedwire.testing.sim_link import Rule, delay
 from embedwire.testing.sim_memory import TOKEN_BYTES
-from embedwire.testing.sim_nodes import ReceiverNode
+from embedwire.testing.sim_receiver import ReceiverNode
 from embedwire.testing.simulation import FENCED, ONE_SIDED, Transfer, WireFaults, World
 
 

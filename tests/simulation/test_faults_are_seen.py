@@ -20,7 +20,7 @@ from embedwire.protocol.sender import SenderTransfer
 from embedwire.protocol.sender_core import SenderCore
 from embedwire.protocol.states import SenderEvent, SenderState
 from embedwire.testing.sim_link import delay
-from embedwire.testing.sim_nodes import ReceiverNode
+from embedwire.testing.sim_receiver import ReceiverNode
 from embedwire.testing.simulation import ONE_SIDED, Weather, WireFaults, World
 
 Patch = pytest.MonkeyPatch

@@ -11,7 +11,8 @@ from embedwire.protocol.messages import Cause, Message, Open, Stranger, Welcome,
 from embedwire.protocol.states import ReceiverState, SenderState
 from embedwire.testing.sim_link import Weather
 from embedwire.testing.sim_memory import TOKEN_BYTES
-from embedwire.testing.sim_nodes import ReceiverNode, SenderNode
+from embedwire.testing.sim_receiver import ReceiverNode
+from embedwire.testing.sim_sender import SenderNode
 from embedwire.testing.simulation import FENCED, ONE_SIDED, Transfer, WireFaults, World
 
 WIRES = (FENCED, ONE_SIDED)

@@ -8,7 +8,7 @@ from embedwire.protocol.messages import Cause, Init, ResumeTransfer, Status
 from embedwire.protocol.states import Poll
 from embedwire.testing.sim_link import delay
 from embedwire.testing.sim_memory import aux_of, cells, digests
-from embedwire.testing.sim_nodes import ReceiverNode
+from embedwire.testing.sim_receiver import ReceiverNode
 from embedwire.testing.simulation import FENCED, Transfer, World
 
 

@@ -1,4 +1,4 @@
-"""What has to hold in a simulated world after every event, and when all has come to rest. Changes nothing; one thread.
+"""What has to hold in a simulated world after every event, and when all has come to rest. Changes nothing in it; one thread.
 
 Each check yields what is wrong, in words.
 """
@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from embedwire.protocol.messages import RoomKey
 from embedwire.protocol.states import HOLDS_BLOCKS, Poll
 from embedwire.testing.sim_memory import TOKEN_BYTES
-from embedwire.testing.sim_nodes import ReceiverNode, SenderNode
+from embedwire.testing.sim_receiver import ReceiverNode
+from embedwire.testing.sim_sender import SenderNode
 from embedwire.testing.sim_wire import InvariantBroken
 
 
@@ -21,14 +22,16 @@ class Checks:
         self._seen: dict[tuple[int, RoomKey], tuple[Poll, tuple[int, ...]]] = {}
 
     def after_event(self, senders: Iterable[SenderNode], receivers: Iterable[ReceiverNode]) -> None:
-        """Whatever holds at any time. Raises InvariantBroken."""
+        """Whatever holds at any time, of those nodes that have done something since. Raises InvariantBroken."""
         for sender in senders:
-            if not sender.process.is_dead:
+            if sender.has_moved and not sender.process.is_dead:
                 _raise(sender.address, self._of_sender(sender))
+                sender.has_moved = False
         for receiver in receivers:
-            if not receiver.process.is_dead:
+            if receiver.has_moved and not receiver.process.is_dead:
                 _raise(receiver.address, self._of_receiver(receiver))
                 _raise(receiver.address, _of_blocks(receiver))
+                receiver.has_moved = False
 
     def _of_sender(self, node: SenderNode) -> Iterator[str]:
         core, limits, used = node.core, node.setup.limits, node.budget.used_bytes

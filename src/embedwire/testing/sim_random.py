@@ -17,7 +17,8 @@ from embedwire.protocol.messages import RoomKey
 from embedwire.protocol.receiver import CorruptRoom
 from embedwire.testing.sim_link import Weather
 from embedwire.testing.sim_memory import TOKEN_BYTES
-from embedwire.testing.sim_nodes import ReceiverNode, SenderNode
+from embedwire.testing.sim_receiver import ReceiverNode
+from embedwire.testing.sim_sender import SenderNode
 from embedwire.testing.sim_wire import FENCED, ONE_SIDED, WireFaults
 from embedwire.testing.simulation import Transfer, World
 
@@ -82,7 +83,7 @@ class RandomWorld:
             f"encoder-{index + 1}",
             source_bytes=largest * rng.choice((1, 2, 100)),
             faults=WireFaults(
-                slice_tokens=rng.choice((7, 64, 512)),
+                slice_tokens=rng.choice((24, 64, 512)),
                 slice_s=(0.0001, rng.choice((0.001, 0.05, 1.0 if is_harsh else 0.1))),
                 lost=rng.choice((0.0, 0.02)) if is_harsh else 0.0,
                 in_doubt=rng.choice((0.0, 0.01)) if is_harsh else 0.0,

@@ -18,7 +18,8 @@ from embedwire.protocol.actions import Failed, Finished, Peer
 from embedwire.protocol.messages import Cause, Grant, Message, RoomKey
 from embedwire.testing.sim_checks import Checks, check_rest
 from embedwire.testing.sim_link import Link, Weather
-from embedwire.testing.sim_nodes import ReceiverNode, ReceiverSetup, SenderNode, SenderSetup
+from embedwire.testing.sim_receiver import ReceiverNode, ReceiverSetup
+from embedwire.testing.sim_sender import SenderNode, SenderSetup
 from embedwire.testing.sim_timeline import NEVER, Timeline
 from embedwire.testing.sim_wire import FENCED, ONE_SIDED, InvariantBroken, Target, WireFaults
 

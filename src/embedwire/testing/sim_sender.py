@@ -1,47 +1,33 @@
-"""The drivers of a simulated world: what ``endpoint`` does with threads and sockets, done in virtual time. One thread.
+"""A simulated sender: what ``endpoint.sender`` does with threads and sockets, done in virtual time. One thread.
 
 A node is an address; it lives one process after another. ``sim_checks`` looks at nodes, ``simulation`` makes them.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-
 from embedwire.errors import OverloadedError, ProtocolViolation
 from embedwire.limits import Limits
-from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.budget import Budget
 from embedwire.protocol.actions import (
-    Assemble,
     Attach,
     CancelWrites,
     Detach,
-    Drain,
-    Failed,
-    Finished,
-    Hangup,
     Peer,
-    Permit,
-    ReceiverAction,
     Release,
     Reply,
-    Revoke,
-    Send,
     SenderAction,
     Write,
 )
-from embedwire.protocol.handshake import Offered
-from embedwire.protocol.messages import Cause, Grant, Message, RoomKey, decode_for_receiver, decode_for_sender
-from embedwire.protocol.receiver_core import ReceiverCore
+from embedwire.protocol.messages import Cause, Message, RoomKey, decode_for_sender
 from embedwire.protocol.sender_core import SenderCore
-from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, Cells, Memory, aux_of, cells, digests, room_of
+from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, aux_of
 from embedwire.testing.sim_timeline import Process, Timeline
-from embedwire.testing.sim_wire import FENCED, InvariantBroken, Target, Wire, WireFaults
+from embedwire.testing.sim_wire import InvariantBroken, Target, Wire, WireFaults
 from embedwire.transports.contract import Outcome
 
 
@@ -89,6 +75,7 @@ class SenderNode:
 
     def start(self, incarnation: int) -> None:
         """Begin a life."""
+        self.has_moved = True
         self.process = Process(incarnation, self.timeline)
         self.core = SenderCore(incarnation=incarnation, fields=self.setup.fields, limits=self.setup.limits)
         self.budget = Budget(self.setup.source_bytes)
@@ -172,6 +159,7 @@ class SenderNode:
 
     def do(self, actions: list[SenderAction]) -> None:
         """Carry out orders."""
+        self.has_moved = True
         for action in actions:
             match action:
                 case Reply(peer, message):
@@ -250,186 +238,3 @@ class SenderNode:
             if target is not None:
                 self._connect(peer, target)
         self.do(self.core.on_doubt_ended(peer, key))
-
-
-@dataclass(slots=True)
-class ReceiverSetup:
-    """What stays the same over a receiver's lives."""
-
-    limits: Limits
-    num_blocks: int = 128
-    block_size: int = 128
-    default_allocate_tokens: int = 8192
-    assembly_bytes: int = 2**40
-    wire: str = FENCED
-    fields: tuple[str, ...] = FIELDS
-    read_s: float = 0.01
-    """How long a whole embedding is read before its assembly is released."""
-    proof_s: float = 0.5
-    """How long after a sender's death the receiver can prove it."""
-    tolerates_wrong_bytes: bool = False
-    """The wire is broken on purpose: what is drained may be wrong, what is finished may not."""
-
-
-class ReceiverNode:
-    """A language server: opens rooms, drains blocks into assemblies, and checks every cell."""
-
-    def __init__(
-        self,
-        address: str,
-        setup: ReceiverSetup,
-        *,
-        timeline: Timeline,
-        say: Callable[[str, str, Message], None],
-        is_gone: Callable[[int, float], bool],
-    ) -> None:
-        self.address = address
-        self.setup = setup
-        self.timeline = timeline
-        self._say = say
-        self._is_gone = is_gone
-
-    def start(self, incarnation: int) -> None:
-        """Begin a life, with memory of its own."""
-        setup = self.setup
-        self.process = Process(incarnation, self.timeline)
-        self.blocks = BlockAllocator(setup.num_blocks, setup.block_size)
-        self.budget = Budget(setup.assembly_bytes)
-        self.memory = Memory(setup.num_blocks, setup.block_size)
-        self.core = ReceiverCore(
-            incarnation=incarnation,
-            offered=Offered(
-                setup.fields, setup.block_size, setup.num_blocks, ((setup.wire, b""),), frozenset({FENCED})
-            ),
-            blocks=self.blocks,
-            memory=self.budget,
-            token_bytes=TOKEN_BYTES,
-            default_allocate_tokens=setup.default_allocate_tokens,
-            limits=setup.limits,
-        )
-        self.assemblies: dict[RoomKey, Cells] = {}
-        self.grants: defaultdict[RoomKey, list[Grant]] = defaultdict(list)
-        self.opened: set[RoomKey] = set()
-        self.ends: dict[RoomKey, Finished | Failed] = {}
-        self._pending: deque[ReceiverAction] = deque()
-        self._is_busy = False
-
-    def target(self, is_cut: Callable[[], bool]) -> Target:
-        """The memory that a sender may write to."""
-        return Target(self.memory, self.process, self.setup.wire, self._holds, is_cut)
-
-    def _holds(self, key: RoomKey, ticket: int) -> bool:
-        room, doubted = self.core.rooms.get(key), self.core.admission.quarantined.get(key)
-        kept = (
-            *(room.open_rounds if room is not None else ()),
-            *(doubted.rounds if doubted is not None else ()),
-        )
-        return any(granted.ticket == ticket for granted in kept)
-
-    def kill(self) -> None:
-        """End a life."""
-        self.process.kill()
-
-    def open(self, key: RoomKey, address: str) -> None:
-        """A request came in. Raises OverloadedError."""
-        actions = self.core.open(key, address, now=self.timeline.now)
-        self.opened.add(key)
-        self.do(actions)
-
-    def abort(self, key: RoomKey) -> None:
-        """The client of a room has gone."""
-        self.do(self.core.abort(key, Cause.ABORTED, "the client has gone", now=self.timeline.now))
-
-    # ------------------------------------------------------------------ driving
-
-    def on_frame(self, frame: bytes, *, origin: str) -> None:
-        """A frame came in from a sender."""
-        now = self.timeline.now
-        try:
-            message = decode_for_receiver(frame)
-        except ProtocolViolation as violation:
-            self.do(self.core.on_violation(origin, str(violation), now=now))
-        else:
-            self.do(self.core.on_message(message, origin, now=now))
-
-    def tick(self) -> None:
-        """Carry out what is due."""
-        self.do(self.core.on_tick(self.timeline.now))
-
-    def look_for_proof(self) -> None:
-        """Tell the core which suspects are gone."""
-        for incarnation in sorted(self.core.suspects):
-            if self._is_gone(incarnation, self.setup.proof_s):
-                self.do(self.core.on_peer_gone(incarnation, now=self.timeline.now))
-
-    def do(self, actions: list[ReceiverAction]) -> None:
-        """Carry out orders in order; what a drain brings about queues behind what is there."""
-        self._pending.extend(actions)
-        if self._is_busy:
-            return
-        self._is_busy = True
-        while self._pending:
-            self._do(self._pending.popleft())
-        self._is_busy = False
-
-    def _do(self, action: ReceiverAction) -> None:
-        match action:
-            case Send(address, message):
-                if isinstance(message, Grant) and len(self.grants[message.key]) == message.round:
-                    self.grants[message.key].append(message)
-                self._say(self.address, address, message)
-            case Assemble(key, total_tokens):
-                self.assemblies[key] = np.zeros(total_tokens, np.int64)
-            case Permit(_, granted):
-                self.memory.permits.add(granted.ticket)
-            case Revoke(_, ticket):
-                self.memory.permits.discard(ticket)
-            case Drain():
-                self._drain(action)
-            case Finished(key):
-                self._finish(key, action)
-            case Failed(key):
-                self._end(key, action)
-                self.assemblies.pop(key, None)
-            case Hangup(address):
-                self.timeline.note(f"{self.address} hangs up on {address}")
-
-    def _drain(self, drain: Drain) -> None:
-        key, granted = drain.key, drain.round
-        room = self.core.rooms.get(key)
-        if room is None or not room.is_live:
-            return  # it failed meanwhile; its blocks may be somebody else's
-        first, last = drain.from_token, drain.to_token
-        found = self.memory.read(granted, first - granted.start_token, last - granted.start_token)
-        self._check(key, found, cells(key, first, last))
-        self.assemblies[key][first:last] = found
-        aux = self.memory.aux[granted.block_indices[0]] if first == 0 else None
-        sums = (
-            digests(self.assemblies[key][granted.start_token : last]) if last == granted.end_token else None
-        )
-        now = self.timeline.now
-        self.do(self.core.on_drained(key, granted.number, last, aux=aux, digests=sums, now=now))
-
-    def _check(self, key: RoomKey, found: Cells, expected: Cells) -> None:
-        if not self.setup.tolerates_wrong_bytes and not np.array_equal(found, expected):
-            at = int(np.flatnonzero(found != expected)[0])
-            raise InvariantBroken(
-                f"{self.address}: room {key} drains a cell of {room_of(int(found[at]))}, {at} of {len(found)}"
-            )
-
-    def _finish(self, key: RoomKey, finished: Finished) -> None:
-        held = self.assemblies[key]
-        if not np.array_equal(held, cells(key, 0, len(held))):
-            raise InvariantBroken(f"{self.address}: room {key} finished with wrong bytes")
-        self._end(key, finished)
-        self.process.run_after(self.setup.read_s, lambda: self._release(key))
-
-    def _release(self, key: RoomKey) -> None:
-        del self.assemblies[key]
-        self.do(self.core.on_assembly_released(key, now=self.timeline.now))
-
-    def _end(self, key: RoomKey, end: Finished | Failed) -> None:
-        if key in self.ends:
-            raise InvariantBroken(f"{self.address}: room {key} ended twice: {self.ends[key]}, then {end}")
-        self.ends[key] = end
-        self.timeline.note(f"{self.address} {end}")

@@ -1,0 +1,169 @@
+"""Puts the pieces of a server together from settings: engine, endpoint, service, app; and takes them apart in the opposite order.
+
+Knows what each piece wants; it must not know processes or commands. Main thread. Imports an engine only when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from embedwire.cli.screen import size
+from embedwire.cli.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+Built = tuple["FastAPI", dict[str, Any]]
+"""An app, and what its server says of itself when it is ready."""
+
+
+def build_router(settings: Settings) -> Built:
+    """The router's app. Raises ConfigurationError unless there is either a registry or a list of workers."""
+    from embedwire.serve.dispatch import DispatchLimits
+    from embedwire.serve.router_app import RouterSettings, router_app
+    from embedwire.serve.watch import WatchTimes
+
+    limits = DispatchLimits(
+        attempts_max=settings.attempts_max,
+        deadline_s=settings.deadline_s,
+        default_max_tokens=settings.default_max_tokens,
+    )
+    app = router_app(
+        RouterSettings(
+            registry_url=settings.registry_url,
+            worker_urls=settings.worker_urls,
+            requests_max=settings.requests_max,
+            misses_to_evict=settings.misses_to_evict,
+            watch=WatchTimes(interval_s=settings.check_interval_s),
+            limits=limits,
+        )
+    )
+    return app, {"role": "router"}
+
+
+@contextmanager
+def built_encoder(model: str, settings: Settings, *, name: str) -> Iterator[Built]:
+    """An encoder server's app; what stands behind it is closed when the block ends."""
+    from embedwire.encode import EncodeService
+    from embedwire.serve.encoder_app import encoder_app
+    from embedwire.serve.metrics import AppMetrics
+
+    engine = _encoder_engine(model, settings)
+    with ExitStack() as stack:
+        sender = stack.enter_context(_sender(engine.layout, settings))
+        service = EncodeService(
+            engine, sender, batch_tokens=settings.batch_tokens, memory_wait_s=settings.memory_wait_s
+        )
+        stack.callback(service.close)
+        app = encoder_app(
+            service,
+            model=name,
+            layout=engine.layout,
+            control_address=sender.address,
+            media=_media(settings),
+            metrics=AppMetrics({"sender": sender.stats, "encode": service.stats}),
+            registry=_link(settings),
+        )
+        memory = size(settings.source_memory)
+        yield app, {"role": "encoder", "model": name, "rooms_at": sender.address, "memory": memory}
+
+
+@contextmanager
+def built_language(model: str, settings: Settings, *, name: str) -> Iterator[Built]:
+    """A language server's app; what stands behind it is closed when the block ends."""
+    from embedwire.language.service import LanguageService
+    from embedwire.serve.language_app import language_app
+    from embedwire.serve.metrics import AppMetrics
+
+    with ExitStack() as stack:
+        engine = _language_engine(model, settings)
+        stack.callback(engine.close)
+        receiver = stack.enter_context(_receiver(engine.layout, settings))
+        service = LanguageService(engine, receiver)
+        stack.callback(service.close)
+        app = language_app(
+            service,
+            model=name,
+            layout=engine.layout,
+            metrics=AppMetrics({"receiver": receiver.stats, "language": service.stats}),
+            registry=_link(settings),
+            default_max_tokens=settings.default_max_tokens,
+        )
+        pool = f"{settings.num_blocks} blocks of {settings.block_size} tokens"
+        memory = size(settings.assembly_memory)
+        yield app, {"role": "language", "model": name, "pool": pool, "memory": memory}
+
+
+def _encoder_engine(model: str, settings: Settings) -> Any:
+    import torch
+
+    from embedwire.engines.transformers.encoder import TransformersEncoder
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return TransformersEncoder(
+        model, dtype=settings.dtype, device=settings.device, max_image_pixels=settings.max_pixels
+    )
+
+
+def _language_engine(model: str, settings: Settings) -> Any:
+    from embedwire.engines.transformers.generation import TransformersLanguage
+
+    return TransformersLanguage(
+        model,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_batch=settings.max_batch,
+        max_waiting=settings.max_waiting,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        max_cache_tokens=settings.max_cache_tokens,
+        threads=settings.threads,
+    )
+
+
+def _sender(layout: Any, settings: Settings) -> Any:
+    from embedwire.endpoint import SenderEndpoint
+
+    return SenderEndpoint(
+        layout,
+        host=settings.host,
+        port=settings.control_port,
+        memory_bytes=settings.source_memory,
+        transports=settings.transports,
+        limits=settings.limits,
+    )
+
+
+def _receiver(layout: Any, settings: Settings) -> Any:
+    from embedwire.endpoint import ReceiverEndpoint
+
+    return ReceiverEndpoint(
+        layout,
+        num_blocks=settings.num_blocks,
+        block_size=settings.block_size,
+        default_allocate_tokens=settings.default_allocate_tokens,
+        assembly_bytes=settings.assembly_memory,
+        host=settings.host,
+        transports=settings.transports,
+        limits=settings.limits,
+    )
+
+
+def _media(settings: Settings) -> Any:
+    from embedwire.serve.media import MediaFetcher, MediaLimits
+
+    limits = MediaLimits(
+        items_max=settings.media_items_max,
+        item_bytes_max=settings.media_item_size,
+        timeout_s=settings.media_timeout_s,
+        allow_private_media=settings.allow_private_media,
+    )
+    return MediaFetcher(limits)
+
+
+def _link(settings: Settings) -> Any:
+    from embedwire.serve.worker_app import RegistryLink
+
+    return RegistryLink(url=settings.registry_url)

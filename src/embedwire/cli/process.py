@@ -1,0 +1,81 @@
+"""A server process from outside: its log, its signals, how it says that it is ready, and its end. Knows no app. Main thread."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedwire.cli.screen import out
+from embedwire.cli.settings import Settings
+from embedwire.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """How a server says that it is ready: a line for people, or JSON for whoever started it."""
+
+    ready_file: Path | None
+    is_child: bool
+
+    def say(self, facts: dict[str, Any]) -> None:
+        """Once, when requests are answered. ``facts`` hold ``role`` and ``url``."""
+        text = json.dumps(facts | {"pid": os.getpid()})
+        if self.ready_file is not None:
+            part = self.ready_file.with_name(self.ready_file.name + ".part")
+            part.write_text(text + "\n")
+            part.replace(self.ready_file)  # whoever waits for it never sees half of it
+        if self.is_child:
+            print(text, flush=True)
+            return
+        out.print(f"[bold]{facts['role']}[/] ready at {facts['url']}", soft_wrap=True)
+        for name, fact in facts.items():
+            if name not in ("role", "url"):
+                out.print(f"  {name.replace('_', ' ')}: {fact}", soft_wrap=True, markup=False)
+
+
+def begin(settings: Settings, *, is_child: bool) -> None:
+    """Before anything is held: from now on SIGTERM ends this process through its cleaning up, also while a model is loading."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    if is_child:
+        threading.Thread(target=_end_with_stdin, name="embedwire-stdin", daemon=True).start()
+
+
+def _end_with_stdin() -> None:
+    """The parent holds the other end: however it dies, its children end."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def serve(
+    app: FastAPI, settings: Settings, facts: dict[str, Any], *, voice: Voice, port: int | None = None
+) -> None:
+    """Answer requests until SIGTERM or Ctrl-C. Raises ConfigurationError when the address can not be had."""
+    from embedwire.serve.run import AppServer
+
+    port = settings.port if port is None else port
+    on_ready: Callable[[str], None] = lambda url: voice.say(facts | {"url": url})  # noqa: E731
+    try:
+        server = AppServer(
+            app, host=settings.host, port=port, shutdown_s=settings.shutdown_s, on_ready=on_ready
+        )
+    except OSError as error:
+        raise ConfigurationError(f"can not listen on {settings.host}:{port}: {error}") from None
+    server.serve()
