@@ -32,6 +32,9 @@ BLOCKS_MAX = 2**19
 DETAIL_CHARS_MAX = 500
 """A cause's text for people is cut to this."""
 
+OPEN_ROUNDS_MAX = 16
+"""Grants of one room that a sender keeps in mind at a time, whatever window the receiver chose."""
+
 DEFAULT_BLOCK_SIZE = 128
 DEFAULT_NUM_BLOCKS = 128
 DEFAULT_ALLOCATE_TOKENS = 8192
@@ -79,6 +82,10 @@ class Limits:
         for name, value in ((n, getattr(self, n)) for n in self.__dataclass_fields__):
             if value <= 0:
                 raise ConfigurationError(f"{name} is {value}; it has to be above 0")
+        if self.window_rounds > OPEN_ROUNDS_MAX:
+            raise ConfigurationError(
+                f"window_rounds is {self.window_rounds}; a sender keeps at most {OPEN_ROUNDS_MAX} in mind"
+            )
         relations = (
             ("retry_s", "peer_silence_s", 4),  # several losses in a row are not a lost peer
             ("peer_silence_s", "round_s", 1),  # who is lost is found before the round's own deadline

@@ -72,7 +72,9 @@ def test_while_the_encoder_works(
         with hang_up(chat("What is this?", picture(2240, 2240))):
             wait_until(lambda: stack.language.metrics().total("receiver_rooms", state="waiting"))
             encoder.freeze()
-        wait_until(lambda: stack.language.metrics().total("receiver_rooms_ended_total", cause="aborted") > before[1])
+        wait_until(
+            lambda: stack.language.metrics().total("receiver_rooms_ended_total", cause="aborted") > before[1]
+        )
         assert stack.language.metrics().total("receiver_blocks_free") == 4
     finally:
         encoder.thaw()
@@ -92,7 +94,9 @@ def test_while_the_embedding_is_on_its_way(
             wait_until(lambda: stack.language.metrics().total("receiver_rooms", state="filling"))
             encoder.freeze()
             wait_until(lambda: stack.language.metrics().total("receiver_blocks_granted") == 4)
-        wait_until(lambda: stack.language.metrics().total("receiver_rooms_ended_total", cause="aborted") > before[1])
+        wait_until(
+            lambda: stack.language.metrics().total("receiver_rooms_ended_total", cause="aborted") > before[1]
+        )
         assert stack.language.metrics().total("receiver_blocks_quarantined") == 4
         assert len(stack.ids(chat("Text is still served."))) == 8
     finally:

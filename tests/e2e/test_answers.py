@@ -24,7 +24,9 @@ Picture = Callable[..., bytes]
 
 @pytest.fixture
 def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{stack.router.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(
+        base_url=f"{stack.router.url}/v1", api_key="none", max_retries=0, timeout=60
+    ) as client:
         yield client
 
 

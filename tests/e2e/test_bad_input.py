@@ -117,7 +117,8 @@ def test_a_text_over_the_models_context(pictures: int, stack: Stack, chat: Chat,
 
 
 @pytest.mark.parametrize(
-    ("path", "code"), [("/none", "media_not_found"), ("/slow", "media_timeout"), ("/loop", "invalid_media_url")]
+    ("path", "code"),
+    [("/none", "media_not_found"), ("/slow", "media_timeout"), ("/loop", "invalid_media_url")],
 )
 def test_media_that_do_not_come(path: str, code: str, stack: Stack, chat: Chat, media_host: str) -> None:
     error = refusal(stack, chat("What is this?", media_host + path), 400)

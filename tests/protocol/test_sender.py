@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from embedwire.errors import ProtocolViolation
-from embedwire.limits import AUX_WORDS
+from embedwire.limits import AUX_WORDS, OPEN_ROUNDS_MAX
 from embedwire.protocol.messages import Cause, Init, ResumeTransfer
-from embedwire.protocol.sender import OPEN_ROUNDS_MAX, SenderTransfer
+from embedwire.protocol.sender import SenderTransfer
 from embedwire.protocol.states import Poll, SenderState
 
 SIZES: dict[str, Any] = {"block_size": 128, "num_blocks": 1000}

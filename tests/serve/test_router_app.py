@@ -7,10 +7,13 @@ import hashlib
 import threading
 from typing import Any
 
+import anyio
 import httpx
 import msgspec
 import openai
 import pytest
+from fastapi import FastAPI, HTTPException
+from starlette.requests import Request
 
 from embedwire.errors import (
     ConfigurationError,
@@ -153,6 +156,39 @@ def test_an_encoder_that_is_gone(cluster: Any, chat: Any) -> None:
     assert [post(router.url, chat("what?", b"x")).status_code for _ in range(3)] == [200] * 3
     assert len(good.prompts) == 3
     assert httpx.get(f"{router.url}/health").json()["workers"] == {"encoder": 1, "language": 1}
+
+
+def frozen_app(worker: dict[str, Any]) -> FastAPI:
+    """An encoder that stands still from its first request on: connections come to it, answers do not come from it."""
+    app = FastAPI()
+    asked = threading.Event()
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        if asked.is_set():
+            raise HTTPException(500)
+        return {"status": "ok", "worker": worker}
+
+    @app.post("/encode")
+    async def encode(request: Request) -> None:
+        asked.set()
+        while not await request.is_disconnected():
+            await anyio.sleep(0.01)
+
+    return app
+
+
+def test_an_encoder_that_stands_still(cluster: Any, chat: Any) -> None:
+    """Scenario 26f: who was sent to it is not left with it once it is known to be lost; another one takes over."""
+    good, a = cluster.add_encoder()
+    _, b = cluster.add_language()
+    frozen = cluster.run(frozen_app(httpx.get(f"{a.url}/health").json()["worker"]))
+    watch = WatchTimes(interval_s=0.05)
+    router = cluster.add_router(frozen, a, b, watch=watch, misses_to_evict=1)
+    assert [post(router.url, chat("what?", b"x")).status_code for _ in range(2)] == [200] * 2
+    assert len(good.prompts) == 2
+    retries = httpx.get(f"{router.url}/metrics").text
+    assert 'embedwire_retries_total{code="upstream_unreachable"} 1.0' in retries
 
 
 def test_when_nobody_is_left_the_last_cause_is_told(cluster: Any, chat: Any) -> None:

@@ -7,21 +7,17 @@ default. A name that nobody knows is an error which says the nearest one. Comman
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
 import os
-import textwrap
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, create_model
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
-from embedwire import limits
 from embedwire.errors import ConfigurationError
 from embedwire.limits import Limits
 
@@ -30,153 +26,6 @@ CONFIG_VARIABLE = "EMBEDWIRE_CONFIG"
 PUBLIC_PORT = 8000
 WIRES: Mapping[str, tuple[str, ...] | None] = {"auto": None, "shm": ("shm",), "tcp": ("tcp",)}
 """What each value of ``transport`` offers, best first; None: all there are."""
-
-Count = Annotated[int, Field(ge=1)]
-Port = Annotated[int, Field(ge=0, lt=2**16)]
-Seconds = Annotated[float, Field(gt=0)]
-Size = Annotated[ByteSize, Field(ge=1)]
-Urls = Annotated[
-    tuple[str, ...],
-    NoDecode,
-    BeforeValidator(lambda v: v.replace(",", " ").split() if isinstance(v, str) else v),
-]
-
-
-class Group(BaseModel):
-    """Settings that are used together. The first line of a group's docstring is its title in ``--help``."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-class Server(Group):
-    """Server"""
-
-    host: str = "127.0.0.1"
-    """Address to listen on. It has to be one that the other processes can reach: it is also what they are told."""
-    port: Port = 0
-    """HTTP port; 0 takes a free one. The router's is 8000 unless told, that of others a free one."""
-    shutdown_s: Seconds = 10.0
-    """How long answers under way may go on after SIGTERM or Ctrl-C."""
-    log_level: Literal["debug", "info", "warning", "error"] = "warning"
-    """What is logged to stderr. Messages of the protocol are at debug."""
-
-
-class Member(Group):
-    """Registry"""
-
-    registry_url: str | None = None
-    """The registry to belong to, or to ask who is there."""
-
-
-class Engine(Group):
-    """Model"""
-
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the weights, the computation and the embeddings. Both halves need the same."""
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, cuda:1."""
-    threads: Count | None = None
-    """CPU threads that the model takes (default: all cores)."""
-
-
-class Wire(Group):
-    """Transfer"""
-
-    transport: Literal["auto", "shm", "tcp"] = "auto"
-    """How embeddings travel. auto: shared memory where both sides are on one host, else tcp."""
-
-
-class Encoder(Group):
-    """Encoder"""
-
-    control_port: Port = 0
-    """Port at which receivers ask for rooms; 0 takes a free one."""
-    source_memory: Size = ByteSize(limits.DEFAULT_SOURCE_BYTES)
-    """Memory for embeddings that nobody has fetched yet."""
-    max_pixels: Count = 64 * 2**20
-    """Largest image that is decoded, in pixels."""
-    batch_tokens: Count = 16384
-    """Tokens of one run of the tower."""
-    memory_wait_s: Seconds = 30.0
-    """How long a request waits for source memory before it is refused."""
-    media_items_max: Count = 64
-    """Images of one request."""
-    media_item_size: Size = ByteSize(32 * 2**20)
-    """Largest image file."""
-    media_timeout_s: Seconds = 20.0
-    """For fetching all images of a request."""
-    allow_private_media: bool = False
-    """Fetch images from private and loopback addresses too. Only where every user may reach what this host reaches."""
-
-
-class Language(Group):
-    """Language server"""
-
-    num_blocks: Annotated[int, Field(ge=1, le=limits.BLOCKS_MAX)] = limits.DEFAULT_NUM_BLOCKS
-    """Blocks of the receive pool. An embedding that does not fit comes in several rounds."""
-    block_size: Count = limits.DEFAULT_BLOCK_SIZE
-    """Tokens of one block."""
-    default_allocate_tokens: Count = limits.DEFAULT_ALLOCATE_TOKENS
-    """Most tokens of the first round of an embedding."""
-    assembly_memory: Size = ByteSize(limits.DEFAULT_ASSEMBLY_BYTES)
-    """Memory for embeddings being received, and received but not yet read by the model."""
-    max_batch: Count = 32
-    """Answers that are generated at the same time."""
-    max_waiting: Count = 256
-    """Prompts that wait for their turn; one more is refused."""
-    max_cache_tokens: Count = 262_144
-    """Bound of the merged key-value cache: answers under way times tokens of the longest."""
-    prefill_chunk_tokens: Count | None = None
-    """A longer prompt is read in chunks of this many tokens (default: never)."""
-    default_max_tokens: Count = 256
-    """Longest answer to a request that names no limit."""
-
-
-class Router(Group):
-    """Router"""
-
-    worker_urls: Urls = ()
-    """Workers to use without a registry: URLs, separated by commas."""
-    requests_max: Count = 1024
-    """Requests under way; one more is refused with 503."""
-    attempts_max: Count = 3
-    """Attempts of a request, each on workers that have not failed it."""
-    deadline_s: Seconds = 600.0
-    """From the first byte of a request to the last one of its answer."""
-    misses_to_evict: Count = 3
-    """Failed checks in a row after which a worker gets no requests."""
-    check_interval_s: Seconds = 2.0
-    """Time between two checks of a worker."""
-
-
-def _docstrings(cls: type) -> dict[str, str]:
-    """The docstrings under a class's attributes, which Python itself does not keep."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr)
-        ):
-            found[field.target.id] = inspect.cleandoc(ast.literal_eval(text.value))
-    return found
-
-
-def _bounds() -> type[Group]:
-    texts = _docstrings(Limits)
-    kinds: Mapping[str, Any] = {"float": Seconds, "int": Count}
-    made = {
-        f.name: (kinds[str(f.type)], Field(f.default, description=texts.get(f.name))) for f in fields(Limits)
-    }
-    return create_model("Bounds", __base__=Group, __doc__="Time-outs and bounds", **made)  # type: ignore[call-overload,no-any-return]
-
-
-Bounds = _bounds()
-"""The fields of :class:`embedwire.limits.Limits`, with its defaults and texts."""
-
-GROUPS: tuple[type[Group], ...] = (Server, Member, Engine, Wire, Encoder, Language, Router, Bounds)
 
 
 class Settings(Bounds, Router, Language, Encoder, Wire, Engine, Member, Server, BaseSettings):  # type: ignore[misc,valid-type]

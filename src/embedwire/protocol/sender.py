@@ -7,13 +7,10 @@ nothing has changed but the story.
 from __future__ import annotations
 
 from embedwire.errors import ProtocolViolation
-from embedwire.limits import AUX_TOTAL_TOKENS
+from embedwire.limits import AUX_TOTAL_TOKENS, OPEN_ROUNDS_MAX
 from embedwire.protocol.actions import Peer, Round
 from embedwire.protocol.messages import Announce, Cause, Grant, RoomKey, Status
 from embedwire.protocol.states import POLL_OF, SENDER_TABLE, Machine, Poll, SenderEvent, SenderState
-
-OPEN_ROUNDS_MAX = 16
-"""Grants of one room that a sender keeps in mind at a time, whatever window the receiver chose."""
 
 
 class SenderTransfer:
