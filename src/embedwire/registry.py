@@ -125,6 +125,11 @@ class Registry:
         """Whether requests may be sent to it."""
         return entry.missed < self._misses_to_evict
 
+    def is_evicted(self, url: str) -> bool:
+        """Whether it is here, but fails its checks. Who said good-bye is not here, and ends what it has begun."""
+        entry = self._entries.get(url)
+        return entry is not None and not self.is_candidate(entry)
+
     def candidates(
         self, role: Role, *, model: str | None = None, fingerprint: str | None = None
     ) -> list[Worker]:

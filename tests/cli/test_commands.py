@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from embedwire.cli.process import Voice
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
@@ -61,6 +65,7 @@ def test_help_imports_neither_torch_nor_a_server(embedwire: Run) -> None:
     ("arguments", "said"),
     [
         (("router",), "registry_url or worker_urls"),
+        (("registry", "--misses-to-evict", "0"), "misses_to_evict is"),
         (
             ("router", "--worker-urls", "http://a", "--registry-url", "http://b"),
             "registry_url or worker_urls",
@@ -112,3 +117,23 @@ def test_doctor_says_which_wire_is_broken(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(BlockPool, "get_buf", lambda *arguments, **named: None)
     found = doctor._wire("tcp")
     assert (found.state, found.is_needed) == ("broken", True)
+
+
+def test_a_port_that_is_taken_is_said(embedwire: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = embedwire("registry", "--port", port)
+    assert ended.returncode == 2
+    assert f"can not listen on 127.0.0.1:{port}" in ended.stderr
+
+
+def test_a_server_says_that_it_is_ready_in_a_file_and_to_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ready.json"
+    Voice(file, is_child=False).say({"role": "encoder", "url": "http://here:1", "rooms_at": "tcp://here:2"})
+    assert json.loads(file.read_text())["url"] == "http://here:1"
+    assert [path.name for path in tmp_path.iterdir()] == ["ready.json"]
+    assert capsys.readouterr().out == "encoder ready at http://here:1\n  rooms at: tcp://here:2\n"
+    Voice(None, is_child=True).say({"role": "encoder", "url": "http://here:1"})
+    assert json.loads(capsys.readouterr().out)["pid"] == os.getpid()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from embedwire.cli.settings import GROUPS, Settings, load
+from embedwire.cli.groups import GROUPS
+from embedwire.cli.settings import Settings, load
 from embedwire.errors import ConfigurationError
 from embedwire.limits import DEFAULT_LIMITS, Limits
 

@@ -25,7 +25,7 @@ from embedwire.testing.payload import differing, payload
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
 
 LAYOUT = multimodal(8)
-LIMITS = Limits(retry_s=0.05, peer_silence_s=1.5, write_timeout_s=2.0, close_s=2.0)
+LIMITS = Limits(retry_s=0.05, peer_silence_s=2.0, write_timeout_s=2.0, close_s=2.0)
 TOKENS = 2000
 PATIENCE_S = 30.0
 

@@ -27,7 +27,7 @@ from embedwire.transports.shm import ShmRegion
 from embedwire.transports.tcp.outbound import TcpRegion
 
 LAYOUT = multimodal(8)
-LIMITS = Limits(retry_s=0.05, peer_silence_s=1.5, write_timeout_s=2.0, close_s=2.0)
+LIMITS = Limits(retry_s=0.05, peer_silence_s=2.0, write_timeout_s=2.0, close_s=2.0)
 
 
 def say(*words: object) -> None:

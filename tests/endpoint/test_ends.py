@@ -69,6 +69,7 @@ def test_either_side_ends_it_during_a_write(stage: Any, brake: Any, side: str, a
         assert failure.detail == "enough"
         assert stats.blocks_quarantined == (0 if stage.wire == "tcp" else 2)  # tcp: fenced by the receiver
         assert not offer.done()  # its write has not returned
+    stage.until(lambda: sender.stats().rooms.get("ending") == 1)
     held.release()
     assert stage.failure_of(offer).cause == stage.failure_of(reception).cause == "aborted"
     stage.wait_idle()

@@ -280,16 +280,28 @@ def test_an_abort_of_a_room_that_was_never_opened_is_acknowledged() -> None:
 
 
 def test_a_lost_write_is_tried_again_a_few_times() -> None:
-    """From where it had landed; then the room fails."""
+    """From where it had landed, each time the receiver asks again; then the room fails."""
     bench = Bench(write_attempts_max=2)
     bench.write()
     bench.core.on_landed(KEY, 0, 100, now=2.0)
-    (again,) = bench.core.on_write_lost(KEY, 0, "lost", now=2.0)
-    assert isinstance(again, Write)
+    assert bench.core.on_write_lost(KEY, 0, "lost", now=2.0) == []
+    (again,) = (a for a in bench.say(grant()) if isinstance(a, Write))
     assert again.landed_tokens == 100
-    (ended,) = said(bench.core.on_write_lost(KEY, 0, "lost", now=2.0))
+    assert not any(isinstance(a, Write) for a in bench.say(grant()))
+    assert bench.core.on_write_lost(KEY, 0, "lost", now=2.0) == []
+    _, ended = said(bench.say(grant()))
     assert isinstance(ended, Ended)
     assert (ended.cause, ended.certain) == (Cause.WIRE_FAILED, True)
+
+
+def test_a_write_lost_to_an_abort_that_is_on_its_way_ends_as_aborted() -> None:
+    """Scenario 27: a wire that enforces the end of a grant tells the sender before the message does."""
+    bench = Bench(write_attempts_max=1)
+    bench.write()
+    bench.core.on_write_lost(KEY, 0, "revoked", now=2.0)
+    (ended,) = said(bench.say(Abort(**TO, room=7, cause=Cause.ABORTED)))
+    assert isinstance(ended, Ended)
+    assert ended.cause == Cause.ABORTED
 
 
 def test_a_doubt_lasts_until_there_is_proof() -> None:

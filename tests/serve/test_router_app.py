@@ -7,7 +7,6 @@ import hashlib
 import threading
 from typing import Any
 
-import anyio
 import httpx
 import msgspec
 import openai
@@ -172,8 +171,8 @@ def frozen_app(worker: dict[str, Any]) -> FastAPI:
     @app.post("/encode")
     async def encode(request: Request) -> None:
         asked.set()
-        while not await request.is_disconnected():
-            await anyio.sleep(0.01)
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
     return app
 

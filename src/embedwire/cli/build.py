@@ -19,6 +19,16 @@ Built = tuple["FastAPI", dict[str, Any]]
 """An app, and what its server says of itself when it is ready."""
 
 
+def build_registry(settings: Settings) -> Built:
+    """The registry's app."""
+    from embedwire.registry import Registry
+    from embedwire.serve.registry_app import registry_app
+    from embedwire.serve.watch import WatchTimes
+
+    table = Registry(misses_to_evict=settings.misses_to_evict)
+    return registry_app(table, times=WatchTimes(interval_s=settings.check_interval_s)), {"role": "registry"}
+
+
 def build_router(settings: Settings) -> Built:
     """The router's app. Raises ConfigurationError unless there is either a registry or a list of workers."""
     from embedwire.serve.dispatch import DispatchLimits

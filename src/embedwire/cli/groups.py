@@ -130,10 +130,15 @@ class Router(Group):
     """Attempts of a request, each on workers that have not failed it."""
     deadline_s: Seconds = 600.0
     """From the first byte of a request to the last one of its answer."""
+
+
+class Checks(Group):
+    """Checks of workers"""
+
     misses_to_evict: Count = 3
     """Failed checks in a row after which a worker gets no requests."""
     check_interval_s: Seconds = 2.0
-    """Time between two checks of a worker."""
+    """Time between two checks of a worker, and between two looks at the registry."""
 
 
 def _docstrings(cls: type) -> dict[str, str]:
@@ -163,4 +168,4 @@ def _bounds() -> type[Group]:
 Bounds = _bounds()
 """The fields of :class:`embedwire.limits.Limits`, with its defaults and texts."""
 
-GROUPS: tuple[type[Group], ...] = (Server, Member, Engine, Wire, Encoder, Language, Router, Bounds)
+GROUPS: tuple[type[Group], ...] = (Server, Member, Engine, Wire, Encoder, Language, Router, Checks, Bounds)

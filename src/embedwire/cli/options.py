@@ -16,7 +16,8 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from embedwire.cli.settings import CONFIG_VARIABLE, PREFIX, Group, load
+from embedwire.cli.groups import Group
+from embedwire.cli.settings import CONFIG_VARIABLE, PREFIX, load
 
 Command = Callable[..., Any]
 

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
+from embedwire.cli.groups import Bounds, Checks, Encoder, Engine, Language, Member, Router, Server, Wire
 from embedwire.cli.options import takes
 from embedwire.cli.process import Voice, begin, serve
-from embedwire.cli.settings import Bounds, Encoder, Engine, Language, Loaded, Member, Router, Server, Wire
+from embedwire.cli.settings import Loaded
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, or a name on the Hugging Face Hub.")
@@ -33,21 +34,20 @@ ReadyFile = Annotated[
 IsChild = Annotated[bool, typer.Option("--child", hidden=True, help="Speak JSON, and end when stdin does.")]
 
 
-@takes(Server)
+@takes(Server, Checks)
 def registry(loaded: Loaded, *, ready_file: ReadyFile = None, child: IsChild = False) -> None:
     """Run the registry: the table of workers, where encoders and language servers enter themselves and routers look them up.
 
     Exit code 0: stopped by SIGTERM or Ctrl-C; 2: an error, whose cause is the last line.
     """
     begin(loaded.settings, is_child=child)
-    from embedwire.registry import Registry
-    from embedwire.serve.registry_app import registry_app
+    from embedwire.cli.build import build_registry
 
-    app = registry_app(Registry())
-    serve(app, loaded.settings, {"role": "registry"}, voice=Voice(ready_file, child))
+    app, facts = build_registry(loaded.settings)
+    serve(app, loaded.settings, facts, voice=Voice(ready_file, child))
 
 
-@takes(Server, Member, Router)
+@takes(Server, Member, Router, Checks)
 def router(loaded: Loaded, *, ready_file: ReadyFile = None, child: IsChild = False) -> None:
     """Run the router: the public OpenAI-compatible API in front of encoders and language servers.
 

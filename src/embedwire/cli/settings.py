@@ -1,4 +1,4 @@
-"""Every setting of every command, once: its name, type, default and meaning.
+"""Where the value of each setting comes from.
 
 A flag goes before an ``EMBEDWIRE_*`` variable, that before the file (TOML, named by ``--config`` or EMBEDWIRE_CONFIG), that before the
 default. A name that nobody knows is an error which says the nearest one. Commands take flags for the groups of settings they use
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +18,22 @@ from typing import Any, ClassVar
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
+from embedwire.cli.groups import (
+    GROUPS,
+    Bounds,
+    Checks,
+    Encoder,
+    Engine,
+    Language,
+    Member,
+    Router,
+    Server,
+    Wire,
+)
 from embedwire.errors import ConfigurationError
 from embedwire.limits import Limits
+
+__all__ = ["CONFIG_VARIABLE", "GROUPS", "PREFIX", "Bounds", "Loaded", "Settings", "load"]
 
 PREFIX = "EMBEDWIRE_"
 CONFIG_VARIABLE = "EMBEDWIRE_CONFIG"
@@ -28,7 +42,7 @@ WIRES: Mapping[str, tuple[str, ...] | None] = {"auto": None, "shm": ("shm",), "t
 """What each value of ``transport`` offers, best first; None: all there are."""
 
 
-class Settings(Bounds, Router, Language, Encoder, Wire, Engine, Member, Server, BaseSettings):  # type: ignore[misc,valid-type]
+class Settings(Bounds, Checks, Router, Language, Encoder, Wire, Engine, Member, Server, BaseSettings):  # type: ignore[misc,valid-type]
     """All settings, checked. Made by :func:`load`."""
 
     model_config = SettingsConfigDict(
@@ -120,7 +134,7 @@ def _variables() -> dict[str, Any]:
     return EnvSettingsSource(Settings)()
 
 
-def _unknown(name: str, known: Any, *, where: str) -> ConfigurationError:
+def _unknown(name: str, known: Iterable[str], *, where: str) -> ConfigurationError:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else "; `embedwire settings` lists all"
     return ConfigurationError(f"{where}: there is no setting {name}{hint}")

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from embedwire.cli.groups import GROUPS
 from embedwire.cli.options import JsonFile, shown, takes, variable
 from embedwire.cli.screen import check_writable, out, table, write_json
-from embedwire.cli.settings import GROUPS, Loaded
+from embedwire.cli.settings import Loaded
 
 
 @takes(*GROUPS)

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from embedwire.cli.groups import Bounds, Checks, Encoder, Engine, Language, Router, Server, Wire
 from embedwire.cli.options import JsonFile, takes
 from embedwire.cli.screen import check_writable, err, out, table, write_json
 from embedwire.cli.servers import Model, Name
-from embedwire.cli.settings import Bounds, Encoder, Engine, Language, Loaded, Router, Server, Wire
+from embedwire.cli.settings import Loaded
 
 
-@takes(Server, Engine, Wire, Encoder, Language, Router, Bounds)
+@takes(Server, Engine, Wire, Encoder, Language, Router, Checks, Bounds)
 def up(
     loaded: Loaded,
     *,

@@ -257,7 +257,10 @@ class ReceiverEndpoint(Driver):
             socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
             socket.setsockopt(zmq.LINGER, 200)
             socket.setsockopt(zmq.RECONNECT_IVL, 50)
-            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            # a sender that is back is reached long before its silence would count as a loss
+            socket.setsockopt(
+                zmq.RECONNECT_IVL_MAX, max(50, int(min(1.0, self.limits.peer_silence_s / 8) * 1000))
+            )
             socket.connect(address)
         except zmq.ZMQError as error:
             socket.close()

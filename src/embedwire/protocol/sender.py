@@ -32,6 +32,7 @@ class SenderTransfer:
         self.landed_tokens: dict[int, int] = {}
         self.digests: dict[int, tuple[int, ...]] = {}
         self.write_attempts: dict[int, int] = {}
+        self.lost_rounds: dict[int, str] = {}
         self.writes_under_way = 0
         self.end: tuple[Cause, str] | None = None
         self.is_certain = True

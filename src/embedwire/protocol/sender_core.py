@@ -243,6 +243,8 @@ class SenderCore:
         granted = room.on_grant(grant, block_size=hello.block_size, num_blocks=hello.num_blocks)
         if granted is None:
             self._say(peer, room.status(self.incarnation, peer, number=min(grant.round, len(room.rounds))))
+            if grant.round in room.lost_rounds:
+                self._write_again(room, grant.round, now)
             return
         if room.is_ready:
             self._write(room, granted)
@@ -269,13 +271,11 @@ class SenderCore:
         return self._take()
 
     def on_write_lost(self, key: RoomKey, number: int, detail: str, *, now: float) -> list[SenderAction]:
-        """A write returned, and what was not reported as landed never will. It is tried again, a few times."""
+        """A write returned, and what was not reported as landed never will. It is tried again, a few times, when the receiver asks
+        again: that it still does is the proof that the grant still stands, and was not revoked by an end that is on its way."""
         room = self._write_returned(key)
         if room.state is SenderState.WRITING:
-            if room.write_attempts[number] >= self.limits.write_attempts_max:
-                self._fail(room, Cause.WIRE_FAILED, detail, now)
-            else:
-                self._write(room, room.rounds[number])
+            room.lost_rounds[number] = detail
         self._settle(room)
         return self._take()
 
@@ -302,6 +302,13 @@ class SenderCore:
         room.writes_under_way += 1
         room.write_attempts[granted.number] = room.write_attempts.get(granted.number, 0) + 1
         self._actions.append(Write(room.peer, room.key, granted, room.landed_tokens.get(granted.number, 0)))
+
+    def _write_again(self, room: SenderTransfer, number: int, now: float) -> None:
+        detail = room.lost_rounds.pop(number)
+        if room.write_attempts[number] < self.limits.write_attempts_max:
+            self._write(room, room.rounds[number])
+        else:
+            self._fail(room, Cause.WIRE_FAILED, detail, now)
 
     def _write_returned(self, key: RoomKey) -> SenderTransfer:
         room = self.rooms[key]  # a room stays until its writes have returned

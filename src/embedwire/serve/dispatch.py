@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
 import anyio.to_thread
 import httpx
 import msgspec
@@ -103,6 +104,7 @@ class Dispatch:
         self._limits = limits
         self._rooms: set[int] = set()
         self._idle: list[httpx.AsyncClient] = []
+        self._waiting: dict[anyio.CancelScope, Worker] = {}
 
     @contextmanager
     def way(self, raw: Mapping[str, Any], asked: ChatRequest, *, began_s: float) -> Iterator[Way]:
@@ -196,7 +198,8 @@ class Dispatch:
         client = await stack.enter_async_context(self._client())
         try:
             request = client.build_request("POST", worker.url + path, content=content)
-            response = await client.send(request, stream=True)
+            with self._waits_for(worker):
+                response = await client.send(request, stream=True)
             stack.push_async_callback(response.aclose)
             if response.status_code == 200:
                 return response
@@ -210,6 +213,27 @@ class Dispatch:
         if fault.status in RETRIED_STATUS and fault.code not in NOT_RETRIED_CODES:
             raise WorkerFailed(worker.url, fault)
         raise FaultError(fault)
+
+    def give_up_on_evicted(self) -> None:
+        """End the waiting for workers that fail their checks, where another one can take over: a process that is frozen takes
+        connections, and answers none. To be called when the table has changed."""
+        for scope, worker in self._waiting.items():
+            others = self._table.candidates(worker.role, model=worker.model, fingerprint=worker.fingerprint)
+            if others and self._table.is_evicted(worker.url):
+                scope.cancel()
+
+    @contextmanager
+    def _waits_for(self, worker: Worker) -> Iterator[None]:
+        """Until the worker's answer begins. Raises WorkerFailed when it was given up."""
+        with anyio.CancelScope() as scope:
+            self._waiting[scope] = worker
+            try:
+                yield
+            finally:
+                del self._waiting[scope]
+            return
+        who = f"{worker.role} server {worker.url}"
+        raise WorkerFailed(worker.url, unreachable(who, TimeoutError("it does not answer its checks")))
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[httpx.AsyncClient]:

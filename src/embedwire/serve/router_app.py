@@ -99,6 +99,7 @@ class Router:
             await check_workers(self.table, client, static_urls=urls)
         else:
             await follow_registry(self.table, client, self.settings.registry_url.rstrip("/"))
+        self.dispatch.give_up_on_evicted()
 
     def parse(self, body: bytes) -> tuple[dict[str, Any], ChatRequest]:
         """On a worker thread: a body may be megabytes. Raises InvalidRequestError."""
