@@ -243,8 +243,7 @@ def resume_bytes() -> str:
 
 
 def status_bytes() -> str:
-    whole = (e.message for e in example() if isinstance(e.message, messages.Status) and e.message.digests)
-    return in_bytes(next(whole))
+    return in_bytes(next(e.message for e in example() if isinstance(e.message, messages.Status)))
 
 
 def in_bytes(message: messages.Message) -> str:

@@ -133,8 +133,8 @@ def hex_of(text: str, heading: str) -> bytes:
 @pytest.mark.parametrize(
     ("heading", "decode", "tag"),
     [
-        ("Message 9, `resume_transfer`", messages.decode_for_sender, "resume_transfer"),
-        ("Message 8, the `status`", messages.decode_for_receiver, "status"),
+        ("Message 8, `resume_transfer`", messages.decode_for_sender, "resume_transfer"),
+        ("Message 7, the `status`", messages.decode_for_receiver, "status"),
     ],
 )
 def test_bytes_on_the_page_are_messages(
@@ -154,7 +154,7 @@ def test_bytes_on_the_page_are_messages(
 def test_the_grant_on_the_page_announces_whole_blocks(root: Path) -> None:
     """Scenario 2: 44 tokens are left, and 128 are announced."""
     text = (root / "docs" / "protocol.md").read_text()
-    grant = messages.decode_for_sender(hex_of(text, "Message 9, `resume_transfer`"))
+    grant = messages.decode_for_sender(hex_of(text, "Message 8, `resume_transfer`"))
     assert isinstance(grant, messages.ResumeTransfer)
     assert (grant.round, grant.start_token, grant.allocated_tokens) == (
         1,

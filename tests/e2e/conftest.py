@@ -31,6 +31,14 @@ WITHIN_S = 30.0
 """Whatever is waited for comes within this, or the test fails. Nothing is asserted about how fast it comes."""
 LOOK_AGAIN_S = 0.02
 POOL = {"NUM_BLOCKS": 4, "BLOCK_SIZE": 16}
+SENDER_HOLDS = (
+    "sender_rooms", "sender_memory_reserved_bytes", "encode_waiting_for_memory", "encode_waiting_for_tower",
+)  # fmt: skip
+RECEIVER_HOLDS = (
+    "receiver_rooms", "receiver_memory_reserved_bytes", "receiver_waiting", "receiver_blocks_granted",
+    "receiver_blocks_quarantined", "language_transferring", "language_generating",
+)  # fmt: skip
+"""Metrics that are 0 when nothing is under way."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -185,7 +193,13 @@ class Stack:
         """The token ids of an answer that has to be one."""
         answer = self.ask(body)
         assert answer.status_code == 200, answer.text
-        return token_ids(answer)
+        return self.ids_of(answer)
+
+    @staticmethod
+    def ids_of(answer: httpx.Response) -> list[int]:
+        """The token ids of an answer that was not streamed."""
+        ids: list[int] = answer.json()["choices"][0]["token_ids"]
+        return ids
 
     def ask_all(self, bodies: Sequence[Mapping[str, Any]]) -> list[httpx.Response]:
         """All at the same moment, each over a connection of its own; every answer comes in time."""
@@ -217,34 +231,18 @@ class Stack:
         self.wait_whole()
 
     def leaks(self) -> dict[str, float]:
-        """What is still held anywhere, by name. Empty when the stack is at rest."""
-        language = self.language.metrics()
-        blocks = language.total("receiver_blocks") - language.total("receiver_blocks_free")
-        held = {"language: blocks not free": blocks}
-        for name in ("receiver_blocks_granted", "receiver_blocks_quarantined", "receiver_waiting"):
-            held[name] = language.total(name)
-        for name in ("receiver_rooms", "receiver_memory_reserved_bytes"):
-            held[name] = language.total(name)
-        for name in ("language_transferring", "language_generating"):
-            held[name] = language.total(name)
-        for number, encoder in enumerate(self.encoders, 1):
-            metrics = encoder.metrics()
-            for name in ("sender_rooms", "sender_memory_reserved_bytes"):
-                held[f"encoder {number}: {name}"] = metrics.total(name)
-            for name in ("encode_waiting_for_memory", "encode_waiting_for_tower"):
-                held[f"encoder {number}: {name}"] = metrics.total(name)
-        return {name: value for name, value in held.items() if value}
+        """What is still held anywhere, by server and name. Empty when the stack is at rest."""
+        found: dict[str, float] = {}
+        for server, names in ((self.language, RECEIVER_HOLDS), *((e, SENDER_HOLDS) for e in self.encoders)):
+            metrics = server.metrics()
+            found |= {f"{server.url} {name}": metrics.total(name) for name in names}
+        return {name: value for name, value in found.items() if value}
 
     def wait_at_rest(self) -> None:
         """Until nothing is held on either side: no room, no block, no byte."""
         until(lambda: not self.leaks(), what=self.leaks)
-        assert self.language.metrics().total("receiver_blocks") == POOL["NUM_BLOCKS"]
-
-
-def token_ids(answer: httpx.Response) -> list[int]:
-    """Of an answer that was not streamed."""
-    ids: list[int] = answer.json()["choices"][0]["token_ids"]
-    return ids
+        pool = self.language.metrics()
+        assert pool.total("receiver_blocks_free") == pool.total("receiver_blocks") == POOL["NUM_BLOCKS"]
 
 
 def data_url(image: bytes) -> str:

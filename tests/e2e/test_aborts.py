@@ -116,7 +116,7 @@ def test_while_media_are_fetched(stack: Stack, chat: Chat, hang_up: Any, wait_un
         silent.settimeout(30)
         with hang_up(chat("What is this?", f"http://127.0.0.1:{silent.getsockname()[1]}/")):
             fetching, _ = silent.accept()
-        with fetching:
             assert fetching.recv(65536).startswith(b"GET / ")
+        with fetching:
             wait_until(lambda: given_up() == before + 1)
     stack.wait_at_rest()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
@@ -63,6 +66,21 @@ def test_a_streamed_answer_is_the_same_answer(stack: Stack, chat: Chat, picture:
         assert passage["bytes"] % passage["total_tokens"] == 0
         assert min(passage[ms] for ms in ("encode_ms", "transfer_ms", "ttft_ms")) > 0
     assert whole["embedwire"]["room"] != chunks[-1]["embedwire"]["room"]
+
+
+def test_it_is_the_answer_of_the_undivided_model(
+    stack: Stack, chat: Chat, picture: Picture, tiny_model_dir: Callable[[str], Path]
+) -> None:
+    """Plain transformers, with the whole model in one process, says the same."""
+    from embedwire.encode import ChatPrompt
+    from embedwire.engines.transformers.reference import greedy_ids
+
+    pictures = [picture(280, 224, seed=1), picture(140, 112, seed=2)]
+    parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": "What are these?"}]
+    prompt = ChatPrompt([{"role": "user", "content": parts}], pictures)
+    expected = greedy_ids(str(tiny_model_dir("qwen2_5_vl")), prompt, max_tokens=32, dtype="float32")
+    assert stack.ids(chat("What are these?", *pictures, max_tokens=32)) == expected
+    assert len(set(expected)) > 3
 
 
 def test_the_official_client_reads_both(client: openai.OpenAI, chat: Chat, picture: Picture) -> None:
@@ -153,3 +171,17 @@ def test_what_is_counted(stack: Stack, chat: Chat, picture: Picture) -> None:
     assert after[1].total("sender_sessions") == after[2].total("receiver_sessions") == 1
     for name in ("receiver_blocks", "receiver_blocks_free"):
         assert after[2].total(name) == 4
+
+
+def test_every_metric_is_documented(stack: Stack) -> None:
+    """And every documented one is there."""
+    page = (Path(__file__).parents[2] / "docs/reference/metrics.md").read_text()
+    documented = {
+        name.removesuffix("_total") for name in re.findall(r"^\| `(embedwire_\w+)`", page, re.MULTILINE)
+    }
+    exposed = set()
+    for server in (stack.router, stack.encoders[0], stack.language):
+        text = httpx.get(f"{server.url}/metrics", trust_env=False).text
+        exposed |= {family.name for family in text_string_to_metric_families(text)}
+    assert {name for name in exposed if not name.endswith("_created")} == documented
+    assert len(documented) > 25

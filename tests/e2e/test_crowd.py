@@ -18,19 +18,13 @@ Bodies = list[dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def questions(chat: Callable[..., dict[str, Any]], picture: Callable[..., bytes]) -> Bodies:
-    """Sixteen requests with one to three pictures of their own, none of which fits into the pool at once."""
-    sizes = ((280, 224), (252, 280), (196, 336), (308, 252))
+    """Sixteen requests with one to three pictures of their own. None fits into the pool at once, and many are of equal length, so that
+    only their content tells them apart."""
+    counts = (1, 1, 2, 3)
     return [
-        chat(
-            f"This is number {n}.", *(picture(*sizes[(n + i) % 4], seed=10 * n + i) for i in range(1 + n % 3))
-        )
+        chat(f"This is number {n:02}.", *(picture(280, 224, seed=10 * n + i) for i in range(counts[n % 4])))
         for n in range(16)
     ]
-
-
-def ids_of(answer: Any) -> list[int]:
-    ids: list[int] = answer.json()["choices"][0]["token_ids"]
-    return ids
 
 
 def one_at_a_time(stack: Stack, questions: Bodies) -> list[list[int]]:
@@ -46,7 +40,7 @@ def test_64_requests_at_once_are_answered_as_one_at_a_time(stack: Stack, questio
     answers = stack.ask_all([questions[n % 16] for n in range(64)])
     assert [answer.status_code for answer in answers] == [200] * 64
     for n, answer in enumerate(answers):
-        assert ids_of(answer) == expected[n % 16], f"request {n}"
+        assert stack.ids_of(answer) == expected[n % 16], f"request {n}"
         passage = answer.json()["embedwire"]
         assert passage["transport"] == "shm"
         assert sum(passage["rounds"]) == passage["total_tokens"]
@@ -62,7 +56,7 @@ def test_200_requests_at_once_are_answered_or_refused(stack: Stack, questions: B
     assert len(answers) == 200
     answered = [(n, answer) for n, answer in enumerate(answers) if answer.status_code == 200]
     for n, answer in answered:
-        assert ids_of(answer) == expected[n % 16], f"request {n}"
+        assert stack.ids_of(answer) == expected[n % 16], f"request {n}"
     for answer in answers:
         if answer.status_code != 200:
             assert answer.status_code == 503, answer.text
@@ -83,7 +77,7 @@ def test_the_same_over_tcp(tcp_stack: Stack, questions: Bodies) -> None:
     answers = tcp_stack.ask_all([questions[n % 16] for n in range(32)])
     assert [answer.status_code for answer in answers] == [200] * 32
     for n, answer in enumerate(answers):
-        assert ids_of(answer) == expected[n % 16], f"request {n}"
+        assert tcp_stack.ids_of(answer) == expected[n % 16], f"request {n}"
         assert answer.json()["embedwire"]["transport"] == "tcp"
     tcp_stack.wait_at_rest()
 

@@ -164,7 +164,9 @@ def test_a_killed_language_server(stack: Stack, questions: Bodies, at_once: Any,
     assert faults
     for fault in [*faults, stack.ask(questions[0])]:
         error = fault.json()["error"]
-        assert (fault.status_code, error["code"]) in {(502, "upstream_unreachable"), (503, "overloaded")}, error
+        assert (fault.status_code, error["code"]) in {(502, "upstream_unreachable"), (503, "overloaded")}, (
+            error
+        )
         assert "language server" in error["message"]
     reserved = "sender_memory_reserved_bytes"
     wait_until(lambda: not sum(encoder.metrics().total(reserved) for encoder in encoders))

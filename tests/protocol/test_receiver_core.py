@@ -82,16 +82,20 @@ class Bench:
 
     def announce(self, key: RoomKey = KEY, total: int = 300, **other: Any) -> list[ReceiverAction]:
         aux = (total, *[0] * (AUX_WORDS - 1))
-        content = {"total_tokens": total, "aux": aux, "content_hash": b"", "ready": True} | other
+        content = {
+            "total_tokens": total,
+            "aux": aux,
+            "content_hash": b"",
+            "ready": True,
+            "digests": (9,),
+        } | other
         return self.hear(Announce(**FROM, room=key[0], attempt=key[1], **content))
 
-    def status(self, landed: int, number: int = 0, digests: tuple[int, ...] = ()) -> list[ReceiverAction]:
-        return self.hear(
-            Status(**FROM, room=7, poll=Poll.TRANSFERRING, round=number, sent_tokens=landed, digests=digests)
-        )
+    def status(self, landed: int, number: int = 0) -> list[ReceiverAction]:
+        return self.hear(Status(**FROM, room=7, poll=Poll.TRANSFERRING, round=number, sent_tokens=landed))
 
-    def drained(self, number: int, to: int, digests: tuple[int, ...] | None) -> list[ReceiverAction]:
-        return self.core.on_drained(KEY, number, to, aux=None, digests=digests, now=1.0)
+    def drained(self, to: int, digests: tuple[int, ...] | None = None) -> list[ReceiverAction]:
+        return self.core.on_drained(KEY, to, aux=None, digests=digests, now=1.0)
 
     def fill(self) -> None:
         """The room is granted its first round."""
@@ -116,12 +120,11 @@ def test_a_whole_room() -> None:
     first = bench.announce()
     assert [type(a) for a in first] == [Assemble, Permit, Send]
     assert [type(a) for a in bench.status(256)] == [Drain]
-    assert bench.drained(0, 256, (1,)) == []
-    second = bench.status(256, digests=(1,))
+    second = bench.drained(256)
     assert [type(a) for a in second] == [Revoke, Permit, Send]
     assert isinstance(sent(second)[0], ResumeTransfer)
-    bench.status(300, 1, (2,))
-    last = bench.drained(1, 300, (2,))
+    bench.status(300, 1)
+    last = bench.drained(300, (9,))
     assert [type(a) for a in last] == [Revoke, Finished, Send]
     assert isinstance(sent(last)[0], Done)
     assert bench.blocks.blocks_free == 4
@@ -230,32 +233,30 @@ def test_a_drain_that_comes_after_the_end_is_harmless() -> None:
     bench.fill()
     bench.status(256)
     bench.core.abort(KEY, Cause.ABORTED, "", now=1.0)
-    assert bench.drained(0, 256, (1,)) == []
+    assert bench.drained(256) == []
     bench.hear(Ended(**FROM, room=7, cause=Cause.ABORTED))
-    assert bench.drained(0, 256, (1,)) == []
+    assert bench.drained(256) == []
 
 
-def test_not_finished_before_the_last_round_has_its_sums() -> None:
-    """With a window: all tokens are drained, but one round was not compared yet; then its blocks come back too."""
+def test_a_window_finishes_with_its_last_round() -> None:
+    """Two rounds are open; the room is whole when both are drained, and the blocks of both come back."""
     bench = Bench(window_rounds=2)
     bench.fill()
     room = bench.core.rooms[KEY]
     assert len(room.open_rounds) == 2
     bench.status(300)
-    bench.drained(0, 256, (1,))
-    bench.drained(1, 300, (2,))
-    actions = bench.status(300, 0, (1,))
-    assert not any(isinstance(a, Finished) for a in actions)
-    assert any(isinstance(a, Finished) for a in bench.status(300, 1, (2,)))
+    assert not any(isinstance(a, Finished) for a in bench.drained(256))
+    assert any(isinstance(a, Finished) for a in bench.drained(300, (9,)))
     assert bench.blocks.blocks_free == 4
 
 
 def test_wrong_sums_end_the_room_as_corrupt() -> None:
     """Both sides hear it, and the blocks are free."""
     bench = Bench()
-    bench.fill()
-    bench.status(256, 0, (1,))
-    actions = bench.drained(0, 256, (9,))
+    bench.open()
+    bench.announce(total=256)
+    bench.status(256)
+    actions = bench.drained(256, (8,))
     (failed,) = (a for a in actions if isinstance(a, Failed))
     assert failed.cause is Cause.CORRUPT
     (abort,) = sent(actions)

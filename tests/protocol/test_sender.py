@@ -20,7 +20,7 @@ def room(total: int = 2000) -> SenderTransfer:
     aux = (total, *[0] * (AUX_WORDS - 1))
     made = SenderTransfer((7, 0), total_tokens=total, aux=aux, content_hash=b"h")
     made.on_open(5)
-    made.on_ready(1.0)
+    made.on_ready(1.0, (9,))
     return made
 
 
@@ -37,12 +37,12 @@ def test_two_rounds() -> None:
     first = made.on_grant(grant(0, 0, tuple(range(8))), **SIZES)
     assert first is not None
     assert (first.start_token, first.tokens) == (0, 1024)
-    made.on_round_landed(0, (1,))
+    made.on_round_landed(0)
     assert (made.sent_tokens, made.state, made.poll) == (1024, SenderState.WRITING, Poll.TRANSFERRING)
     second = made.on_grant(grant(1, 1024, tuple(range(8))), **SIZES)
     assert second is not None
     assert (second.start_token, second.tokens, second.end_token) == (1024, 976, 2000)
-    made.on_round_landed(1, (2,))
+    made.on_round_landed(1)
     assert (made.sent_tokens, made.state) == (2000, SenderState.DELIVERED)
     made.on_done()
     assert (made.poll, made.end) == (Poll.SUCCESS, (Cause.DONE, ""))
@@ -108,31 +108,27 @@ def test_sent_tokens_are_a_contiguous_prefix() -> None:
 
 
 def test_delivered_only_when_every_write_has_returned() -> None:
-    """All has landed, but one write has still to tell its digests: the room is not delivered before, or they would be lost."""
+    """All has landed, but one write has not returned: its source may still be read."""
     made = room(256)
     for number in range(2):
         made.on_grant(grant(number, number * 128, (number,)), **SIZES)
     made.writes_under_way = 2
     made.on_landed(0, 128)
     made.writes_under_way = 1
-    made.on_round_landed(1, (2,))
+    made.on_round_landed(1)
     assert (made.sent_tokens, made.state) == (256, SenderState.WRITING)
     made.writes_under_way = 0
-    made.on_round_landed(0, (1,))
+    made.on_round_landed(0)
     assert made.state is SenderState.DELIVERED
-    assert [made.status(1, 5, number=n).digests for n in (0, 1)] == [(1,), (2,)]
 
 
-def test_digests_come_with_a_round_that_landed_whole() -> None:
-    """And not before, nor for a round that nobody granted."""
-    made = room()
-    made.on_grant(grant(0, 0, (1,)), **SIZES)
-    made.on_landed(0, 127)
-    assert made.status(1, 5, number=0).digests == ()
-    made.on_round_landed(0, (42,))
-    told = made.status(1, 5, number=0)
-    assert (told.digests, told.sent_tokens, told.poll) == ((42,), 128, Poll.TRANSFERRING)
-    assert made.status(1, 5, number=1).digests == ()
+def test_digests_are_announced_once_the_source_is_there() -> None:
+    """And not before: what is not there can not be summed up."""
+    made = SenderTransfer((7, 0), total_tokens=9, aux=(9, *[0] * (AUX_WORDS - 1)), content_hash=b"h")
+    assert made.announcement(1, 5).digests == ()
+    made.on_ready(3.0, (42,))
+    told = made.announcement(1, 5)
+    assert (told.ready, told.digests, told.source_ms) == (True, (42,), 3.0)
 
 
 def test_the_first_cause_stays() -> None:

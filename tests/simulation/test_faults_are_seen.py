@@ -169,8 +169,8 @@ def grant_announces_the_tokens_it_wants(patch: Patch) -> None:
 def aux_is_read_from_every_round(patch: Patch) -> None:
     whole = ReceiverCore.on_drained
 
-    def on_drained(self: ReceiverCore, key: Any, number: int, to_token: int, **more: Any) -> Any:
-        return whole(self, key, number, to_token, **(more | {"aux": more["aux"] or (0,) * 16}))
+    def on_drained(self: ReceiverCore, key: Any, to_token: int, **more: Any) -> Any:
+        return whole(self, key, to_token, **(more | {"aux": more["aux"] or (0,) * 16}))
 
     patch.setattr(ReceiverCore, "on_drained", on_drained)
 

@@ -7,7 +7,7 @@ import pytest
 from embedwire.protocol.messages import Cause, Init, ResumeTransfer, Status
 from embedwire.protocol.states import Poll
 from embedwire.testing.sim_link import delay
-from embedwire.testing.sim_memory import aux_of, cells, digests
+from embedwire.testing.sim_memory import aux_of
 from embedwire.testing.sim_receiver import ReceiverNode
 from embedwire.testing.simulation import FENCED, Transfer, World
 
@@ -82,7 +82,7 @@ def test_the_same_blocks_again_are_another_round() -> None:
     world, transfer = transfer_alone(24576, 8192, num_blocks=64)
     assert [g.block_indices for g in transfer.grants] == [tuple(range(64))] * 3
     assert [g.start_token for g in transfer.grants] == [0, 8192, 16384]
-    assert [s.sent_tokens for s in statuses(world) if s.digests] == [8192, 16384, 24576]
+    assert {8192, 16384, 24576} <= {s.sent_tokens for s in statuses(world)}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,6 @@ def test_failed_is_final_even_if_success_comes_late() -> None:
     world.run_until(lambda: bool(transfer.grants))
     receiver.abort(transfer.key)
     for poll in (Poll.SUCCESS, Poll.WAITING_FOR_INPUT):
-        sums = digests(cells(transfer.key, 0, 1000))
         receiver.do(
             receiver.core.on_message(
                 Status(
@@ -150,7 +149,6 @@ def test_failed_is_final_even_if_success_comes_late() -> None:
                     room=7,
                     poll=poll,
                     sent_tokens=1000,
-                    digests=sums,
                 ),
                 sender.address,
                 now=world.now,

@@ -67,8 +67,11 @@ def _end_with_stdin() -> None:
 def serve(
     app: FastAPI, settings: Settings, facts: dict[str, Any], *, voice: Voice, port: int | None = None
 ) -> None:
-    """Answer requests until SIGTERM or Ctrl-C. Raises ConfigurationError when the address can not be had."""
-    from embedwire.serve.run import AppServer
+    """Answer requests until SIGTERM or Ctrl-C; from then on this process ignores both.
+
+    Raises ConfigurationError when the address can not be had.
+    """
+    from embedwire.serve.run import SIGNALS, AppServer
 
     port = settings.port if port is None else port
     on_ready: Callable[[str], None] = lambda url: voice.say(facts | {"url": url})  # noqa: E731
@@ -79,3 +82,5 @@ def serve(
     except OSError as error:
         raise ConfigurationError(f"can not listen on {settings.host}:{port}: {error}") from None
     server.serve()
+    for number in SIGNALS:  # a second one would interrupt the cleaning up, and leave shared memory behind
+        signal.signal(number, signal.SIG_IGN)

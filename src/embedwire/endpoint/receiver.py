@@ -379,16 +379,12 @@ class ReceiverEndpoint(Driver):
             )
             reception.digests.update(rows)
         aux = self._pool.read_aux(granted.block_indices[0]) if drain.from_token == 0 else None
-        digests = None
-        if drain.to_token == granted.end_token:
-            digests, reception.digests = reception.digests.digest(), FieldDigests(self.layout)
-            self._rounds_total += 1
+        digests = reception.digests.digest() if drain.to_token == room.total_tokens else None
+        self._rounds_total += drain.to_token == granted.end_token
         self._bytes_total += (drain.to_token - drain.from_token) * self.layout.token_bytes
         now = time.monotonic()
         self._pending.extend(
-            self._core.on_drained(
-                drain.key, granted.number, drain.to_token, aux=aux, digests=digests, now=now
-            )
+            self._core.on_drained(drain.key, drain.to_token, aux=aux, digests=digests, now=now)
         )
 
     def _finish(self, room: ReceiverTransfer) -> None:

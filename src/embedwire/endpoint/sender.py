@@ -41,6 +41,7 @@ from embedwire.limits import (
     Limits,
 )
 from embedwire.memory.budget import Budget
+from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import Layout
 from embedwire.memory.pool import pack_aux
@@ -72,13 +73,14 @@ class Offer(Future[SendReport]):
         self._endpoint = endpoint
         self._offered_at = time.monotonic()
         self.source: Source | None = None
-        self.arrays: Mapping[str, np.ndarray] = {}
         self.is_cancelled = False
         self._is_filled = False
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """The source is ready: field name to a C-contiguous array (total_tokens, *field.shape). Nobody may change them until
-        the offer has ended. Raises UsageError when they do not match the layout, and the second time; harmless after the end."""
+        """The source is ready: field name to a C-contiguous array (total_tokens, *field.shape).
+
+        It is summed up here, on the caller's thread; nobody may change it until the offer has ended. Raises
+        UsageError when they do not match the layout, and the second time; harmless after the end."""
         if self.done():
             return
         source = Source(self._endpoint.layout, arrays)
@@ -87,7 +89,11 @@ class Offer(Future[SendReport]):
         if self._is_filled:
             raise UsageError(f"room {self.key[0]} attempt {self.key[1]} was filled before")
         self._is_filled = True
-        self._endpoint._fill(self, source, arrays, source_ms=(time.monotonic() - self._offered_at) * 1000)
+        sums = FieldDigests(self._endpoint.layout)
+        sums.update(arrays)
+        self._endpoint._fill(
+            self, source, sums.digest(), source_ms=(time.monotonic() - self._offered_at) * 1000
+        )
 
     def fail(self, detail: str) -> None:
         """The source can not be made: the room ends with cause ``encoder_failed`` on both sides."""
@@ -204,14 +210,13 @@ class SenderEndpoint(Driver):
         self._carry_out(actions)
         return offer
 
-    def _fill(
-        self, offer: Offer, source: Source, arrays: Mapping[str, np.ndarray], *, source_ms: float
-    ) -> None:
+    def _fill(self, offer: Offer, source: Source, digests: tuple[int, ...], *, source_ms: float) -> None:
         def fill() -> None:
             if offer.done():
                 return
-            offer.source, offer.arrays = source, arrays
-            self._carry_out(self._core.ready(offer.key, source_ms=source_ms, now=time.monotonic()))
+            offer.source = source
+            now = time.monotonic()
+            self._carry_out(self._core.ready(offer.key, source_ms=source_ms, digests=digests, now=now))
 
         self.post(fill)
 
@@ -309,7 +314,7 @@ class SenderEndpoint(Driver):
                 try:
                     self._write(action)
                 except Exception:
-                    self.written(action, Outcome.LOST, ())  # the core counts on an answer to every write
+                    self.written(action, Outcome.LOST)  # the core counts on an answer to every write
                     raise
             case CancelWrites(key):
                 self._offers[key].is_cancelled = True
@@ -335,7 +340,7 @@ class SenderEndpoint(Driver):
         offer = self._offers[write.key]
         writer = self._writers.get(write.peer)
         if writer is None:
-            self.written(write, Outcome.LOST, ())
+            self.written(write, Outcome.LOST)
             return
         assert offer.source is not None
         hello = self._core.sessions[write.peer].hello
@@ -343,7 +348,6 @@ class SenderEndpoint(Driver):
             WriteJob(
                 write=write,
                 source=offer.source,
-                arrays=offer.arrays,
                 aux=pack_aux(offer.aux),
                 is_permitted=lambda: not offer.is_cancelled,
                 geometry=PoolGeometry(self.layout, hello.block_size, hello.num_blocks),
@@ -354,7 +358,7 @@ class SenderEndpoint(Driver):
         offer = self._offers.pop(release.key)
         self._budget.release(release.key)
         self._ended[release.cause.value] += 1
-        offer.source, offer.arrays = None, {}
+        offer.source = None
         if release.cause is Cause.DONE:
             nbytes = offer.total_tokens * self.layout.token_bytes
             offer.set_result(SendReport(offer.total_tokens, release.rounds, nbytes))
@@ -395,16 +399,16 @@ class SenderEndpoint(Driver):
             landed_tokens = self._landed.pop(slot)
         self._carry_out(self._core.on_landed(key, number, landed_tokens, now=time.monotonic()))
 
-    def written(self, write: Write, outcome: Outcome, digests: tuple[int, ...]) -> None:
+    def written(self, write: Write, outcome: Outcome) -> None:
         """A write has returned."""
-        self.post(partial(self._on_written, write, outcome, digests))
+        self.post(partial(self._on_written, write, outcome))
 
-    def _on_written(self, write: Write, outcome: Outcome, digests: tuple[int, ...]) -> None:
+    def _on_written(self, write: Write, outcome: Outcome) -> None:
         key, number, now = write.key, write.round.number, time.monotonic()
         if outcome is Outcome.LANDED:
             self._rounds_total += 1
             self._bytes_total += (write.round.tokens - write.landed_tokens) * self.layout.token_bytes
-            self._carry_out(self._core.on_written(key, number, digests=digests, now=now))
+            self._carry_out(self._core.on_written(key, number, now=now))
         elif outcome is Outcome.LOST:
             self._carry_out(self._core.on_write_lost(key, number, "the write was lost", now=now))
         else:

@@ -12,11 +12,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Protocol
 
-import numpy as np
-
 from embedwire.errors import TransportError
 from embedwire.limits import SLICE_BYTES, Limits
-from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.source import Source
 from embedwire.protocol.actions import Peer, Write
@@ -26,13 +23,18 @@ from embedwire.transports.contract import Outbound, Outcome, Piece, RemoteRegion
 logger = logging.getLogger(__name__)
 
 
+REPORTS_A_ROUND = 16
+"""Progress within a round is told in at most this many steps: enough for the receiver to drain while the rest is written, and few enough
+that telling does not take the processor from those who copy."""
+
+
 class WriterEvents(Protocol):
     """What a writer reports, on its own thread."""
 
     def attached(self, peer: Peer, wire: str) -> None: ...
     def attach_failed(self, peer: Peer, detail: str) -> None: ...
     def landed(self, write: Write, landed_tokens: int) -> None: ...
-    def written(self, write: Write, outcome: Outcome, digests: tuple[int, ...]) -> None: ...
+    def written(self, write: Write, outcome: Outcome) -> None: ...
     def doubt_ended(self, write: Write) -> None: ...
 
 
@@ -42,40 +44,27 @@ class WriteJob:
 
     write: Write
     source: Source
-    arrays: Mapping[str, np.ndarray]
     aux: bytes
     is_permitted: Callable[[], bool]
     geometry: PoolGeometry
-    digests: FieldDigests = field(init=False)
     slice_ends: list[int] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.digests = FieldDigests(self.geometry.layout)
-
     def slices(self) -> Iterator[Slice]:
-        """Pieces of about SLICE_BYTES, summed up as they are handed out; what has landed before is only summed up."""
+        """What has not landed yet, in pieces of about SLICE_BYTES, with aux in front of the room."""
         granted = self.write.round
         step = max(1, SLICE_BYTES // self.geometry.layout.token_bytes)
-        position = 0
-        while position < granted.tokens:
-            landed = self.write.landed_tokens
-            end = min(position + step, granted.tokens if position >= landed else landed)
-            token = granted.start_token + position
-            rows = slice(token, token + end - position)
-            self.digests.update({name: array[rows] for name, array in self.arrays.items()})
-            if position >= landed:
-                is_first = granted.number == 0 and position == 0
-                pieces = self.source.pieces(
-                    self.geometry,
-                    granted.block_indices,
-                    start_token=granted.start_token,
-                    token=token,
-                    tokens=end - position,
-                    aux=self.aux if is_first else None,
-                )
-                self.slice_ends.append(end)
-                yield [Piece(memory, offset) for memory, offset in pieces]
-            position = end
+        for position in range(self.write.landed_tokens, granted.tokens, step):
+            end = min(position + step, granted.tokens)
+            pieces = self.source.pieces(
+                self.geometry,
+                granted.block_indices,
+                start_token=granted.start_token,
+                token=granted.start_token + position,
+                tokens=end - position,
+                aux=self.aux if granted.start_token + position == 0 else None,
+            )
+            self.slice_ends.append(end)
+            yield [Piece(memory, offset) for memory, offset in pieces]
 
 
 class SessionWriter:
@@ -141,7 +130,7 @@ class SessionWriter:
             if is_usable:
                 is_usable = self._carry_out(job)
             else:
-                self._events.written(job.write, Outcome.LOST, ())
+                self._events.written(job.write, Outcome.LOST)
 
     def _attach(self) -> bool:
         """Reach the receiver over the first of ``_wires`` that works, and keep to that one from then on."""
@@ -189,9 +178,15 @@ class SessionWriter:
         """Write a round and report it. False: the receiver is out of reach."""
         assert self._region is not None
 
+        total, told = job.write.round.tokens, job.write.landed_tokens
+
         def on_landed(slices: int) -> None:
+            nonlocal told
             landed = job.slice_ends[slices - 1]
-            if landed < job.write.round.tokens:  # of the last one, `written` tells
+            if (
+                landed < total and (landed - told) * REPORTS_A_ROUND >= total
+            ):  # of the last one, `written` tells
+                told = landed
                 self._events.landed(job.write, landed)
 
         try:
@@ -205,5 +200,5 @@ class SessionWriter:
         except Exception:
             logger.exception("a write failed in a way that is our own fault")
             outcome = Outcome.UNKNOWN
-        self._events.written(job.write, outcome, job.digests.digest())
+        self._events.written(job.write, outcome)
         return outcome is not Outcome.UNKNOWN or self._renew(job.write)

@@ -135,12 +135,14 @@ class Open(RoomMessage, tag="open", frozen=True, kw_only=True):
 
 
 class Announce(RoomMessage, tag="announce", frozen=True, kw_only=True):
-    """A room's facts. ``ready``: its source can be written from. ``source_ms``: how long the encoder took, once ready."""
+    """A room's facts. ``ready``: its source can be written from; then ``digests`` are there, one XXH3-64 a field over the field's bytes
+    of all tokens in order, and ``source_ms``, how long the encoder took."""
 
     total_tokens: Positive
     aux: Aux
     content_hash: Annotated[bytes, Meta(max_length=CONTENT_HASH_BYTES_MAX)]
     ready: bool
+    digests: Annotated[tuple[UInt64, ...], Meta(max_length=64)] = ()
     source_ms: Annotated[float, Meta(ge=0)] = 0.0
 
 
@@ -163,13 +165,11 @@ class ResumeTransfer(Grant, tag="resume_transfer", frozen=True, kw_only=True):
 
 
 class Status(RoomMessage, tag="status", frozen=True, kw_only=True):
-    """How far a room has got. ``sent_tokens`` is the contiguous landed prefix of the room. ``digests`` (one XXH3-64 a field, over
-    the bytes of round ``round``) is there once that round has landed whole."""
+    """How far a room has got, at an event of round ``round``. ``sent_tokens`` is the contiguous landed prefix of the room."""
 
     poll: Poll
     round: Count = 0
     sent_tokens: Count = 0
-    digests: Annotated[tuple[UInt64, ...], Meta(max_length=64)] = ()
 
 
 class Done(RoomMessage, tag="done", frozen=True, kw_only=True):

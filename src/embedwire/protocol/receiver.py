@@ -59,8 +59,6 @@ class ReceiverTransfer:
         self.end: tuple[Cause, str] | None = None
         self.deadline = opened_at
         self.wait_s = 0.0
-        self._expected: dict[int, tuple[int, ...]] = {}
-        self._found: dict[int, tuple[int, ...]] = {}
 
     @property
     def state(self) -> ReceiverState:
@@ -132,12 +130,6 @@ class ReceiverTransfer:
             )
         is_news = status.sent_tokens > self.landed_tokens
         self.landed_tokens = max(self.landed_tokens, status.sent_tokens)
-        for granted in self.open_rounds:
-            if granted.number == status.round and status.digests and granted.number not in self._expected:
-                if status.sent_tokens < granted.end_token:
-                    raise ProtocolViolation(f"round {granted.number} summed up before it had landed")
-                self._expected[granted.number] = status.digests
-                is_news = True
         return is_news
 
     def take_drains(self) -> list[Drain]:
@@ -152,31 +144,22 @@ class ReceiverTransfer:
         return drains
 
     def on_drained(
-        self, number: int, to_token: int, *, aux: tuple[int, ...] | None, digests: tuple[int, ...] | None
+        self, to_token: int, *, aux: tuple[int, ...] | None, digests: tuple[int, ...] | None
     ) -> None:
-        """Tokens up to ``to_token`` are in the assembly. ``aux`` comes with the first of round 0, ``digests`` with the last of each
-        round. Raises CorruptRoom when aux is not the announced one."""
+        """Tokens up to ``to_token`` are in the assembly. ``aux`` comes with the first of the room, ``digests`` with the last.
+        Raises CorruptRoom when either is not the announced one."""
         assert self.announced is not None
         self.drained_tokens = to_token
         if aux is not None and aux != self.announced.aux:
             raise CorruptRoom(f"aux arrived as {list(aux)}, announced was {list(self.announced.aux)}")
-        if digests is not None:
-            self._found[number] = digests
+        if digests is not None and digests != self.announced.digests:
+            raise CorruptRoom(f"sums of what arrived are {digests}, announced were {self.announced.digests}")
 
     def pop_round_done(self) -> Round | None:
-        """The oldest open round, once it is drained and its sums agree; its blocks are the caller's to free. Raises CorruptRoom."""
-        if not self.open_rounds:
-            return None
-        oldest = self.open_rounds[0]
-        expected, found = self._expected.get(oldest.number), self._found.get(oldest.number)
-        if expected is None or found is None:
-            return None
-        if expected != found:
-            raise CorruptRoom(
-                f"round {oldest.number}: sums of the sender {expected}, of what arrived {found}"
-            )
-        del self._expected[oldest.number], self._found[oldest.number]
-        return self.open_rounds.popleft()
+        """The oldest open round, once it is drained; its blocks are the caller's to free."""
+        if self.open_rounds and self.open_rounds[0].end_token <= self.drained_tokens:
+            return self.open_rounds.popleft()
+        return None
 
     def fail(self, cause: Cause, detail: str) -> None:
         """End it without its embedding. Blocks of open rounds go to ``quarantined``: the caller decides what becomes of them."""

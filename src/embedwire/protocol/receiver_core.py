@@ -220,7 +220,6 @@ class ReceiverCore:
         if room.on_status(status):
             self._await(room, self.limits.round_s, now)
             self._actions.extend(room.take_drains())
-            self._settle_rounds(room, now)
 
     def _on_ended(self, room: ReceiverTransfer, ended: Ended, now: float) -> None:
         if room.is_live:
@@ -239,37 +238,32 @@ class ReceiverCore:
     def on_drained(
         self,
         key: RoomKey,
-        number: int,
         to_token: int,
         *,
         aux: tuple[int, ...] | None,
         digests: tuple[int, ...] | None,
         now: float,
     ) -> list[ReceiverAction]:
-        """A Drain was carried out: ``aux`` (a copy) comes with the first of round 0, ``digests`` with the last of each round.
+        """A Drain was carried out: ``aux`` (a copy) comes with the first of a room, ``digests`` of all of it with the last.
         Harmless when the room has ended."""
         room = self.rooms.get(key)
         if room is None or not room.is_live:
             return []
         try:
-            room.on_drained(number, to_token, aux=aux, digests=digests)
+            room.on_drained(to_token, aux=aux, digests=digests)
         except CorruptRoom as corrupt:
             self._fail(room, Cause.CORRUPT, str(corrupt), now)
-        self._settle_rounds(room, now)
+        else:
+            self._settle_rounds(room, now)
         return self._take()
 
     def _settle_rounds(self, room: ReceiverTransfer, now: float) -> None:
-        if not room.is_live:
-            return
-        try:
-            freed = 0
-            while (granted := room.pop_round_done()) is not None:
-                self._actions.append(Revoke(room.address, granted.ticket))
-                self.admission.give_back(room.address, granted)
-                freed += 1
-        except CorruptRoom as corrupt:
-            self._fail(room, Cause.CORRUPT, str(corrupt), now)
-            return
+        """Give back the blocks of what is drained; then the room is whole, or wants more."""
+        freed = 0
+        while (granted := room.pop_round_done()) is not None:
+            self._actions.append(Revoke(room.address, granted.ticket))
+            self.admission.give_back(room.address, granted)
+            freed += 1
         if not freed:
             return
         if room.open_rounds:

@@ -30,7 +30,7 @@ class SenderTransfer:
         self.sent_tokens = 0
         self.rounds: list[Round] = []
         self.landed_tokens: dict[int, int] = {}
-        self.digests: dict[int, tuple[int, ...]] = {}
+        self.digests: tuple[int, ...] = ()
         self.write_attempts: dict[int, int] = {}
         self.lost_rounds: dict[int, str] = {}
         self.writes_under_way = 0
@@ -56,9 +56,10 @@ class SenderTransfer:
             self.peer = peer
             self.machine.step(SenderEvent.OPENED)
 
-    def on_ready(self, source_ms: float) -> None:
-        """The source can be written from."""
+    def on_ready(self, source_ms: float, digests: tuple[int, ...]) -> None:
+        """The source can be written from; ``digests`` are of all of it."""
         self.is_ready = True
+        self.digests = digests
         self.source_ms = source_ms
 
     def on_grant(self, grant: Grant, *, block_size: int, num_blocks: int) -> Round | None:
@@ -102,22 +103,20 @@ class SenderTransfer:
         """Tokens of a round that have landed so far. True when ``sent_tokens`` grew."""
         self.landed_tokens[number] = max(landed_tokens, self.landed_tokens.get(number, 0))
         before = self.sent_tokens
-        for (
-            granted
-        ) in self.open_rounds:  # a lost write is tried again behind its successors, so there may be gaps
+        for granted in self.open_rounds:  # a lost write is tried again, behind others: there may be gaps
             self.sent_tokens = granted.start_token + self.landed_tokens.get(granted.number, 0)
             if self.sent_tokens < granted.end_token:
                 break
         return self.sent_tokens > before
 
-    def on_round_landed(self, number: int, digests: tuple[int, ...]) -> None:
-        """A round has landed whole."""
-        self.on_landed(number, self.rounds[number].tokens)
-        self.digests[number] = digests
-        for memory in (self.digests, self.landed_tokens, self.write_attempts):
+    def on_round_landed(self, number: int) -> bool:
+        """A round has landed whole. True when ``sent_tokens`` grew."""
+        is_news = self.on_landed(number, self.rounds[number].tokens)
+        for memory in (self.landed_tokens, self.write_attempts):
             memory.pop(number - OPEN_ROUNDS_MAX, None)
-        if self.sent_tokens == self.total_tokens and not self.writes_under_way:  # each has its digests
+        if self.sent_tokens == self.total_tokens and not self.writes_under_way:
             self.machine.step(SenderEvent.ALL_LANDED)
+        return is_news
 
     def fail(self, cause: Cause, detail: str) -> None:
         """End it, once: the first cause stays. It has ended only when its writes have returned."""
@@ -146,13 +145,13 @@ class SenderTransfer:
             aux=self.aux,
             content_hash=self.content_hash,
             ready=self.is_ready,
+            digests=self.digests,
             source_ms=self.source_ms,
         )
 
     def status(self, source: int, target: int, *, number: int) -> Status:
-        """How far it has got, with the digests of round ``number`` if that one has landed whole."""
+        """How far it has got, at an event of round ``number``."""
         room, attempt = self.key
-        is_whole = number < len(self.rounds) and self.rounds[number].end_token <= self.sent_tokens
         return Status(
             source=source,
             target=target,
@@ -161,5 +160,4 @@ class SenderTransfer:
             poll=self.poll,
             round=number,
             sent_tokens=self.sent_tokens,
-            digests=self.digests.get(number, ()) if is_whole else (),
         )

@@ -90,11 +90,15 @@ class SenderCore:
             self._on_open(room, peer, now)
         return self._take()
 
-    def ready(self, key: RoomKey, *, source_ms: float, now: float) -> list[SenderAction]:
-        """The source of a room can be written from. Harmless when it was ready before, or the room has ended."""
+    def ready(
+        self, key: RoomKey, *, source_ms: float, digests: tuple[int, ...], now: float
+    ) -> list[SenderAction]:
+        """The source of a room can be written from; ``digests`` are one XXH3-64 a field over all of it.
+
+        Harmless when it was ready before, or the room has ended."""
         room = self.rooms.get(key)
         if room is not None and room.end is None and not room.is_ready:
-            room.on_ready(source_ms)
+            room.on_ready(source_ms, digests)
             if room.peer is not None:
                 self._say(room.peer, room.announcement(self.incarnation, room.peer))
                 self._await_progress(room, now)
@@ -259,13 +263,10 @@ class SenderCore:
             self._report(room, number, now)
         return self._take()
 
-    def on_written(
-        self, key: RoomKey, number: int, *, digests: tuple[int, ...], now: float
-    ) -> list[SenderAction]:
-        """A write returned: the whole round has landed. ``digests`` are of its bytes."""
+    def on_written(self, key: RoomKey, number: int, *, now: float) -> list[SenderAction]:
+        """A write returned: the whole round has landed."""
         room = self._write_returned(key)
-        if room.state is SenderState.WRITING:
-            room.on_round_landed(number, digests)
+        if room.state is SenderState.WRITING and room.on_round_landed(number):
             self._report(room, number, now)
         self._settle(room)
         return self._take()

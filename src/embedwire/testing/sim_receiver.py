@@ -188,11 +188,9 @@ class ReceiverNode:
         self._check(key, found, cells(key, first, last))
         self.assemblies[key][first:last] = found
         aux = self.memory.aux[granted.block_indices[0]] if first == 0 else None
-        sums = (
-            digests(self.assemblies[key][granted.start_token : last]) if last == granted.end_token else None
-        )
+        sums = digests(self.assemblies[key]) if last == room.total_tokens else None
         now = self.timeline.now
-        self.do(self.core.on_drained(key, granted.number, last, aux=aux, digests=sums, now=now))
+        self.do(self.core.on_drained(key, last, aux=aux, digests=sums, now=now))
 
     def _check(self, key: RoomKey, found: Cells, expected: Cells) -> None:
         if not self.setup.tolerates_wrong_bytes and not np.array_equal(found, expected):

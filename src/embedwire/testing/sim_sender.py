@@ -25,7 +25,7 @@ from embedwire.protocol.actions import (
 )
 from embedwire.protocol.messages import Cause, Message, RoomKey, decode_for_sender
 from embedwire.protocol.sender_core import SenderCore
-from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, aux_of
+from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, aux_of, cells, digests
 from embedwire.testing.sim_timeline import Process, Timeline
 from embedwire.testing.sim_wire import InvariantBroken, Target, Wire, WireFaults
 from embedwire.transports.contract import Outcome
@@ -137,9 +137,11 @@ class SenderNode:
             return
         self.offered.add(key)
         self.do(actions)
-        self.process.run_after(
-            waiting.source_s, lambda: self.do(self.core.ready(key, source_ms=1.0, now=self.timeline.now))
-        )
+        self.process.run_after(waiting.source_s, lambda: self._fill(key, waiting.total_tokens))
+
+    def _fill(self, key: RoomKey, total_tokens: int) -> None:
+        sums = digests(cells(key, 0, total_tokens))
+        self.do(self.core.ready(key, source_ms=1.0, digests=sums, now=self.timeline.now))
 
     # ------------------------------------------------------------------ driving
 
@@ -173,7 +175,7 @@ class SenderNode:
                     if peer in self.wires:
                         self.wires[peer].submit(action)
                     else:
-                        self.process.run_after(0.0, partial(self.on_outcome, action, Outcome.LOST, ()))
+                        self.process.run_after(0.0, partial(self.on_outcome, action, Outcome.LOST))
                 case CancelWrites(key):
                     for wire in self.wires.values():
                         wire.cancel(key)
@@ -218,11 +220,11 @@ class SenderNode:
         number, now = write.round.number, self.timeline.now
         self.do(self.core.on_landed(write.key, number, landed_tokens, now=now))
 
-    def on_outcome(self, write: Write, outcome: Outcome, sums: tuple[int, ...]) -> None:
+    def on_outcome(self, write: Write, outcome: Outcome) -> None:
         """A write returned."""
         key, number, now = write.key, write.round.number, self.timeline.now
         if outcome is Outcome.LANDED:
-            self.do(self.core.on_written(key, number, digests=sums, now=now))
+            self.do(self.core.on_written(key, number, now=now))
         elif outcome is Outcome.LOST:
             self.do(self.core.on_write_lost(key, number, "lost", now=now))
         else:

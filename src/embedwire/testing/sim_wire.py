@@ -13,7 +13,7 @@ from typing import Protocol
 
 from embedwire.protocol.actions import Write
 from embedwire.protocol.messages import RoomKey
-from embedwire.testing.sim_memory import Memory, aux_of, cells, digests
+from embedwire.testing.sim_memory import Memory, aux_of, cells
 from embedwire.testing.sim_timeline import Process, Timeline
 from embedwire.transports.contract import Outcome
 
@@ -45,7 +45,7 @@ class WriteEvents(Protocol):
     """What a wire reports to the sender that writes."""
 
     def on_landed(self, write: Write, landed_tokens: int) -> None: ...
-    def on_outcome(self, write: Write, outcome: Outcome, sums: tuple[int, ...]) -> None: ...
+    def on_outcome(self, write: Write, outcome: Outcome) -> None: ...
 
 
 @dataclass(slots=True)
@@ -223,10 +223,8 @@ class Wire:
     def _end(self, outcome: Outcome) -> None:
         write, self._running = self._running, None
         assert write is not None
-        granted = write.round
         self._timeline.note(
-            f"write {write.key} {granted.number} of {self._owner.incarnation}: {outcome.value}"
+            f"write {write.key} {write.round.number} of {self._owner.incarnation}: {outcome.value}"
         )
-        sums = digests(cells(write.key, granted.start_token, granted.end_token))
-        self._owner.run(lambda: self._events.on_outcome(write, outcome, sums))
+        self._owner.run(lambda: self._events.on_outcome(write, outcome))
         self._owner.run_after(0.0, self._start_next)
