@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from embedwire.endpoint import SenderEndpoint
-from embedwire.errors import ConfigurationError, TransportError, UsageError
+from embedwire.errors import ConfigurationError, NeverFitsError, TransportError, UsageError
 from embedwire.limits import ROOM_MAX
 from embedwire.memory.layout import item
 from embedwire.protocol import messages
@@ -143,3 +143,13 @@ def test_a_layout_is_shown_before_a_thread_starts(stage: Any, holdings: Any) -> 
     with pytest.raises(ConfigurationError, match="limit_bytes is 0"):
         SenderEndpoint(stage.layout, memory_bytes=0)
     assert holdings() == before
+
+
+def test_who_waits_for_a_room_that_never_fits_hears_it_at_once(stage: Any) -> None:
+    """Scenario 32: a refusal takes one round trip, also for a receiver that was there first."""
+    sender, receiver = stage.sender(memory_bytes=10), stage.receiver()
+    reception = receiver.open(1, sender.address)
+    stage.until(lambda: sender.stats().sessions == 1)
+    with pytest.raises(NeverFitsError):
+        sender.offer(1, total_tokens=1000)
+    assert stage.failure_of(reception).cause == "never_fits"

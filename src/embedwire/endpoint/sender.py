@@ -187,12 +187,14 @@ class SenderEndpoint(Driver):
 
     def _offer(self, offer: Offer, content_hash: bytes) -> Offer:
         need = offer.total_tokens * self.layout.token_bytes
-        if not self._budget.can_ever(need):
-            raise NeverFitsError(
-                f"{offer.total_tokens} tokens need {need} bytes of source memory; there are {self._budget.limit_bytes}"
-            )
         if offer.key in self._offers:
             raise UsageError(f"room {offer.key[0]} attempt {offer.key[1]} was offered before")
+        if not self._budget.can_ever(need):
+            limit = self._budget.limit_bytes
+            detail = f"{offer.total_tokens} tokens need {need} bytes of source memory; there are {limit}"
+            # whoever has opened the room already hears at once
+            self._carry_out(self._core.fail(offer.key, Cause.NEVER_FITS, detail, now=time.monotonic()))
+            raise NeverFitsError(detail)
         if not self._budget.try_reserve(offer.key, need):
             raise OverloadedError(f"{need} bytes of source memory are not free now")
         try:
@@ -367,18 +369,26 @@ class SenderEndpoint(Driver):
 
     # ------------------------------------------------------------------ writers' reports, on their threads
 
-    def attached(self, peer: Peer, wire: str) -> None:
+    def attached(self, writer: SessionWriter, wire: str) -> None:
         """A writer has reached its receiver."""
-        self.post(lambda: self._carry_out(self._core.on_attached(peer, wire)))
 
-    def attach_failed(self, peer: Peer, detail: str) -> None:
-        """A writer's receiver is out of reach, for the first time or again."""
+        def attached() -> None:
+            if self._writers.get(writer.peer) is writer:
+                self._carry_out(self._core.on_attached(writer.peer, wire))
+
+        self.post(attached)
+
+    def attach_failed(self, writer: SessionWriter, detail: str) -> None:
+        """A writer's receiver is out of reach, for the first time or again. One whose session has ended has nothing to say."""
 
         def failed() -> None:
+            peer, now = writer.peer, time.monotonic()
+            if self._writers.get(peer) is not writer:
+                return
             self._detach(peer)
             session = self._core.sessions.get(peer)
             if session is not None and session.wire is not None:
-                self._carry_out(self._core.on_peer_lost(peer, detail, now=time.monotonic()))
+                self._carry_out(self._core.on_peer_lost(peer, detail, now=now))
             else:
                 self._carry_out(self._core.on_attach_failed(peer, detail))
 

@@ -31,8 +31,8 @@ that telling does not take the processor from those who copy."""
 class WriterEvents(Protocol):
     """What a writer reports, on its own thread."""
 
-    def attached(self, peer: Peer, wire: str) -> None: ...
-    def attach_failed(self, peer: Peer, detail: str) -> None: ...
+    def attached(self, writer: SessionWriter, wire: str) -> None: ...
+    def attach_failed(self, writer: SessionWriter, detail: str) -> None: ...
     def landed(self, write: Write, landed_tokens: int) -> None: ...
     def written(self, write: Write, outcome: Outcome) -> None: ...
     def doubt_ended(self, write: Write) -> None: ...
@@ -80,7 +80,7 @@ class SessionWriter:
         events: WriterEvents,
         limits: Limits,
     ) -> None:
-        self._peer = peer
+        self.peer = peer
         self._outbounds = outbounds
         self._incarnation = incarnation
         self._events = events
@@ -123,7 +123,7 @@ class SessionWriter:
     def _run(self) -> None:
         is_usable = self._attach()
         if is_usable:
-            self._events.attached(self._peer, self._wires[0][0])
+            self._events.attached(self, self._wires[0][0])
         while (
             job := self._jobs.get()
         ) is not None:  # which `close` puts behind the last job, and it comes in any case
@@ -154,7 +154,7 @@ class SessionWriter:
             self._wires = ((wire, descriptor),)
             return self._keep(region)
         if not self._is_closed:
-            self._events.attach_failed(self._peer, "; ".join(failures))
+            self._events.attach_failed(self, "; ".join(failures))
         return False
 
     def _keep(self, region: RemoteRegion) -> bool:
