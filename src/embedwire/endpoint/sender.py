@@ -42,7 +42,6 @@ from embedwire.limits import (
 )
 from embedwire.memory.budget import Budget
 from embedwire.memory.checksum import FieldDigests
-from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import Layout
 from embedwire.memory.pool import pack_aux
 from embedwire.memory.source import Source
@@ -306,6 +305,7 @@ class SenderEndpoint(Driver):
                     peer,
                     hello,
                     self._outbounds,
+                    layout=self.layout,
                     incarnation=self._core.incarnation,
                     events=self,
                     limits=self.limits,
@@ -345,14 +345,13 @@ class SenderEndpoint(Driver):
             self.written(write, Outcome.LOST)
             return
         assert offer.source is not None
-        hello = self._core.sessions[write.peer].hello
         writer.submit(
             WriteJob(
                 write=write,
                 source=offer.source,
                 aux=pack_aux(offer.aux),
                 is_permitted=lambda: not offer.is_cancelled,
-                geometry=PoolGeometry(self.layout, hello.block_size, hello.num_blocks),
+                geometry=writer.geometry,
             )
         )
 

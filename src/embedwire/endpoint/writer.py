@@ -15,6 +15,7 @@ from typing import Protocol
 from embedwire.errors import TransportError
 from embedwire.limits import SLICE_BYTES, Limits
 from embedwire.memory.geometry import PoolGeometry
+from embedwire.memory.layout import Layout
 from embedwire.memory.source import Source
 from embedwire.protocol.actions import Peer, Write
 from embedwire.protocol.messages import Hello
@@ -76,11 +77,13 @@ class SessionWriter:
         hello: Hello,
         outbounds: Mapping[str, Outbound],
         *,
+        layout: Layout,
         incarnation: int,
         events: WriterEvents,
         limits: Limits,
     ) -> None:
         self.peer = peer
+        self.geometry = PoolGeometry(layout, hello.block_size, hello.num_blocks)
         self._outbounds = outbounds
         self._incarnation = incarnation
         self._events = events

@@ -106,7 +106,10 @@ class ReceiverCore:
             session = self.sessions[address] = ReceiverSession(now, self._next_nonce())
         if not session.rooms:
             session.heard_at = now  # silence counts from the first question on
-            self._ask_session(address, session, now)
+            if session.wire is None:
+                self._ask_session(address, session, now)
+            else:
+                self._timers.set(_SessionDue(address), now + self.limits.peer_silence_s / 4)
         session.rooms.add(key)
         self._ask(room)
         self._await(room, self.limits.open_wait_s + self.limits.peer_silence_s, now)
@@ -288,9 +291,7 @@ class ReceiverCore:
         while (room := self.admission.admit()) is not None:
             room.has_assembly = True
             self._actions.append(Assemble(room.key, room.total_tokens))
-        peers = len(
-            self.sessions
-        )  # also who has no room now: what is all held when it has one may never come back
+        peers = len(self.sessions)  # also those without a room: blocks held by others may never come back
         while (turn := self.admission.next_grant(peers=peers)) is not None:
             room, blocks = turn
             self._tickets += 1

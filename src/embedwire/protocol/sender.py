@@ -48,7 +48,12 @@ class SenderTransfer:
     @property
     def open_rounds(self) -> list[Round]:
         """Rounds that are granted and have not landed whole."""
-        return [r for r in self.rounds[-OPEN_ROUNDS_MAX:] if r.end_token > self.sent_tokens]
+        open_rounds = []
+        for granted in reversed(self.rounds):
+            if granted.end_token <= self.sent_tokens:
+                break
+            open_rounds.append(granted)
+        return open_rounds[::-1]
 
     def on_open(self, peer: Peer) -> None:
         """A receiver asked for the room: from now on it belongs to that one."""
