@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,10 +51,10 @@ def _one_thread() -> None:
 
 def until(holds: Callable[[], Any], *, within_s: float = WITHIN_S, what: Callable[[], object] = str) -> Any:
     """The first true value of ``holds``. Fails with what ``what`` says when there is none in time."""
-    deadline_s = time.monotonic() + within_s
+    deadline_s, pause = time.monotonic() + within_s, threading.Event()
     while not (value := holds()):
         assert time.monotonic() < deadline_s, f"not within {within_s:g} s: {what()}"
-        time.sleep(LOOK_AGAIN_S)
+        pause.wait(LOOK_AGAIN_S)
     return value
 
 

@@ -1,12 +1,16 @@
 """Floor 3: threads, sockets and clocks. Drives protocol and transports; knows no models.
 
 driver.py    the thread, its poll and its tasks
-sender.py    SenderEndpoint, Offer          writer.py   one thread a receiver, which moves the bytes
-receiver.py  ReceiverEndpoint, Reception    stats.py    snapshots and reports
+sender.py    SenderEndpoint     offer.py      one room on its way out
+receiver.py  ReceiverEndpoint   reception.py  one room on its way in
+writer.py    one thread a receiver, which moves the bytes
+stats.py     snapshots and reports
 """
 
-from embedwire.endpoint.receiver import Received, ReceiverEndpoint, Reception
-from embedwire.endpoint.sender import Offer, SenderEndpoint
+from embedwire.endpoint.offer import Offer
+from embedwire.endpoint.receiver import ReceiverEndpoint
+from embedwire.endpoint.reception import Received, Reception
+from embedwire.endpoint.sender import SenderEndpoint
 from embedwire.endpoint.stats import ReceiveReport, ReceiverStats, SenderStats, SendReport
 
 __all__ = [

@@ -11,15 +11,13 @@ import secrets
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-import numpy as np
 import zmq
 
 from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
+from embedwire.endpoint.reception import Arrays, MakeAssembly, Received, Reception
 from embedwire.endpoint.stats import ReceiveReport, ReceiverStats
 from embedwire.errors import (
     ConfigurationError,
@@ -41,7 +39,6 @@ from embedwire.limits import (
 )
 from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.budget import Budget
-from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import Layout
 from embedwire.memory.pool import BlockPool
@@ -68,52 +65,6 @@ logger = logging.getLogger(__name__)
 
 PROOF_POLL_S = 0.5
 """How often to look whether a peer that may still write to quarantined blocks is gone."""
-
-Arrays = Mapping[str, np.ndarray]
-MakeAssembly = Callable[[int], Arrays]
-"""Called with total_tokens, on the driver's thread: one C-contiguous array (total_tokens, *field.shape) a field."""
-
-
-@dataclass(frozen=True)
-class Received:
-    """A whole embedding. ``arrays``: field name to array (total_tokens, *field.shape); ``aux``: sixteen int32, the first is the total.
-
-    The memory stays reserved until :meth:`release`, or until nobody holds the arrays any more.
-    """
-
-    room: int
-    attempt: int
-    arrays: Arrays = field(repr=False)
-    aux: tuple[int, ...]
-    report: ReceiveReport
-    _release: Callable[[], None] = field(repr=False, compare=False)
-
-    def release(self) -> None:
-        """Say that the arrays are no longer needed. Idempotent."""
-        self._release()
-
-
-class Reception(Future[Received]):
-    """One room on its way in: a future of the whole embedding, or of a TransferError with the cause.
-
-    Callbacks run on the driver's thread, where they must not block.
-    """
-
-    def __init__(self, endpoint: ReceiverEndpoint, key: RoomKey, make_assembly: MakeAssembly) -> None:
-        super().__init__()
-        self.set_running_or_notify_cancel()
-        self.key = key
-        self._endpoint = endpoint
-        self.make_assembly = make_assembly
-        self.arrays: Arrays = {}
-        self.digests = FieldDigests(endpoint.layout)
-
-    def cancel(self, detail: str = "the client no longer wants it") -> bool:
-        """End the room on both sides, with cause ``aborted``; False when it has ended already."""
-        if self.done():
-            return False
-        self._endpoint._cancel(self.key, detail)
-        return True
 
 
 class ReceiverEndpoint(Driver):

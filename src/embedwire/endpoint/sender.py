@@ -11,15 +11,14 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 
-import numpy as np
 import zmq
 
 from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
+from embedwire.endpoint.offer import Offer
 from embedwire.endpoint.stats import SenderStats, SendReport
 from embedwire.endpoint.writer import SessionWriter, WriteJob
 from embedwire.errors import (
@@ -41,7 +40,6 @@ from embedwire.limits import (
     Limits,
 )
 from embedwire.memory.budget import Budget
-from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.layout import Layout
 from embedwire.memory.pool import pack_aux
 from embedwire.memory.source import Source
@@ -53,61 +51,6 @@ from embedwire.transports import open_outbound
 from embedwire.transports.contract import Outcome
 
 logger = logging.getLogger(__name__)
-
-
-class Offer(Future[SendReport]):
-    """One room on its way out: a future of the receiver's word that it has all of it, or of a TransferError.
-
-    Callbacks run on the driver's thread, where they must not block.
-    """
-
-    def __init__(
-        self, endpoint: SenderEndpoint, key: RoomKey, total_tokens: int, aux: tuple[int, ...]
-    ) -> None:
-        super().__init__()
-        self.set_running_or_notify_cancel()
-        self.key = key
-        self.total_tokens = total_tokens
-        self.aux = aux
-        self._endpoint = endpoint
-        self._offered_at = time.monotonic()
-        self.source: Source | None = None
-        self.is_cancelled = False
-        self._is_filled = False
-
-    def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """The source is ready: field name to a C-contiguous array (total_tokens, *field.shape).
-
-        It is summed up here, on the caller's thread; nobody may change it until the offer has ended. Raises
-        UsageError when they do not match the layout, and the second time; harmless after the end."""
-        if self.done():
-            return
-        source = Source(self._endpoint.layout, arrays)
-        if source.tokens != self.total_tokens:
-            raise UsageError(f"arrays of {source.tokens} tokens for a room of {self.total_tokens}")
-        if self._is_filled:
-            raise UsageError(f"room {self.key[0]} attempt {self.key[1]} was filled before")
-        self._is_filled = True
-        sums = FieldDigests(self._endpoint.layout)
-        sums.update(arrays)
-        self._endpoint._fill(
-            self, source, sums.digest(), source_ms=(time.monotonic() - self._offered_at) * 1000
-        )
-
-    def fail(self, detail: str) -> None:
-        """The source can not be made: the room ends with cause ``encoder_failed`` on both sides."""
-        self._endpoint._end(self.key, Cause.ENCODER_FAILED, detail)
-
-    def abort(self, detail: str = "") -> None:
-        """Nobody wants it any more: the room ends with cause ``aborted`` on both sides."""
-        self._endpoint._end(self.key, Cause.ABORTED, detail)
-
-    def cancel(self) -> bool:
-        """The same as :meth:`abort`; False when it has ended already."""
-        if self.done():
-            return False
-        self.abort("cancelled")
-        return True
 
 
 class SenderEndpoint(Driver):

@@ -7,6 +7,8 @@ tried, and every failure replayed from its seed.
     messages.py       what travels, and how it is checked
     sender.py         one room on the sending side            sender_core.py    all rooms and sessions of a sender
     receiver.py       one room on the receiving side          receiver_core.py  all rooms and sessions of a receiver
+    handshake.py      how a session begins, and why it does not
+    tombstones.py     how ended rooms ended, to answer a late message
     admission.py      who gets assembly memory and blocks, in which order
     timers.py         which room is due next
     actions.py        the orders that the cores give to their drivers
