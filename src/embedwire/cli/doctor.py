@@ -27,7 +27,7 @@ OPTIONAL: Mapping[str, tuple[str, str]] = {
     "nixl": ("nixl._api", "a wire over RDMA, and from GPU memory"),
     "vllm": ("vllm", "a production engine"),
 }
-"""name: (module, what it would give). The name is that of the extra which installs it, too."""
+"""name: (module, what it is to give, once code here uses it). The name is that of the extra which installs it, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _wire(name: str) -> Finding:
 
 def _fix(name: str) -> str:
     gives = OPTIONAL[name][1] if name in OPTIONAL else "one more wire"
-    return f"gives {gives}: pip install 'embedwire[{name}]'"
+    return f"is to give {gives}; nothing here uses it yet (pip install 'embedwire[{name}]')"
 
 
 def _hint(name: str) -> str:
@@ -209,7 +209,7 @@ def _optional(name: str) -> Finding:
         return Finding(name, "broken", f"importing {module} takes more than {IMPORT_WAIT_S:g} s")
     if tried.returncode:
         return Finding(name, "broken", (tried.stderr.strip().splitlines() or ["it can not be imported"])[-1])
-    return Finding(name, "works", f"{module} can be imported")
+    return Finding(name, "works", f"{module} can be imported; nothing here uses it yet")
 
 
 def _one_line(error: Exception) -> str:
