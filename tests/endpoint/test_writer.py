@@ -29,8 +29,8 @@ def writers() -> set[threading.Thread]:
 
 def script(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, steps: list[Callable[[], Any] | None]
-) -> None:
-    """The first calls of a method do these steps instead; None, and whatever follows, is the real thing."""
+) -> list[Callable[[], Any] | None]:
+    """The first calls of a method do these steps instead; None, and whatever follows, is the real thing. Returns those that are left."""
     real, left = getattr(owner, name), list(steps)
 
     def stand_in(*args: Any, **more: Any) -> Any:
@@ -38,6 +38,7 @@ def script(
         return real(*args, **more) if step is None else step()
 
     monkeypatch.setattr(owner, name, stand_in)
+    return left
 
 
 def crash() -> None:
@@ -62,16 +63,22 @@ def test_an_exception_ends_its_room_only(stage: Any, monkeypatch: Any, owner: st
 
 def test_an_exception_before_the_write(stage: Any, monkeypatch: Any) -> None:
     """Scenario 30: the driver's thread goes on too, and no write stays without its answer."""
-    script(monkeypatch, SessionWriter, "submit", [crash, None, crash])
+    crashes = script(monkeypatch, SessionWriter, "submit", [crash, None, crash])
     sender, receiver = stage.sender(), stage.receiver(num_blocks=4)
     stage.move(sender, receiver, 1, TOKENS)
+    assert not crashes
     assert sender.stats().ended == {"done": 1}
 
 
 def test_a_lost_write_is_tried_again(stage: Any, monkeypatch: Any) -> None:
     """Scenario 30: one failed write is no reason to give up; every byte is right."""
-    script(monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.LOST, None, lambda: Outcome.LOST])
-    stage.move(stage.sender(), stage.receiver(num_blocks=4), 1, TOKENS)
+    lost = script(
+        monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.LOST, None, lambda: Outcome.LOST]
+    )
+    sender = stage.sender()
+    stage.move(sender, stage.receiver(num_blocks=4), 1, TOKENS)
+    assert not lost
+    assert sender.stats().ended == {"done": 1}
 
 
 def test_a_write_that_is_always_lost(stage: Any, monkeypatch: Any) -> None:

@@ -48,7 +48,6 @@ class ReceiverTransfer:
         self.ready_at = self.granted_at = opened_at
         self.machine: Machine[ReceiverState, ReceiverEvent] = Machine(RECEIVER_TABLE, ReceiverState.OPENING)
         self.announced: Announce | None = None
-        self.has_assembly = False
         self.granted_tokens = 0
         self.landed_tokens = 0
         self.draining_tokens = 0

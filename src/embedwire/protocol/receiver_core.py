@@ -289,7 +289,6 @@ class ReceiverCore:
     def _pump(self, now: float) -> None:
         """Admit whom there is memory for, then hand out blocks."""
         while (room := self.admission.admit()) is not None:
-            room.has_assembly = True
             self._actions.append(Assemble(room.key, room.total_tokens))
         peers = len(self.sessions)  # also those without a room: blocks held by others may never come back
         while (turn := self.admission.next_grant(peers=peers)) is not None:
