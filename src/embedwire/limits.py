@@ -32,6 +32,10 @@ BLOCKS_MAX = 2**19
 DETAIL_CHARS_MAX = 500
 """A cause's text for people is cut to this."""
 
+LANES_MAX = 4096
+"""Ways that one room takes at most: encoder ranks times language ranks that read from the wire."""
+SLOTS_MAX = 256
+"""Rooms that a group of ranks agrees on in one turn; more wait for their slot. It fixes the width of the collective."""
 OPEN_ROUNDS_MAX = 16
 """Grants of one room that a sender keeps in mind at a time, whatever window the receiver chose."""
 

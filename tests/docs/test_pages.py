@@ -145,7 +145,7 @@ def test_bytes_on_the_page_are_messages(
     shown = hex_of(text, heading)
     message = decode(shown)
     assert msgspec.to_builtins(message)["type"] == tag
-    assert message.key == (7, 0)
+    assert message.key == messages.RoomKey(7)
     assert messages.encode(message) == shown
     number = heading.partition(",")[0].removeprefix("Message ")
     assert re.search(rf"^\| {number} \| .+ \| `{tag}` \| .* \| {len(shown)} \|$", text, re.MULTILINE)

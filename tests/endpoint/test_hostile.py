@@ -48,7 +48,7 @@ def router(context: Any) -> tuple[Any, str]:
 
 def hello(receiver: Any, *, source: int = ME, **other: Any) -> messages.Hello:
     """A hello as the given receiver would say it, under the name of ``source``."""
-    offered = receiver._core.offered
+    offered = receiver._core.lanes.offered
     right = {
         "version": PROTOCOL_VERSION,
         "nonce": 1,

@@ -1,4 +1,4 @@
-"""Admission: who gets memory and blocks, and in which order."""
+"""Admission: who gets blocks, and in which order."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ import pytest
 
 from embedwire.limits import AUX_WORDS
 from embedwire.memory.allocator import BlockAllocator
-from embedwire.memory.budget import Budget
 from embedwire.protocol.actions import Round
 from embedwire.protocol.admission import Admission
-from embedwire.protocol.messages import Announce, Cause
+from embedwire.protocol.messages import Announce, Cause, RoomKey
 from embedwire.protocol.receiver import ReceiverTransfer
 
 
-def admission(
-    *, blocks: int = 8, memory_tokens: int = 100_000, default: int = 512, window: int = 1
-) -> Admission:
-    """A pool of blocks of 128 tokens, one byte a token."""
+def admission(*, blocks: int = 8, default: int = 512, window: int = 1) -> Admission:
+    """A pool of blocks of 128 tokens."""
     return Admission(
         BlockAllocator(blocks, 128),
-        Budget(memory_tokens),
-        token_bytes=1,
         default_allocate_tokens=default,
         window_rounds=window,
     )
@@ -28,7 +23,7 @@ def admission(
 
 def room(number: int, total: int, address: str = "encoder-1") -> ReceiverTransfer:
     """A room that was announced as ready."""
-    made = ReceiverTransfer((number, 0), address, opened_at=0.0)
+    made = ReceiverTransfer(RoomKey(number), address, opened_at=0.0)
     aux = (total, *[0] * (AUX_WORDS - 1))
     made.on_announce(
         Announce(source=1, room=number, total_tokens=total, aux=aux, content_hash=b"", ready=True)
@@ -49,31 +44,6 @@ def grant_next(line: Admission, *, peers: int = 1) -> tuple[int, int, Round] | N
 def admit_all(line: Admission, *rooms: ReceiverTransfer) -> None:
     for one in rooms:
         line.join(one)
-    while line.admit() is not None:
-        pass
-
-
-def test_first_come_first_served_for_assemblies() -> None:
-    """A small room behind a large one that does not fit yet waits for its turn."""
-    line = admission(memory_tokens=1000)
-    first, large, small = room(1, 600), room(2, 900), room(3, 10)
-    for one in (first, large, small):
-        line.join(one)
-    assert line.admit() is first
-    assert line.admit() is None
-    line.memory.release(first.key)
-    assert line.admit() is large
-    assert line.admit() is small
-
-
-def test_what_never_fits_is_said_in_numbers() -> None:
-    """Scenario 17: the need and the limit are named."""
-    line = admission(memory_tokens=1000)
-    assert line.never_fits(1000) is None
-    problem = line.never_fits(1001)
-    assert problem is not None
-    assert "1001" in problem
-    assert "1000" in problem
 
 
 def test_the_default_is_for_the_first_round_only() -> None:

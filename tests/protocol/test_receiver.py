@@ -8,7 +8,7 @@ import pytest
 
 from embedwire.errors import ProtocolViolation
 from embedwire.limits import AUX_WORDS
-from embedwire.protocol.messages import Announce, Cause, Init, ResumeTransfer, Status
+from embedwire.protocol.messages import Announce, Cause, Init, ResumeTransfer, RoomKey, Status
 from embedwire.protocol.receiver import CorruptRoom, ReceiverTransfer
 from embedwire.protocol.states import Poll, ReceiverState
 
@@ -33,7 +33,7 @@ def announce(total: int = 2000, **other: Any) -> Announce:
 
 def room(total: int = 2000) -> ReceiverTransfer:
     """An announced room."""
-    made = ReceiverTransfer((7, 0), "encoder-1", opened_at=0.0)
+    made = ReceiverTransfer(RoomKey(7), "encoder-1", opened_at=0.0)
     assert made.on_announce(announce(total))
     return made
 
@@ -44,7 +44,7 @@ def status(sent: int, number: int = 0) -> Status:
 
 def test_announced_once_and_for_all() -> None:
     """Becoming ready is news once; other facts are a violation."""
-    made = ReceiverTransfer((7, 0), "encoder-1", opened_at=0.0)
+    made = ReceiverTransfer(RoomKey(7), "encoder-1", opened_at=0.0)
     assert (made.total_tokens, made.poll) == (0, Poll.BOOTSTRAPPING)
     assert made.on_announce(announce(ready=False))
     assert not made.is_ready
@@ -65,7 +65,7 @@ def test_announced_once_and_for_all() -> None:
 
 def test_total_and_aux_agree() -> None:
     """Scenario 3: a total that aux does not know is a violation, and the room is as before."""
-    made = ReceiverTransfer((7, 0), "encoder-1", opened_at=0.0)
+    made = ReceiverTransfer(RoomKey(7), "encoder-1", opened_at=0.0)
     with pytest.raises(ProtocolViolation, match="aux says 0"):
         made.on_announce(announce(aux=(0,) * 16))
     assert made.state is ReceiverState.OPENING

@@ -40,10 +40,11 @@ from embedwire.protocol.messages import (
     Stranger,
     Welcome,
 )
-from embedwire.protocol.receiver_core import IDLE_S, ReceiverCore
+from embedwire.protocol.receiver_core import ReceiverCore
+from embedwire.protocol.receiver_lanes import IDLE_S
 from embedwire.protocol.states import Poll, ReceiverState
 
-ME, SENDER, ADDRESS, KEY = 5, 11, "tcp://encoder:1", (7, 0)
+ME, SENDER, ADDRESS, KEY = 5, 11, "tcp://encoder:1", RoomKey(7)
 FROM = {"source": SENDER, "target": ME}
 
 
@@ -71,7 +72,7 @@ class Bench:
         return self.core.on_message(message, ADDRESS, now=now)
 
     def welcome(self, source: int = SENDER, **other: Any) -> Welcome:
-        nonce = self.core.sessions[ADDRESS].nonce
+        nonce = self.core.lanes.sessions[ADDRESS].nonce
         content = {"version": 1, "nonce": nonce, "fields": ("a",), "wire": self.wire} | other
         return Welcome(source=source, target=ME, **content)
 
@@ -101,7 +102,7 @@ class Bench:
         """The room is granted its first round."""
         self.open()
         self.announce()
-        assert self.core.rooms[KEY].state is ReceiverState.FILLING
+        assert self.core.lanes.rooms[KEY].state is ReceiverState.FILLING
 
 
 def test_hello_then_open() -> None:
@@ -129,7 +130,7 @@ def test_a_whole_room() -> None:
     assert isinstance(sent(last)[0], Done)
     assert bench.blocks.blocks_free == 4
     assert bench.hear(Ended(**FROM, room=7, cause=Cause.DONE)) == []
-    assert not bench.core.rooms
+    assert not bench.core.lanes.rooms
     assert bench.memory.used_bytes == 300
     bench.core.on_assembly_released(KEY, now=2.0)
     bench.core.on_assembly_released(KEY, now=2.0)
@@ -163,8 +164,8 @@ def test_an_answer_to_an_earlier_hello_is_none(kind: str) -> None:
     assert bench.hear(late) == []
     bench.hear(Stranger(**FROM))
     assert bench.hear(late) == [], "another hello is on its way, with another nonce"
-    assert bench.core.sessions[ADDRESS].incarnation == SENDER
-    assert bench.core.rooms[KEY].is_live
+    assert bench.core.lanes.sessions[ADDRESS].incarnation == SENDER
+    assert bench.core.lanes.rooms[KEY].is_live
 
 
 def test_a_stranger_is_a_question_not_an_answer() -> None:
@@ -174,7 +175,7 @@ def test_a_stranger_is_a_question_not_an_answer() -> None:
     (hello,) = sent(bench.hear(Stranger(source=99, target=ME)))
     assert isinstance(hello, Hello)
     assert bench.hear(Stranger(source=99, target=ME)) == []
-    assert bench.core.rooms[KEY].is_live
+    assert bench.core.lanes.rooms[KEY].is_live
     again = sent(bench.hear(bench.welcome()))
     assert [type(m) for m in again] == [Init]
 
@@ -184,7 +185,7 @@ def test_another_life_of_the_sender(wire: str, free: int) -> None:
     """Scenario 28: rooms that the earlier one had announced are lost; what it may still write to is kept, under its name."""
     bench = Bench(wire=wire)
     bench.fill()
-    bench.core.open((8, 0), ADDRESS, now=1.0)
+    bench.core.open(RoomKey(8), ADDRESS, now=1.0)
     bench.hear(Stranger(source=99, target=ME))
     actions = bench.hear(bench.welcome(source=99))
     (failed,) = (a for a in actions if isinstance(a, Failed))
@@ -213,11 +214,11 @@ def test_blocks_in_doubt_are_kept_until_the_end_is_certain() -> None:
     bench = Bench(wire="shm")
     bench.fill()
     actions = bench.core.abort(KEY, Cause.ABORTED, "gone", now=1.0)
-    assert [type(a) for a in actions] == [Revoke, Failed, Send]
+    assert [type(a) for a in actions] == [Failed, Revoke, Send]
     assert bench.memory.used_bytes == 0
     assert bench.blocks.blocks_quarantined == 2
     bench.hear(Ended(**FROM, room=7, cause=Cause.ABORTED, certain=False))
-    assert not bench.core.rooms
+    assert not bench.core.lanes.rooms
     assert bench.blocks.blocks_quarantined == 2
     with pytest.raises(UsageError):
         bench.core.open(KEY, ADDRESS, now=1.0)
@@ -242,7 +243,7 @@ def test_a_window_finishes_with_its_last_round() -> None:
     """Two rounds are open; the room is whole when both are drained, and the blocks of both come back."""
     bench = Bench(window_rounds=2)
     bench.fill()
-    room = bench.core.rooms[KEY]
+    room = bench.core.lanes.rooms[KEY]
     assert len(room.open_rounds) == 2
     bench.status(300)
     assert not any(isinstance(a, Finished) for a in bench.drained(256))
@@ -270,11 +271,11 @@ def test_a_violation_ends_its_own_room(bad: str) -> None:
     """Scenario 29: nothing raises, and the other room goes on."""
     bench = Bench()
     bench.fill()
-    bench.core.open((8, 0), ADDRESS, now=1.0)
+    bench.core.open(RoomKey(8), ADDRESS, now=1.0)
     actions = bench.announce(total=301) if bad == "announce" else bench.status(257)
     (failed,) = (a for a in actions if isinstance(a, Failed))
     assert (failed.key, failed.cause) == (KEY, Cause.VIOLATION)
-    assert bench.core.rooms[8, 0].is_live
+    assert bench.core.lanes.rooms[RoomKey(8)].is_live
 
 
 def test_what_is_not_for_us_or_not_from_our_sender_is_nothing() -> None:
@@ -285,13 +286,13 @@ def test_what_is_not_for_us_or_not_from_our_sender_is_nothing() -> None:
     assert bench.hear(Ended(source=SENDER, target=99, **ended)) == []
     assert bench.hear(Ended(source=99, target=ME, **ended)) == []
     assert bench.core.on_message(Ended(**FROM, **ended), "tcp://other:1", now=1.0) == []
-    assert bench.core.rooms[KEY].is_live
+    assert bench.core.lanes.rooms[KEY].is_live
 
 
 def test_a_room_that_is_not_ours_any_more_is_aborted() -> None:
     """Scenario 27: a sender that still talks of it hears its end in one round trip; an end is not answered."""
     bench = Bench()
-    bench.open((8, 0))
+    bench.open(RoomKey(8))
     (abort,) = sent(bench.announce())
     assert isinstance(abort, Abort)
     assert (abort.room, abort.cause) == (7, Cause.UNKNOWN_ROOM)
@@ -304,9 +305,9 @@ def test_opened_twice_and_too_many() -> None:
     bench.open()
     with pytest.raises(UsageError):
         bench.core.open(KEY, ADDRESS, now=0.0)
-    bench.core.open((7, 1), ADDRESS, now=0.0)
+    bench.core.open(RoomKey(7, 1), ADDRESS, now=0.0)
     with pytest.raises(OverloadedError):
-        bench.core.open((9, 0), ADDRESS, now=0.0)
+        bench.core.open(RoomKey(9), ADDRESS, now=0.0)
 
 
 def test_never_fits_is_said_before_the_source_is_ready() -> None:
@@ -329,7 +330,7 @@ def test_a_silent_sender_is_lost_and_asked_on() -> None:
         now += 0.2
         causes += [a.cause for a in bench.core.on_tick(now) if isinstance(a, Failed)]
     assert causes == [Cause.PEER_LOST]
-    bench.core.open((8, 0), ADDRESS, now=now)
+    bench.core.open(RoomKey(8), ADDRESS, now=now)
     assert not [a for a in bench.core.on_tick(now + 4.0) if isinstance(a, Failed)]
 
 
@@ -346,7 +347,7 @@ def test_every_state_has_a_deadline(step: str, deadline_s: float) -> None:
         bench.announce(ready=step != "not ready")
     now, ends = 1.0, []
     while now < 1.0 + deadline_s + 1.5:
-        bench.core.sessions[ADDRESS].heard_at = now
+        bench.core.lanes.sessions[ADDRESS].heard_at = now
         ends += [(now, a.cause) for a in bench.core.on_tick(now) if isinstance(a, Failed)]
         now += 0.5
     ((at, cause),) = ends
@@ -367,7 +368,7 @@ def test_an_idle_session_ends_at_its_time() -> None:
             break
         actions += bench.core.on_tick(due)
     assert actions[-1] == Hangup(ADDRESS)
-    assert not bench.core.sessions
+    assert not bench.core.lanes.sessions
 
 
 def test_no_message_ends_the_rooms_of_its_origin() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from embedwire.errors import ProtocolViolation
 from embedwire.limits import AUX_WORDS, OPEN_ROUNDS_MAX
-from embedwire.protocol.messages import Cause, Init, ResumeTransfer
+from embedwire.protocol.messages import Cause, Init, ResumeTransfer, RoomKey
 from embedwire.protocol.sender import SenderTransfer
 from embedwire.protocol.states import Poll, SenderState
 
@@ -18,7 +18,7 @@ SIZES: dict[str, Any] = {"block_size": 128, "num_blocks": 1000}
 def room(total: int = 2000) -> SenderTransfer:
     """A room that was opened by peer 5 and whose source is ready."""
     aux = (total, *[0] * (AUX_WORDS - 1))
-    made = SenderTransfer((7, 0), total_tokens=total, aux=aux, content_hash=b"h")
+    made = SenderTransfer(RoomKey(7), total_tokens=total, aux=aux, content_hash=b"h")
     made.on_open(5)
     made.on_ready(1.0, (9,))
     return made
@@ -83,7 +83,7 @@ def test_a_grant_with_nothing_left_or_too_early_or_too_many() -> None:
     full.on_grant(grant(0, 0, (1,)), **SIZES)
     with pytest.raises(ProtocolViolation, match="nothing is left"):
         full.on_grant(grant(1, 100, (2,)), **SIZES)
-    unopened = SenderTransfer((7, 0), total_tokens=9, aux=(9, *[0] * 15), content_hash=b"")
+    unopened = SenderTransfer(RoomKey(7), total_tokens=9, aux=(9, *[0] * 15), content_hash=b"")
     with pytest.raises(ProtocolViolation, match="offered"):
         unopened.on_grant(grant(0, 0, (1,)), **SIZES)
     many = room(100_000)
@@ -124,7 +124,7 @@ def test_delivered_only_when_every_write_has_returned() -> None:
 
 def test_digests_are_announced_once_the_source_is_there() -> None:
     """And not before: what is not there can not be summed up."""
-    made = SenderTransfer((7, 0), total_tokens=9, aux=(9, *[0] * (AUX_WORDS - 1)), content_hash=b"h")
+    made = SenderTransfer(RoomKey(7), total_tokens=9, aux=(9, *[0] * (AUX_WORDS - 1)), content_hash=b"h")
     assert made.announcement(1, 5).digests == ()
     made.on_ready(3.0, (42,))
     told = made.announcement(1, 5)

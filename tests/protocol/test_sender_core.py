@@ -33,7 +33,7 @@ from embedwire.protocol.messages import (
 from embedwire.protocol.sender_core import SenderCore
 from embedwire.protocol.states import Poll
 
-SENDER, PEER, KEY = 11, 5, (7, 0)
+SENDER, PEER, KEY = 11, 5, RoomKey(7)
 TO = {"source": PEER, "target": SENDER}
 
 
@@ -183,15 +183,15 @@ def test_an_open_waits_with_a_deadline() -> None:
 def test_offered_twice_and_too_many() -> None:
     """A key is offered once in a life; rooms are bounded."""
     bench = Bench(rooms_max=2)
-    bench.offer((1, 0))
+    bench.offer(RoomKey(1))
     with pytest.raises(UsageError):
-        bench.offer((1, 0))
-    bench.offer((1, 1))
+        bench.offer(RoomKey(1))
+    bench.offer(RoomKey(1, 1))
     with pytest.raises(OverloadedError):
-        bench.offer((2, 0))
-    bench.core.fail((1, 1), Cause.ENCODER_FAILED, "no", now=1.0)
+        bench.offer(RoomKey(2))
+    bench.core.fail(RoomKey(1, 1), Cause.ENCODER_FAILED, "no", now=1.0)
     with pytest.raises(UsageError):
-        bench.offer((1, 1))
+        bench.offer(RoomKey(1, 1))
 
 
 def test_a_room_that_was_never_offered_can_be_refused() -> None:
@@ -248,7 +248,7 @@ def test_a_grant_that_comes_again_is_answered_with_the_state() -> None:
 def test_a_bad_grant_fails_its_own_room() -> None:
     """Nothing raises; the room ends on both sides, and another one does not."""
     bench = Bench()
-    bench.offer((8, 0))
+    bench.offer(RoomKey(8))
     bench.write()
     actions = bench.say(grant(1, 999, (3,)))
     assert CancelWrites(KEY) in actions
@@ -256,7 +256,7 @@ def test_a_bad_grant_fails_its_own_room() -> None:
     (ended,) = said(actions)
     assert isinstance(ended, Ended)
     assert ended.cause is Cause.VIOLATION
-    assert list(bench.core.rooms) == [(8, 0)]
+    assert list(bench.core.rooms) == [RoomKey(8)]
 
 
 def test_an_abort_is_acknowledged_after_the_write_has_returned() -> None:
@@ -378,21 +378,21 @@ def test_the_memory_of_ended_rooms_is_bounded() -> None:
     """The oldest is forgotten first, but not one that is still asked for."""
     bench = Bench(tombstones_max=3)
     for number in range(3):
-        bench.core.fail((number, 0), Cause.OVERLOADED, "", now=1.0)
+        bench.core.fail(RoomKey(number), Cause.OVERLOADED, "", now=1.0)
     bench.say(Open(**TO, room=0))
-    bench.core.fail((3, 0), Cause.OVERLOADED, "", now=1.0)
-    assert list(bench.core._tombstones) == [(2, 0), (0, 0), (3, 0)]
+    bench.core.fail(RoomKey(3), Cause.OVERLOADED, "", now=1.0)
+    assert list(bench.core._tombstones) == [RoomKey(2), RoomKey(0), RoomKey(3)]
 
 
 def test_closing_ends_every_room() -> None:
     """And tells everybody."""
     bench = Bench()
     bench.write()
-    bench.offer((8, 0))
+    bench.offer(RoomKey(8))
     actions = bench.core.close(now=2.0) + bench.core.on_write_lost(KEY, 0, "closed", now=2.0)
     assert {a.key: a.cause for a in actions if isinstance(a, Release)} == {
         KEY: Cause.CLOSED,
-        (8, 0): Cause.CLOSED,
+        RoomKey(8): Cause.CLOSED,
     }
     assert not bench.core.rooms
 

@@ -15,7 +15,7 @@ from embedwire.protocol.actions import Drain
 from embedwire.protocol.admission import Admission
 from embedwire.protocol.messages import Cause, Grant, Message, Status
 from embedwire.protocol.receiver import ReceiverTransfer
-from embedwire.protocol.receiver_core import ReceiverCore
+from embedwire.protocol.receiver_lanes import ReceiverLanes
 from embedwire.protocol.sender import SenderTransfer
 from embedwire.protocol.sender_core import SenderCore
 from embedwire.protocol.states import SenderEvent, SenderState
@@ -167,12 +167,12 @@ def grant_announces_the_tokens_it_wants(patch: Patch) -> None:
 
 
 def aux_is_read_from_every_round(patch: Patch) -> None:
-    whole = ReceiverCore.on_drained
+    whole = ReceiverLanes.on_drained
 
-    def on_drained(self: ReceiverCore, key: Any, to_token: int, **more: Any) -> Any:
+    def on_drained(self: ReceiverLanes, key: Any, to_token: int, **more: Any) -> Any:
         return whole(self, key, to_token, **(more | {"aux": more["aux"] or (0,) * 16}))
 
-    patch.setattr(ReceiverCore, "on_drained", on_drained)
+    patch.setattr(ReceiverLanes, "on_drained", on_drained)
 
 
 def rounds_are_told_apart_by_their_blocks(patch: Patch) -> None:
@@ -204,20 +204,20 @@ def the_last_round_is_told_by_the_configured_size(patch: Patch) -> None:
 
 
 def partial_is_success(patch: Patch) -> None:
-    def rejoin(core: ReceiverCore) -> Callable[..., None]:
+    def rejoin(core: ReceiverLanes) -> Callable[..., None]:
         def finish(room: ReceiverTransfer) -> None:
             room.machine.state = next(s for s in type(room.state) if s.value == "filling")
             core._finish(room, 0.0)
 
         return finish
 
-    whole = ReceiverCore.__init__
+    whole = ReceiverLanes.__init__
 
-    def init(self: ReceiverCore, **more: Any) -> None:
+    def init(self: ReceiverLanes, **more: Any) -> None:
         whole(self, **more)
         self.admission.rejoin = rejoin(self)  # type: ignore[method-assign]
 
-    patch.setattr(ReceiverCore, "__init__", init)
+    patch.setattr(ReceiverLanes, "__init__", init)
 
 
 def blocks_are_kept_while_waiting_for_more(patch: Patch) -> None:
@@ -225,24 +225,24 @@ def blocks_are_kept_while_waiting_for_more(patch: Patch) -> None:
 
 
 def nothing_is_asked_again(patch: Patch) -> None:
-    whole = ReceiverCore._on_room_due
+    whole = ReceiverLanes._on_room_due
 
-    def once(self: ReceiverCore, room: ReceiverTransfer, now: float) -> None:
+    def once(self: ReceiverLanes, room: ReceiverTransfer, now: float) -> None:
         with patch.context() as silent:
             silent.setattr(self, "_ask", lambda room: None)
             whole(self, room, now)
 
-    patch.setattr(ReceiverCore, "_on_room_due", once)
+    patch.setattr(ReceiverLanes, "_on_room_due", once)
 
 
 def blocks_are_free_at_once_on_every_wire(patch: Patch) -> None:
-    whole = ReceiverCore._fail
+    whole = ReceiverLanes._fail
 
-    def fail(self: ReceiverCore, room: ReceiverTransfer, *more: Any, **options: Any) -> None:
+    def fail(self: ReceiverLanes, room: ReceiverTransfer, *more: Any, **options: Any) -> None:
         self.sessions[room.address].is_fenced = True
         whole(self, room, *more, **options)
 
-    patch.setattr(ReceiverCore, "_fail", fail)
+    patch.setattr(ReceiverLanes, "_fail", fail)
 
 
 def the_end_is_told_before_writes_have_returned(patch: Patch) -> None:
@@ -276,7 +276,7 @@ def quarantine_is_for_nobody(patch: Patch) -> None:
     patch.setattr(
         Admission, "quarantine", lambda self, room, *, incarnation: whole(self, room, incarnation=0)
     )
-    patch.setattr(ReceiverCore, "suspects", {0})
+    patch.setattr(ReceiverLanes, "suspects", {0})
 
 
 def a_refusal_is_kept_secret(patch: Patch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from embedwire.limits import Limits
-from embedwire.protocol.messages import Cause, Message, Open, Stranger, Welcome, encode
+from embedwire.protocol.messages import Cause, Message, Open, RoomKey, Stranger, Welcome, encode
 from embedwire.protocol.states import ReceiverState, SenderState
 from embedwire.testing.sim_link import Weather
 from embedwire.testing.sim_memory import TOKEN_BYTES
@@ -33,7 +33,8 @@ def is_in(transfer: Transfer, state: ReceiverState | SenderState) -> Callable[[]
     node = transfer.receiver if isinstance(state, ReceiverState) else transfer.sender
 
     def condition() -> bool:
-        room = node.core.rooms.get(transfer.key)
+        rooms = node.core.lanes.rooms if isinstance(node, ReceiverNode) else node.core.rooms
+        room = rooms.get(transfer.key)
         return room is not None and room.state is state
 
     return condition
@@ -386,7 +387,7 @@ def test_every_cell_says_whose_it_is(wire: str) -> None:
     receiver = world.add_receiver(num_blocks=6, default_allocate_tokens=128, wire=wire)
     transfers = [world.request(room, 400 + room) for room in range(1, 61)]
     for room in range(3, 61, 3):
-        world.after(0.02 * room, lambda room=room: receiver.abort((room, 0)))  # type: ignore[misc]
+        world.after(0.02 * room, lambda room=room: receiver.abort(RoomKey(room)))  # type: ignore[misc]
     world.settle()
     ends = [t.receiver_end for t in transfers]
     assert ends.count(Cause.DONE) >= 40

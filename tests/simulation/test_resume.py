@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from embedwire.protocol.messages import Cause, Init, ResumeTransfer, Status
+from embedwire.protocol.messages import Cause, Init, ResumeTransfer, RoomKey, Status
 from embedwire.protocol.states import Poll
 from embedwire.testing.sim_link import delay
 from embedwire.testing.sim_memory import aux_of
@@ -56,7 +56,7 @@ def test_aux_is_read_from_round_0_only() -> None:
     world, transfer = transfer_alone(9168, 8192, num_blocks=128)
     assert [g.block_indices for g in transfer.grants] == [tuple(range(64)), tuple(range(64, 72))]
     memory = transfer.receiver.memory
-    assert memory.aux[0] == aux_of((7, 0), 9168)
+    assert memory.aux[0] == aux_of(RoomKey(7), 9168)
     assert memory.aux[64] == (0,) * 16
     assert sum(transfer.rounds) == 9168
     assert world.link.count()["ResumeTransfer"] == 1
@@ -122,10 +122,10 @@ def test_aux_outlives_its_block() -> None:
     world.add_sender()
     receiver = world.add_receiver(num_blocks=1)
     first, second = world.request(7, 300), world.request(9, 301)
-    world.run_until(lambda: receiver.memory.aux[0] == aux_of((9, 0), 301))
-    announced = receiver.core.rooms[7, 0].announced
+    world.run_until(lambda: receiver.memory.aux[0] == aux_of(RoomKey(9), 301))
+    announced = receiver.core.lanes.rooms[RoomKey(7)].announced
     assert announced is not None
-    assert announced.aux == aux_of((7, 0), 300)
+    assert announced.aux == aux_of(RoomKey(7), 300)
     world.settle()
     assert first.is_done
     assert second.is_done
@@ -154,7 +154,7 @@ def test_failed_is_final_even_if_success_comes_late() -> None:
                 now=world.now,
             )
         )
-        assert receiver.core.rooms[7, 0].poll is Poll.FAILED
+        assert receiver.core.lanes.rooms[RoomKey(7)].poll is Poll.FAILED
     world.settle()
     assert transfer.receiver_end is transfer.sender_end is Cause.ABORTED
 
@@ -198,7 +198,7 @@ def test_a_window_keeps_several_grants_open() -> None:
     transfer = world.request(7, 128 * 12)
     most_open: list[int] = []
     while world.step():
-        room = receiver.core.rooms.get(transfer.key)
+        room = receiver.core.lanes.rooms.get(transfer.key)
         most_open.append(len(room.open_rounds) if room is not None else 0)
     world.settle()
     assert transfer.is_done

@@ -20,6 +20,7 @@ from embedwire.encode.interface import ChatPrompt, EncoderEngine, PreparedPrompt
 from embedwire.endpoint import Offer, SenderEndpoint, SendReport
 from embedwire.errors import OverloadedError
 from embedwire.limits import AUX_POSITION_DELTA, AUX_WORDS
+from embedwire.protocol.messages import RoomKey
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class EncodeService:
         self._changed = threading.Condition()
         self._line: deque[object] = deque()
         self._work: deque[_Work] = deque()
-        self._offers: dict[tuple[int, int], Offer] = {}
+        self._offers: dict[RoomKey, Offer] = {}
         self._ended_total = self._encoded_total = self._failed_total = 0
         self._is_closed = False
         self._tower = threading.Thread(target=self._run, name="embedwire-tower", daemon=True)
@@ -146,7 +147,7 @@ class EncodeService:
     def abort(self, room: int, *, attempt: int = 0, detail: str = "the client no longer wants it") -> None:
         """End a room on both sides. Harmless when it is not known, or has ended."""
         with self._changed:
-            offer = self._offers.get((room, attempt))
+            offer = self._offers.get(RoomKey(room, attempt))
         if offer is not None:
             offer.abort(detail)
 
@@ -165,7 +166,7 @@ class EncodeService:
             work.offer.fail("the encoder is shutting down")
         self._tower.join()
 
-    def _on_offer_ended(self, key: tuple[int, int], _: Future[SendReport]) -> None:
+    def _on_offer_ended(self, key: RoomKey, _: Future[SendReport]) -> None:
         with self._changed:
             del self._offers[key]
             self._ended_total += 1
@@ -203,7 +204,7 @@ class EncodeService:
                 for work in batch:
                     self._encode([work])
                 return
-            logger.exception("the tower failed for room %d", batch[0].offer.key[0])
+            logger.exception("the tower failed for room %d", batch[0].offer.key.room)
             batch[0].offer.fail(f"{type(error).__name__}: {error}")
             self._count(failed=1)
         else:

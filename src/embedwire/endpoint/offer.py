@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,9 @@ from embedwire.endpoint.stats import SendReport
 from embedwire.errors import UsageError
 from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.source import Source
+from embedwire.protocol.actions import Release
 from embedwire.protocol.messages import Cause, RoomKey
+from embedwire.protocol.topology import Lane
 
 if TYPE_CHECKING:
     from embedwire.endpoint.sender import SenderEndpoint
@@ -26,17 +28,24 @@ class Offer(Future[SendReport]):
     """
 
     def __init__(
-        self, endpoint: SenderEndpoint, key: RoomKey, total_tokens: int, aux: tuple[int, ...]
+        self,
+        endpoint: SenderEndpoint,
+        key: RoomKey,
+        total_tokens: int,
+        aux: tuple[int, ...],
+        lanes: Sequence[Lane],
     ) -> None:
         super().__init__()
         self.set_running_or_notify_cancel()
         self.key = key
         self.total_tokens = total_tokens
         self.aux = aux
+        self.shares = {key._replace(lane=lane.number): lane.share(total_tokens) for lane in lanes}
+        self.sources: dict[RoomKey, Source] = {}
+        self.releases: dict[RoomKey, Release] = {}
+        self.withdrawn: set[RoomKey] = set()
         self._endpoint = endpoint
         self._offered_at = time.monotonic()
-        self.source: Source | None = None
-        self.is_cancelled = False
         self._is_filled = False
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -46,25 +55,32 @@ class Offer(Future[SendReport]):
         UsageError when they do not match the layout, and the second time; harmless after the end."""
         if self.done():
             return
-        source = Source(self._endpoint.layout, arrays)
-        if source.tokens != self.total_tokens:
-            raise UsageError(f"arrays of {source.tokens} tokens for a room of {self.total_tokens}")
+        tokens = len(self._endpoint.layout.rows(arrays)[0])
+        if tokens != self.total_tokens:
+            raise UsageError(f"arrays of {tokens} tokens for a room of {self.total_tokens}")
         if self._is_filled:
-            raise UsageError(f"room {self.key[0]} attempt {self.key[1]} was filled before")
+            raise UsageError(f"room {self.key.room} attempt {self.key.attempt} was filled before")
         self._is_filled = True
-        sums = FieldDigests(self._endpoint.layout)
-        sums.update(arrays)
+        parts = {share: self._part(arrays, share) for share in set(self.shares.values())}
         self._endpoint._fill(
-            self, source, sums.digest(), source_ms=(time.monotonic() - self._offered_at) * 1000
+            self,
+            {key: parts[share] for key, share in self.shares.items()},
+            source_ms=(time.monotonic() - self._offered_at) * 1000,
         )
+
+    def _part(self, arrays: Mapping[str, np.ndarray], share: range) -> tuple[Source, tuple[int, ...]]:
+        rows = {name: array[share.start : share.stop] for name, array in arrays.items()}
+        sums = FieldDigests(self._endpoint.layout)
+        sums.update(rows)
+        return Source(self._endpoint.layout, rows), sums.digest()
 
     def fail(self, detail: str) -> None:
         """The source can not be made: the room ends with cause ``encoder_failed`` on both sides."""
-        self._endpoint._end(self.key, Cause.ENCODER_FAILED, detail)
+        self._endpoint._end(self, Cause.ENCODER_FAILED, detail)
 
     def abort(self, detail: str = "") -> None:
         """Nobody wants it any more: the room ends with cause ``aborted`` on both sides."""
-        self._endpoint._end(self.key, Cause.ABORTED, detail)
+        self._endpoint._end(self, Cause.ABORTED, detail)
 
     def cancel(self) -> bool:
         """The same as :meth:`abort`; False when it has ended already."""

@@ -52,13 +52,13 @@ from embedwire.protocol.actions import (
     Hangup,
     Permit,
     ReceiverAction,
+    Reconnect,
     Revoke,
     Send,
 )
 from embedwire.protocol.handshake import Offered
 from embedwire.protocol.messages import Cause, RoomKey
-from embedwire.protocol.receiver import ReceiverTransfer
-from embedwire.protocol.receiver_core import ReceiverCore
+from embedwire.protocol.receiver_core import ReceiverCore, Room
 from embedwire.transports import open_inbound
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class ReceiverEndpoint(Driver):
         are open, UsageError for a room and attempt that are open already or an address that is none.
         """
         check_key(room, attempt)
-        reception = Reception(self, (room, attempt), make_assembly or self.layout.empty)
+        reception = Reception(self, RoomKey(room, attempt), make_assembly or self.layout.empty)
         self.call(lambda: self._open(reception, address))
         return reception
 
@@ -152,7 +152,7 @@ class ReceiverEndpoint(Driver):
         try:
             actions = self._core.open(reception.key, address, now=time.monotonic())
         except EmbedwireError:
-            if address not in self._core.sessions:
+            if address not in self._core.lanes.sessions:
                 self._hang_up(address)
             raise
         self._receptions[reception.key] = reception
@@ -168,10 +168,10 @@ class ReceiverEndpoint(Driver):
     def _stats(self) -> ReceiverStats:
         admission = self._core.admission
         return ReceiverStats(
-            rooms=Counter(room.state.value for room in self._core.rooms.values()),
+            rooms=Counter(room.state.value for room in self._core.lanes.rooms.values()),
             ended=dict(self._ended),
-            waiting={"assembly": len(admission.for_assembly), "blocks": len(admission.for_blocks)},
-            sessions=len(self._core.sessions),
+            waiting={"assembly": len(self._core.for_assembly), "blocks": len(admission.for_blocks)},
+            sessions=len(self._core.lanes.sessions),
             rounds_total=self._rounds_total,
             bytes_total=self._bytes_total,
             blocks_total=self._blocks.blocks_total,
@@ -284,13 +284,14 @@ class ReceiverEndpoint(Driver):
                         self._core.abort(action.key, Cause.WIRE_FAILED, detail, now=time.monotonic())
                     )
                     raise
-            case Finished(key):
-                self._finish(self._core.rooms[key])
+            case Finished(key, room):
+                assert room is not None
+                self._finish(room)
             case Failed(key, cause, detail):
-                if cause is Cause.PEER_LOST and key in self._core.rooms:
-                    self._silent.add(self._core.rooms[key].address)
                 self._ended[cause.value] += 1
                 self._receptions.pop(key).set_exception(TransferError(cause.value, detail))
+            case Reconnect(address):
+                self._silent.add(address)
             case Hangup(address):
                 self._hang_up(address)
 
@@ -317,20 +318,21 @@ class ReceiverEndpoint(Driver):
             self._carry_out(self._core.abort(key, Cause.OVERLOADED, detail, now=time.monotonic()))
 
     def _drain(self, drain: Drain) -> None:
-        room = self._core.rooms.get(drain.key)
+        room = self._core.lanes.rooms.get(drain.key)
         if room is None or not room.is_live:
             return  # it failed meanwhile; its blocks may be somebody else's
-        reception, granted = self._receptions[drain.key], drain.round
+        reception, granted = self._receptions[drain.key.of_room], drain.round
+        row, sums = room.first_row, reception.sums[drain.key]
         step = max(1, SLICE_BYTES // self.layout.token_bytes)
         for first in range(drain.from_token, drain.to_token, step):
             last = min(first + step, drain.to_token)
-            rows = {name: array[first:last] for name, array in reception.arrays.items()}
+            rows = {name: array[row + first : row + last] for name, array in reception.arrays.items()}
             self._pool.get_buf(
                 granted.block_indices, rows, start=first - granted.start_token, tokens=last - first
             )
-            reception.digests.update(rows)
+            sums.update(rows)
         aux = self._pool.read_aux(granted.block_indices[0]) if drain.from_token == 0 else None
-        digests = reception.digests.digest() if drain.to_token == room.total_tokens else None
+        digests = sums.digest() if drain.to_token == room.total_tokens else None
         self._rounds_total += drain.to_token == granted.end_token
         self._bytes_total += (drain.to_token - drain.from_token) * self.layout.token_bytes
         now = time.monotonic()
@@ -338,23 +340,25 @@ class ReceiverEndpoint(Driver):
             self._core.on_drained(drain.key, drain.to_token, aux=aux, digests=digests, now=now)
         )
 
-    def _finish(self, room: ReceiverTransfer) -> None:
-        key, now = room.key, time.monotonic()
-        announced = room.announced
+    def _finish(self, room: Room) -> None:
+        key, now, lanes = room.key, time.monotonic(), list(room.lanes.values())
+        announced = lanes[0].announced
         assert announced is not None
-        wire = self._core.sessions[room.address].wire or ""
+        granted_at = min(lane.granted_at for lane in lanes)
         report = ReceiveReport(
             total_tokens=room.total_tokens,
-            rounds=tuple(room.round_sizes),
-            bytes=room.total_tokens * self.layout.token_bytes,
-            transport=wire,
+            rounds=tuple(tokens for lane in lanes for tokens in lane.round_sizes),
+            bytes=sum(lane.total_tokens for lane in lanes) * self.layout.token_bytes,
+            transport=self._core.lanes.sessions[lanes[0].address].wire or "",
             source_ms=announced.source_ms,
-            wait_ms=(room.granted_at - room.ready_at) * 1000,
-            transfer_ms=(now - room.granted_at) * 1000,
+            wait_ms=(granted_at - max(lane.ready_at for lane in lanes)) * 1000,
+            transfer_ms=(now - granted_at) * 1000,
             content_hash=announced.content_hash,
         )
         reception = self._receptions.pop(key)
-        received = Received(key[0], key[1], reception.arrays, announced.aux, report, self._release_once(key))
+        received = Received(
+            key.room, key.attempt, reception.arrays, announced.aux, report, self._release_once(key)
+        )
         self._release_with_arrays(reception.arrays, received._release)
         self._ended[Cause.DONE.value] += 1
         reception.arrays = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,7 +55,7 @@ class Reception(Future[Received]):
         self._endpoint = endpoint
         self.make_assembly = make_assembly
         self.arrays: Arrays = {}
-        self.digests = FieldDigests(endpoint.layout)
+        self.sums: defaultdict[RoomKey, FieldDigests] = defaultdict(partial(FieldDigests, endpoint.layout))
 
     def cancel(self, detail: str = "the client no longer wants it") -> bool:
         """End the room on both sides, with cause ``aborted``; False when it has ended already."""

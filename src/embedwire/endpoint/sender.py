@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -22,7 +22,7 @@ from embedwire.endpoint.offer import Offer
 from embedwire.endpoint.stats import SenderStats, SendReport
 from embedwire.endpoint.writer import SessionWriter, WriteJob
 from embedwire.errors import (
-    EmbedwireError,
+    ConfigurationError,
     NeverFitsError,
     OverloadedError,
     ProtocolViolation,
@@ -47,6 +47,7 @@ from embedwire.protocol import messages
 from embedwire.protocol.actions import Attach, CancelWrites, Detach, Peer, Release, Reply, SenderAction, Write
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.sender_core import SenderCore
+from embedwire.protocol.topology import lanes_of_sender
 from embedwire.transports import open_outbound
 from embedwire.transports.contract import Outcome
 
@@ -56,7 +57,8 @@ logger = logging.getLogger(__name__)
 class SenderEndpoint(Driver):
     """Offers rooms of one layout to any number of receivers.
 
-    ``memory_bytes`` bounds what all rooms reserve together; ``transports`` are the wires that receivers may use. Raises
+    ``memory_bytes`` bounds what all rooms reserve together; ``transports`` are the wires that receivers may use. Where an encoder has
+    several ``ranks``, each has such an endpoint and offers the same rooms; this is ``rank``, and it sends its part. Raises
     ConfigurationError or TransportError when it can not be set up as told. Use it as a context manager, or ``close`` it.
     """
 
@@ -69,9 +71,14 @@ class SenderEndpoint(Driver):
         memory_bytes: int = DEFAULT_SOURCE_BYTES,
         transports: Sequence[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        if not 0 <= rank < ranks:
+            raise ConfigurationError(f"rank {rank} of {ranks}; ranks count from 0")
         self.layout = layout
         self.limits = limits
+        self._rank, self._ranks = rank, ranks
         self._outbounds = {name: open_outbound(name, host=host) for name in chosen(transports)}
         self._core = SenderCore(
             incarnation=secrets.randbelow(2**62 - 1) + 1, fields=layout.describe(), limits=limits
@@ -111,9 +118,10 @@ class SenderEndpoint(Driver):
         attempt: int = 0,
         aux: Sequence[int] = (),
         content_hash: bytes = b"",
+        readers: int = 1,
     ) -> Offer:
         """Reserve memory for a room and announce it. ``aux`` are up to 15 int32 that follow the total in the aux row;
-        ``content_hash`` is at most 64 bytes.
+        ``content_hash`` is at most 64 bytes; ``readers`` is how many ranks of the language server receive from the wire.
 
         Raises NeverFitsError when it is larger than ``memory_bytes``, OverloadedError when that much is not free now or too many
         rooms are offered, UsageError for a room and attempt that were offered before, or a number out of range.
@@ -125,47 +133,52 @@ class SenderEndpoint(Driver):
             raise UsageError(f"content_hash has {len(content_hash)} bytes; at most {CONTENT_HASH_BYTES_MAX}")
         row = (total_tokens, *aux, *([0] * (AUX_WORDS - 1 - len(aux))))
         pack_aux(row)
-        return self.call(partial(self._offer, Offer(self, (room, attempt), total_tokens, row), content_hash))
+        lanes = lanes_of_sender(self._rank, senders=self._ranks, readers=readers)
+        offer = Offer(self, RoomKey(room, attempt), total_tokens, row, lanes)
+        return self.call(partial(self._offer, offer, content_hash))
 
     def _offer(self, offer: Offer, content_hash: bytes) -> Offer:
         need = offer.total_tokens * self.layout.token_bytes
-        if offer.key in self._offers:
-            raise UsageError(f"room {offer.key[0]} attempt {offer.key[1]} was offered before")
         if not self._budget.can_ever(need):
             limit = self._budget.limit_bytes
             detail = f"{offer.total_tokens} tokens need {need} bytes of source memory; there are {limit}"
             # whoever has opened the room already hears at once
-            self._carry_out(self._core.fail(offer.key, Cause.NEVER_FITS, detail, now=time.monotonic()))
+            self._fail(list(offer.shares), Cause.NEVER_FITS, detail)
             raise NeverFitsError(detail)
+        self._core.check_offer(list(offer.shares))
         if not self._budget.try_reserve(offer.key, need):
             raise OverloadedError(f"{need} bytes of source memory are not free now")
-        try:
+        for key, share in offer.shares.items():
+            self._offers[key] = offer
             actions = self._core.offer(
-                offer.key,
-                total_tokens=offer.total_tokens,
+                key,
+                total_tokens=len(share),
                 aux=offer.aux,
                 content_hash=content_hash,
                 now=time.monotonic(),
             )
-        except EmbedwireError:
-            self._budget.release(offer.key)
-            raise
-        self._offers[offer.key] = offer
-        self._carry_out(actions)
+            self._carry_out(actions)
         return offer
 
-    def _fill(self, offer: Offer, source: Source, digests: tuple[int, ...], *, source_ms: float) -> None:
+    def _fill(
+        self, offer: Offer, parts: Mapping[RoomKey, tuple[Source, tuple[int, ...]]], *, source_ms: float
+    ) -> None:
         def fill() -> None:
             if offer.done():
                 return
-            offer.source = source
             now = time.monotonic()
-            self._carry_out(self._core.ready(offer.key, source_ms=source_ms, digests=digests, now=now))
+            for key, (source, digests) in parts.items():
+                offer.sources[key] = source
+                self._carry_out(self._core.ready(key, source_ms=source_ms, digests=digests, now=now))
 
         self.post(fill)
 
-    def _end(self, key: RoomKey, cause: Cause, detail: str) -> None:
-        self.post(lambda: self._carry_out(self._core.fail(key, cause, detail, now=time.monotonic())))
+    def _end(self, offer: Offer, cause: Cause, detail: str) -> None:
+        self.post(lambda: self._fail(list(offer.shares), cause, detail))
+
+    def _fail(self, keys: Sequence[RoomKey], cause: Cause, detail: str) -> None:
+        for key in keys:
+            self._carry_out(self._core.fail(key, cause, detail, now=time.monotonic()))
 
     def stats(self) -> SenderStats:
         """A snapshot."""
@@ -262,7 +275,7 @@ class SenderEndpoint(Driver):
                     self.written(action, Outcome.LOST)  # the core counts on an answer to every write
                     raise
             case CancelWrites(key):
-                self._offers[key].is_cancelled = True
+                self._offers[key].withdrawn.add(key)
             case Release():
                 self._release(action)
 
@@ -287,27 +300,36 @@ class SenderEndpoint(Driver):
         if writer is None:
             self.written(write, Outcome.LOST)
             return
-        assert offer.source is not None
         writer.submit(
             WriteJob(
                 write=write,
-                source=offer.source,
+                source=offer.sources[write.key],
                 aux=pack_aux(offer.aux),
-                is_permitted=lambda: not offer.is_cancelled,
+                is_permitted=lambda: write.key not in offer.withdrawn,
                 geometry=writer.geometry,
             )
         )
 
     def _release(self, release: Release) -> None:
+        """One lane is over. A room is over with the last of them, and one that fails takes the others with it."""
         offer = self._offers.pop(release.key)
-        self._budget.release(release.key)
-        self._ended[release.cause.value] += 1
-        offer.source = None
-        if release.cause is Cause.DONE:
-            nbytes = offer.total_tokens * self.layout.token_bytes
-            offer.set_result(SendReport(offer.total_tokens, release.rounds, nbytes))
+        offer.releases[release.key] = release
+        offer.sources.pop(release.key, None)
+        if len(offer.releases) < len(offer.shares):
+            if release.cause is not Cause.DONE:
+                left = [key for key in offer.shares if key not in offer.releases]
+                self._fail(left, release.cause, release.detail)
+            return
+        self._budget.release(offer.key)
+        ends = offer.releases.values()
+        failed = next((end for end in ends if end.cause is not Cause.DONE), None)
+        self._ended[(failed.cause if failed else Cause.DONE).value] += 1
+        if failed is None:
+            nbytes = sum(map(len, offer.shares.values())) * self.layout.token_bytes
+            rounds = tuple(tokens for end in ends for tokens in end.rounds)
+            offer.set_result(SendReport(offer.total_tokens, rounds, nbytes))
         else:
-            offer.set_exception(TransferError(release.cause.value, release.detail))
+            offer.set_exception(TransferError(failed.cause.value, failed.detail))
 
     # ------------------------------------------------------------------ writers' reports, on their threads
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 from embedwire.protocol.messages import Cause, Hello, Message, RoomKey
+
+if TYPE_CHECKING:
+    from embedwire.protocol.receiver_core import Room
 
 Peer: TypeAlias = int
 """A receiver as its sender knows it: its incarnation."""
@@ -128,9 +131,10 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The embedding is whole in its assembly, every round checked."""
+    """The embedding is whole in its assembly, every byte checked, on every rank of the group. ``room`` is its story."""
 
     key: RoomKey
+    room: Room | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,13 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconnect:
+    """Nothing was heard from ``address`` for long: the connection may be what is dead, and not the sender."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
 class Hangup:
     """No room needs the connection to ``address`` any more."""
 
@@ -150,4 +161,33 @@ class Hangup:
 
 
 SenderAction: TypeAlias = Reply | Attach | Detach | Write | CancelWrites | Release
-ReceiverAction: TypeAlias = Send | Assemble | Permit | Revoke | Drain | Finished | Failed | Hangup
+ReceiverAction: TypeAlias = Send | Assemble | Permit | Revoke | Drain | Finished | Failed | Reconnect | Hangup
+
+
+# Events of a lane, for the room that it belongs to
+
+
+@dataclass(frozen=True, slots=True)
+class LaneAnnounced:
+    """Its facts are new, or its source has become ready."""
+
+    key: RoomKey
+
+
+@dataclass(frozen=True, slots=True)
+class LaneWhole:
+    """All its tokens are in the assembly."""
+
+    key: RoomKey
+
+
+@dataclass(frozen=True, slots=True)
+class LaneFailed:
+    """It ended without."""
+
+    key: RoomKey
+    cause: Cause
+    detail: str
+
+
+LaneEvent: TypeAlias = LaneAnnounced | LaneWhole | LaneFailed

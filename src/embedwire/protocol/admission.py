@@ -1,14 +1,14 @@
-"""Who gets assembly memory and blocks, in which order. Pure bookkeeping over two first-in, first-out queues.
+"""Who gets blocks, in which order. Pure bookkeeping over first-in, first-out queues.
 
-The order in which a room takes things is what keeps any number of rooms from waiting for each other in a ring: the encoder's memory first
-(a room that is not announced as ready is not here), then the whole assembly, then blocks. A room in the block queue holds no block, and one
+The order in which a room takes things is what keeps any number of rooms from waiting for each other in a ring: the encoder's memory first,
+then the whole assembly (``receiver_core``; a room without one is not here), then blocks. A room in the block queue holds no block, and one
 that was granted blocks can always drain, since its assembly is there. So a pool of one block moves any number of rooms of any length.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,16 +33,6 @@ class Blocks(Protocol):
     def release_quarantine(self, indices: Sequence[int]) -> None: ...
 
 
-class Memory(Protocol):
-    """The budget that assemblies are reserved from (``memory.budget``), in bytes."""
-
-    @property
-    def limit_bytes(self) -> int: ...
-    def can_ever(self, nbytes: int) -> bool: ...
-    def try_reserve(self, key: Hashable, nbytes: int) -> bool: ...
-    def release(self, key: Hashable) -> bool: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Quarantined:
     """Rounds of a failed room that ``incarnation`` may still write to."""
@@ -53,58 +43,33 @@ class Quarantined:
 
 
 class Admission:
-    """The two queues, the blocks that each peer holds, and the rounds in quarantine."""
+    """The queues for blocks, the blocks that each peer holds, and the rounds in quarantine."""
 
     def __init__(
         self,
         blocks: Blocks,
-        memory: Memory,
         *,
-        token_bytes: int,
         default_allocate_tokens: int,
         window_rounds: int,
     ) -> None:
         self.blocks = blocks
-        self.memory = memory
-        self.token_bytes = token_bytes
         self.default_allocate_tokens = default_allocate_tokens
         self.window_rounds = window_rounds
-        self.for_assembly: deque[ReceiverTransfer] = deque()
         self.for_blocks: deque[ReceiverTransfer] = deque()
         self.for_more: deque[ReceiverTransfer] = deque()
         self.held: Counter[Address] = Counter()
         self.in_quarantine: Counter[Address] = Counter()
         self.quarantined: dict[RoomKey, Quarantined] = {}
 
-    def never_fits(self, total_tokens: int) -> str | None:
-        """Why a room of this size can never be served, or None."""
-        need = total_tokens * self.token_bytes
-        if self.memory.can_ever(need):
-            return None
-        return (
-            f"{total_tokens} tokens need {need} bytes of assembly; there are {self.memory.limit_bytes} in all"
-        )
-
     def join(self, room: ReceiverTransfer) -> None:
-        """Queue a room whose source is ready."""
-        self.for_assembly.append(room)
+        """Queue a room whose assembly is there."""
+        self.for_blocks.append(room)
 
     def leave(self, room: ReceiverTransfer) -> None:
         """The room waits for nothing any more."""
-        for queue in (self.for_assembly, self.for_blocks, self.for_more):
+        for queue in (self.for_blocks, self.for_more):
             if room in queue:
                 queue.remove(room)
-
-    def admit(self) -> ReceiverTransfer | None:
-        """The first in the queue, once its whole assembly could be reserved; it then waits for blocks."""
-        if not self.for_assembly:
-            return None
-        room = self.for_assembly[0]
-        if not self.memory.try_reserve(room.key, room.total_tokens * self.token_bytes):
-            return None
-        self.for_assembly.popleft()
-        self.for_blocks.append(room)
-        return room
 
     def rejoin(self, room: ReceiverTransfer) -> None:
         """A partial room, holding no block, wants more."""

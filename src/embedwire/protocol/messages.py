@@ -19,7 +19,7 @@ other knowledge are checked while decoding; the rest is checked by the cores.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, TypeAlias, TypeVar
+from typing import Annotated, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -31,6 +31,7 @@ from embedwire.limits import (
     CONTENT_HASH_BYTES_MAX,
     DETAIL_CHARS_MAX,
     INCARNATION_MAX,
+    LANES_MAX,
     MESSAGE_BYTES_MAX,
     ROOM_MAX,
     TOKENS_MAX,
@@ -51,6 +52,20 @@ BlockIndices = Annotated[
 Aux = Annotated[tuple[Int32, ...], Meta(min_length=AUX_WORDS, max_length=AUX_WORDS)]
 
 
+class RoomKey(NamedTuple):
+    """One try of one room on one of its ways. ``lane``: which way, from one encoder rank to one language rank; where each side is a
+    single rank there is lane 0 alone. The cores treat every lane as a room of its own; ``protocol.rank`` puts them together."""
+
+    room: int
+    attempt: int = 0
+    lane: int = 0
+
+    @property
+    def of_room(self) -> RoomKey:
+        """The key of the room itself, which is that of its lane 0."""
+        return self._replace(lane=0)
+
+
 class Cause(StrEnum):
     """Why a room ended. It reaches the other side, the client and the metrics under this name."""
 
@@ -67,6 +82,7 @@ class Cause(StrEnum):
     WIRE_FAILED = "wire_failed"
     HANDSHAKE = "handshake"
     CLOSED = "closed"
+    RANK_LOST = "rank_lost"
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
@@ -120,14 +136,15 @@ class Pong(Message, tag="pong", frozen=True, kw_only=True):
 
 
 class RoomMessage(Message, frozen=True, kw_only=True):
-    """It belongs to one attempt of one room."""
+    """It belongs to one attempt of one room, and to one lane of it."""
 
     room: Annotated[int, Meta(ge=0, le=ROOM_MAX)]
     attempt: Count = 0
+    lane: Annotated[int, Meta(ge=0, lt=LANES_MAX)] = 0
 
     @property
     def key(self) -> RoomKey:
-        return (self.room, self.attempt)
+        return RoomKey(self.room, self.attempt, self.lane)
 
 
 class Open(RoomMessage, tag="open", frozen=True, kw_only=True):
@@ -135,8 +152,9 @@ class Open(RoomMessage, tag="open", frozen=True, kw_only=True):
 
 
 class Announce(RoomMessage, tag="announce", frozen=True, kw_only=True):
-    """A room's facts. ``ready``: its source can be written from; then ``digests`` are there, one XXH3-64 a field over the field's bytes
-    of all tokens in order, and ``source_ms``, how long the encoder took."""
+    """A room's facts; ``total_tokens`` and ``digests`` are those of this lane, all else is the room's. ``ready``: its source can be
+    written from; then ``digests`` are there, one XXH3-64 a field over the field's bytes of these tokens in order, and ``source_ms``, how
+    long the encoder took."""
 
     total_tokens: Positive
     aux: Aux
@@ -190,9 +208,6 @@ class Ended(RoomMessage, tag="ended", frozen=True, kw_only=True):
     detail: Text = ""
     certain: bool = True
 
-
-RoomKey: TypeAlias = tuple[int, int]
-"""(room, attempt)"""
 
 ToSender: TypeAlias = Hello | Ping | Open | Init | ResumeTransfer | Done | Abort
 ToReceiver: TypeAlias = Welcome | Refused | Stranger | Pong | Announce | Status | Ended

@@ -32,6 +32,7 @@ from embedwire.protocol.states import (
     ReceiverEvent,
     ReceiverState,
 )
+from embedwire.protocol.topology import ONLY_LANE, Lane
 
 
 class CorruptRoom(Exception):
@@ -41,8 +42,9 @@ class CorruptRoom(Exception):
 class ReceiverTransfer:
     """A room that this side asked for. ``landed_tokens`` and ``drained_tokens`` are contiguous prefixes; they only grow."""
 
-    def __init__(self, key: RoomKey, address: Address, *, opened_at: float) -> None:
+    def __init__(self, key: RoomKey, address: Address, *, lane: Lane = ONLY_LANE, opened_at: float) -> None:
         self.key = key
+        self.lane = lane
         self.address = address
         self.opened_at = opened_at
         self.ready_at = self.granted_at = opened_at
@@ -82,6 +84,11 @@ class ReceiverTransfer:
         return 0 if self.announced is None else self.announced.total_tokens
 
     @property
+    def first_row(self) -> int:
+        """Where its tokens begin in the room's assembly."""
+        return 0 if self.announced is None else self.lane.share(self.announced.aux[AUX_TOTAL_TOKENS]).start
+
+    @property
     def remaining_tokens(self) -> int:
         """Tokens that no grant covers yet."""
         return self.total_tokens - self.granted_tokens
@@ -90,10 +97,10 @@ class ReceiverTransfer:
         """The room's facts. True when they are new, or the source has become ready. Raises ProtocolViolation when they changed."""
         known = self.announced
         if known is None:
-            if announce.aux[AUX_TOTAL_TOKENS] != announce.total_tokens:
-                raise ProtocolViolation(
-                    f"announced {announce.total_tokens} tokens, aux says {announce.aux[AUX_TOTAL_TOKENS]}"
-                )
+            whole = announce.aux[AUX_TOTAL_TOKENS]
+            if whole < 1 or len(self.lane.share(whole)) != announce.total_tokens:
+                part = f", part {self.lane.part} of {self.lane.parts}" if self.lane.parts > 1 else ""
+                raise ProtocolViolation(f"announced {announce.total_tokens} tokens, aux says {whole}{part}")
             self.machine.step(ReceiverEvent.ANNOUNCED)
             self.announced = announce
             return True
@@ -169,7 +176,6 @@ class ReceiverTransfer:
 
     def questions(self, *, source: int, target: int, block_size: int) -> list[RoomMessage]:
         """What the room waits for an answer to: nothing while it waits for our own memory."""
-        room, attempt = self.key
         match self.state:
             case ReceiverState.FILLING:
                 return [
@@ -177,29 +183,23 @@ class ReceiverTransfer:
                     for granted in self.open_rounds
                 ]
             case ReceiverState.CLOSING:
-                return [Done(source=source, target=target, room=room, attempt=attempt)]
+                return [Done(source=source, target=target, **self.key._asdict())]
             case ReceiverState.ABORTING if self.end is not None:
                 cause, detail = self.end
-                return [
-                    Abort(
-                        source=source, target=target, room=room, attempt=attempt, cause=cause, detail=detail
-                    )
-                ]
+                return [Abort(source=source, target=target, **self.key._asdict(), cause=cause, detail=detail)]
             case ReceiverState.OPENING | ReceiverState.WAITING if not self.is_ready:
-                return [Open(source=source, target=target, room=room, attempt=attempt)]
+                return [Open(source=source, target=target, **self.key._asdict())]
         return []
 
     def grant_message(
         self, granted: Round, *, block_size: int, source: int, target: int
     ) -> Init | ResumeTransfer:
         """A round as a message: ``init`` for the first, ``resume_transfer`` for every later one."""
-        room, attempt = self.key
         kind = Init if granted.number == 0 else ResumeTransfer
         return kind(
             source=source,
             target=target,
-            room=room,
-            attempt=attempt,
+            **self.key._asdict(),
             round=granted.number,
             start_token=granted.start_token,
             allocated_tokens=len(granted.block_indices) * block_size,

@@ -1,4 +1,9 @@
-"""All rooms and sessions of one receiver. It drives: what it waits for it asks for again, until it has it or gives up.
+"""All rooms of one receiving rank: which lanes make up a room, when it may begin, and how it ends, on every rank of the group alike.
+
+A rank that is alone decides at once. In a group, rooms are opened on every rank in the same order, and what follows is decided in turns
+(``agreement``): between two turns each rank's lanes go their own way, round by round, with blocks of its own. Ranks agree on rooms, not
+on rounds: a room begins when every rank's senders are ready and every rank has memory for it, in the same order everywhere, and it
+succeeds when every rank has all of it. So no two ranks can wait for each other, and a round costs no collective.
 
 Called by one driver thread (``endpoint.receiver``) or by the simulation. Every public method returns the actions that follow; the driver
 carries them out in order, and a Drain before it gives the core the next event.
@@ -6,60 +11,87 @@ carries them out in order, and a Drain before it gives the core the next event.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
 
-from embedwire.errors import OverloadedError, ProtocolViolation, UsageError
-from embedwire.limits import DEFAULT_LIMITS, Limits
+from embedwire.errors import UsageError
+from embedwire.limits import AUX_TOTAL_TOKENS, DEFAULT_LIMITS, SLOTS_MAX, Limits
 from embedwire.protocol.actions import (
     Address,
     Assemble,
     Failed,
     Finished,
-    Hangup,
-    Permit,
+    LaneAnnounced,
+    LaneEvent,
+    LaneFailed,
+    LaneWhole,
     ReceiverAction,
-    Revoke,
-    Round,
-    Send,
 )
-from embedwire.protocol.admission import Admission, Blocks, Memory
-from embedwire.protocol.handshake import Offered, ReceiverSession
-from embedwire.protocol.messages import (
-    Abort,
-    Announce,
-    Cause,
-    Ended,
-    Refused,
-    RoomKey,
-    RoomMessage,
-    Status,
-    Stranger,
-    ToReceiver,
-    Welcome,
-    cut,
-)
-from embedwire.protocol.receiver import CorruptRoom, ReceiverTransfer
-from embedwire.protocol.states import ReceiverEvent, ReceiverState
-from embedwire.protocol.timers import Timers
-
-RESEND_S_MAX = 1.0
-"""A message that waits for something slow is sent again at growing intervals, up to this."""
-IDLE_S = 60.0
-"""A session without rooms is kept this long."""
+from embedwire.protocol.admission import Admission, Blocks
+from embedwire.protocol.agreement import NEUTRAL, NO_LIMIT, Facts, RoomFacts
+from embedwire.protocol.handshake import Offered
+from embedwire.protocol.messages import Announce, Cause, RoomKey, ToReceiver, cut
+from embedwire.protocol.receiver import ReceiverTransfer
+from embedwire.protocol.receiver_lanes import LaneAction, ReceiverLanes
+from embedwire.protocol.states import Poll
+from embedwire.protocol.topology import ALONE, Lane, RankGroup
 
 
-@dataclass(frozen=True, slots=True)
-class _RoomDue:
+class Memory(Protocol):
+    """The budget that assemblies are reserved from (``memory.budget``), in bytes."""
+
+    @property
+    def limit_bytes(self) -> int: ...
+    @property
+    def used_bytes(self) -> int: ...
+    def can_ever(self, nbytes: int) -> bool: ...
+    def try_reserve(self, key: Hashable, nbytes: int) -> bool: ...
+    def release(self, key: Hashable) -> bool: ...
+
+
+@dataclass(eq=False, slots=True)
+class Room:
+    """One room on one rank. ``lanes`` are those that end here: none on a dummy rank. ``landed_tokens`` is what all ranks that receive are
+    known to have; ``end`` is set once this rank knows how it ends."""
+
     key: RoomKey
+    lanes: dict[RoomKey, ReceiverTransfer]
+    whole: set[RoomKey] = field(default_factory=set)
+    total_tokens: int = 0
+    landed_tokens: int = 0
+    is_queued: bool = False
+    is_admitted: bool = False
+    is_committed: bool = False
+    deferred: tuple[Cause, str] | None = None
+    end: tuple[Cause, str] | None = None
 
+    @property
+    def is_dummy(self) -> bool:
+        return not self.lanes
 
-@dataclass(frozen=True, slots=True)
-class _SessionDue:
-    address: Address
+    def facts(self) -> RoomFacts:
+        """What this rank knows of it."""
+        if self.end is not None and self.end[0] is not Cause.DONE:
+            return RoomFacts(Poll.FAILED, self.total_tokens, 0, self.end[0])
+        if self.is_dummy:
+            return NEUTRAL
+        if len(self.whole) == len(self.lanes):
+            poll = Poll.SUCCESS
+        elif self.is_admitted:
+            poll = Poll.TRANSFERRING
+        elif all(lane.is_ready for lane in self.lanes.values()):
+            poll = Poll.WAITING_FOR_INPUT
+        else:
+            poll = Poll.BOOTSTRAPPING
+        drained = sum(lane.drained_tokens for lane in self.lanes.values())
+        return RoomFacts(poll, self.total_tokens, min(drained, self.total_tokens))
 
 
 class ReceiverCore:
-    """The receiving side of the protocol, for any number of rooms and senders."""
+    """The receiving side of the protocol, for any number of rooms and senders, on rank ``rank`` of ``group``."""
 
     def __init__(
         self,
@@ -71,172 +103,235 @@ class ReceiverCore:
         token_bytes: int,
         default_allocate_tokens: int,
         limits: Limits = DEFAULT_LIMITS,
+        group: RankGroup = ALONE,
+        rank: int = 0,
     ) -> None:
         self.incarnation = incarnation
-        self.offered = offered
-        self.limits = limits
-        self.rooms: dict[RoomKey, ReceiverTransfer] = {}
-        self.sessions: dict[Address, ReceiverSession] = {}
-        self.admission = Admission(
-            blocks,
-            memory,
-            token_bytes=token_bytes,
+        self.memory = memory
+        self.token_bytes = token_bytes
+        self.group = group
+        self.rank = rank
+        self.is_dummy = group.is_dummy(rank)
+        self.rooms: dict[RoomKey, Room] = {}
+        self.lanes = ReceiverLanes(
+            incarnation=incarnation,
+            offered=offered,
+            blocks=blocks,
             default_allocate_tokens=default_allocate_tokens,
-            window_rounds=limits.window_rounds,
+            limits=limits,
         )
-        self._tickets = 0
-        self._nonces = 0
-        self._timers: Timers[_RoomDue | _SessionDue] = Timers()
-        self._actions: list[ReceiverAction] = []
+        self.wants_turn = False
+        self.turn = 0
+        self.for_assembly: deque[Room] = deque()
+
+    @property
+    def admission(self) -> Admission:
+        """Who gets blocks."""
+        return self.lanes.admission
 
     # ------------------------------------------------------------------ what the owner of the assembly says
 
-    def open(self, key: RoomKey, address: Address, *, now: float) -> list[ReceiverAction]:
-        """Ask the sender at ``address`` for a room. Raises UsageError for a known key, OverloadedError over ``rooms_max``."""
-        if key in self.rooms or key in self.admission.quarantined:
-            raise UsageError(f"room {key[0]} attempt {key[1]} is open already")
-        if len(self.rooms) >= self.limits.rooms_max:
-            raise OverloadedError(
-                f"{len(self.rooms)} rooms are open; at most {self.limits.rooms_max} at a time"
-            )
-        room = ReceiverTransfer(key, address, opened_at=now)
-        self.rooms[key] = room
-        session = self.sessions.get(address)
-        if session is None:
-            session = self.sessions[address] = ReceiverSession(now, self._next_nonce())
-        if not session.rooms:
-            session.heard_at = now  # silence counts from the first question on
-            if session.wire is None:
-                self._ask_session(address, session, now)
-            else:
-                self._timers.set(_SessionDue(address), now + self.limits.peer_silence_s / 4)
-        session.rooms.add(key)
-        self._ask(room)
-        self._await(room, self.limits.open_wait_s + self.limits.peer_silence_s, now)
-        return self._take()
+    def open(
+        self, key: RoomKey, addresses: Sequence[Address] | Address, *, now: float
+    ) -> list[ReceiverAction]:
+        """Ask the senders for a room: the address of each encoder rank, in order of ranks.
+
+        In a group, called on every rank, in the same order. Raises UsageError for a known key, OverloadedError over ``rooms_max``."""
+        if isinstance(addresses, Address):
+            addresses = (addresses,)
+        lanes = self.lanes_of(key, senders=len(addresses))
+        if key in self.rooms:
+            raise UsageError(f"room {key.room} attempt {key.attempt} is open already")
+        self.lanes.check_open(list(lanes))
+        room = self.rooms[key] = Room(key, {})
+        actions: list[LaneAction] = []
+        for lane_key, lane in lanes.items():
+            actions += self.lanes.open(lane_key, addresses[lane.sender], lane=lane, now=now)
+            room.lanes[lane_key] = self.lanes.rooms[lane_key]
+        self.wants_turn |= self.group.size > 1
+        return self._follow(actions, now)
+
+    def lanes_of(self, key: RoomKey, *, senders: int) -> dict[RoomKey, Lane]:
+        """The lanes of a room that end at this rank."""
+        return {
+            key._replace(lane=lane.number): lane for lane in self.group.lanes_to(self.rank, senders=senders)
+        }
 
     def abort(self, key: RoomKey, cause: Cause, detail: str, *, now: float) -> list[ReceiverAction]:
         """End a room from this side. Harmless when it is over."""
         room = self.rooms.get(key)
-        if room is not None and room.is_live:
-            self._fail(room, cause, detail, now)
-        return self._take()
+        if room is None:
+            return []
+        return self._follow(self._fail(room, cause, detail, now), now)
 
     def on_assembly_released(self, key: RoomKey, *, now: float) -> list[ReceiverAction]:
         """The assembly of a finished room is no longer needed. Idempotent."""
-        if self.admission.memory.release(key):
-            self._pump(now)
-        return self._take()
+        if not self.memory.release(key):
+            return []
+        if self.group.size > 1:
+            self.wants_turn = True
+            return []
+        return self._follow(self._admit(self._free_bytes, now), now)
 
-    # ------------------------------------------------------------------ what senders say
+    # ------------------------------------------------------------------ turns
+
+    def facts(self) -> Facts:
+        """What this rank says in its next turn. Until that is agreed on, what it has said holds."""
+        self.wants_turn = False
+        self.turn += 1
+        told = []
+        for room in islice(self.rooms.values(), SLOTS_MAX):
+            facts = room.facts()
+            room.is_committed = facts.poll is Poll.SUCCESS
+            told.append(facts)
+        return Facts(self.turn, self._free_bytes, tuple(told))
+
+    def on_agreed(self, agreed: Facts, *, now: float) -> list[ReceiverAction]:
+        """Conclude from what all ranks said; the same on every rank."""
+        actions: list[LaneAction] = []
+        for room, facts in zip(
+            list(islice(self.rooms.values(), len(agreed.rooms))), agreed.rooms, strict=True
+        ):
+            room.is_committed = False
+            actions += self._apply(room, facts, now)
+            if room.deferred is not None:
+                actions += self._fail(room, *room.deferred, now)
+        actions += self._admit(agreed.free_bytes, now)
+        self.wants_turn |= len(agreed.rooms) < len(self.rooms) and len(agreed.rooms) == SLOTS_MAX
+        return self._follow(actions, now)
+
+    def on_group_lost(self, detail: str, *, now: float) -> list[ReceiverAction]:
+        """The group is no more: every room ends."""
+        actions: list[LaneAction] = []
+        for room in list(self.rooms.values()):
+            room.is_committed = False
+            actions += self._fail(room, Cause.RANK_LOST, detail, now)
+            self._forget(room)
+        return self._follow(actions, now)
+
+    @property
+    def _free_bytes(self) -> int:
+        return NO_LIMIT if self.is_dummy else self.memory.limit_bytes - self.memory.used_bytes
+
+    def _apply(self, room: Room, facts: RoomFacts, now: float) -> list[LaneAction]:
+        """One room, by what is agreed of it."""
+        actions: list[LaneAction] = []
+        if room.total_tokens not in (0, facts.total_tokens):
+            actions += self._fail(room, Cause.VIOLATION, "ranks were announced different totals", now)
+        room.total_tokens = facts.total_tokens
+        room.landed_tokens = min(facts.landed_tokens, facts.total_tokens)
+        if facts.poll is Poll.FAILED:
+            actions += self._fail(room, facts.cause or Cause.RANK_LOST, "another rank has failed", now)
+            self._forget(room)
+        elif facts.poll is Poll.SUCCESS and room.end is None:
+            room.end = (Cause.DONE, "")
+            actions.append(Finished(room.key, room))
+            self._forget(room)
+        elif facts.poll >= Poll.WAITING_FOR_INPUT and not room.is_queued:
+            room.is_queued = True
+            self.for_assembly.append(room)
+        return actions
+
+    def _admit(self, free_bytes: int, now: float) -> list[LaneAction]:
+        """First come, first served: rooms whose whole assembly fits into what every rank has free."""
+        actions: list[LaneAction] = []
+        while self.for_assembly:
+            room = self.for_assembly[0]
+            need = room.total_tokens * self.token_bytes
+            if need > free_bytes:
+                break
+            self.for_assembly.popleft()
+            free_bytes -= need
+            room.is_admitted = True
+            if room.is_dummy or room.end is not None:
+                continue  # one that has failed here meanwhile fails everywhere in the next turn
+            is_reserved = self.memory.try_reserve(room.key, need)
+            assert is_reserved, "agreed free memory is there"
+            actions.append(Assemble(room.key, room.total_tokens))
+            for key in room.lanes:
+                actions += self.lanes.admit(key, now=now)
+        return actions
+
+    def _forget(self, room: Room) -> None:
+        if self.rooms.get(room.key) is room:
+            del self.rooms[room.key]
+        if room in self.for_assembly:
+            self.for_assembly.remove(room)
+
+    def _fail(self, room: Room, cause: Cause, detail: str, now: float) -> list[LaneAction]:
+        """This rank's part of a room ends without its embedding, and with it every rank's, as soon as they know."""
+        if room.end is not None:
+            return []
+        if room.is_committed:  # all may have succeeded already; the turn that runs will tell
+            room.deferred = room.deferred or (cause, detail)
+            return []
+        room.end = (cause, cut(detail))
+        self.memory.release(room.key)
+        actions: list[LaneAction] = [Failed(room.key, *room.end)]
+        for key in room.lanes:
+            actions += self.lanes.abort(key, cause, detail, now=now)
+        return actions + self._settle(room, now)
+
+    def _settle(self, room: Room, now: float) -> list[LaneAction]:
+        """This rank has news of a room: alone, that decides; else the next turn does."""
+        if self.group.size > 1:
+            self.wants_turn = True
+            return []
+        return self._apply(room, room.facts(), now) + self._admit(self._free_bytes, now)
+
+    # ------------------------------------------------------------------ what becomes of lanes
+
+    def _follow(self, actions: Sequence[LaneAction], now: float) -> list[ReceiverAction]:
+        """Put what becomes of rooms in the place of what has become of lanes."""
+        out: list[ReceiverAction] = []
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, LaneEvent):
+                room = self.rooms.get(action.key.of_room)
+                if room is not None and room.end is None:
+                    todo.extendleft(reversed(self._on_lane(room, action, now)))
+            else:
+                out.append(action)
+        return out
+
+    def _on_lane(self, room: Room, event: LaneEvent, now: float) -> list[LaneAction]:
+        match event:
+            case LaneAnnounced(key):
+                announced = room.lanes[key].announced
+                assert announced is not None
+                problem = self._problem_with(room, announced)
+                if problem is not None:
+                    return self._fail(room, *problem, now)
+                room.total_tokens = announced.aux[AUX_TOTAL_TOKENS]
+            case LaneWhole(key):
+                room.whole.add(key)
+            case LaneFailed(_, cause, detail):
+                return self._fail(room, cause, detail, now)
+        return self._settle(room, now)
+
+    def _problem_with(self, room: Room, news: Announce) -> tuple[Cause, str] | None:
+        """Why a room can not be served, or is not the one that its other senders have announced."""
+        for lane in room.lanes.values():
+            known = lane.announced
+            if known is not None and (known.aux, known.content_hash) != (news.aux, news.content_hash):
+                return Cause.VIOLATION, "its senders have announced different contents"
+        total = news.aux[AUX_TOTAL_TOKENS]
+        need = total * self.token_bytes
+        if not self.memory.can_ever(need):
+            limit = self.memory.limit_bytes
+            return Cause.NEVER_FITS, f"{total} tokens need {need} bytes of assembly; there are {limit} in all"
+        return None
+
+    # ------------------------------------------------------------------ what senders, the pool and time say
 
     def on_message(self, message: ToReceiver, address: Address, *, now: float) -> list[ReceiverAction]:
         """Take one decoded message that came from ``address``. Nothing that a peer sends raises."""
-        session = self.sessions.get(address)
-        if session is None or message.target != self.incarnation:
-            return []
-        if isinstance(message, Welcome):
-            self._on_welcome(message, address, session, now)
-        elif isinstance(message, Stranger):
-            self._on_stranger(address, session, now)
-        elif isinstance(message, Refused):
-            if session.wire is None and message.nonce == session.nonce:
-                session.heard_at = now
-                self._fail_all(session, message.cause, f"refused: {message.detail}", now)
-        elif message.source == session.incarnation:
-            session.heard_at = now
-            if isinstance(message, RoomMessage):
-                self._on_room_message(message, address, now)
-        return self._take()
+        return self._follow(self.lanes.on_message(message, address, now=now), now)
 
-    def _on_welcome(self, welcome: Welcome, address: Address, session: ReceiverSession, now: float) -> None:
-        if session.wire is not None or welcome.nonce != session.nonce:
-            return  # late, and maybe from an earlier life of the sender
-        session.heard_at = now
-        problem = self.offered.problem_with(welcome)
-        if problem is not None:
-            self._fail_all(session, *problem, now)
-            return
-        if session.is_other(welcome, self.offered):  # its rounds end as those of the earlier one
-            for room in self._rooms_of(session):
-                if room.state is not ReceiverState.OPENING:  # a room that was not announced may yet come
-                    self._fail(room, Cause.PEER_LOST, f"the sender at {address} was started anew", now)
-        session.begin(welcome, self.offered)
-        for key in sorted(session.rooms & self.rooms.keys()):
-            self._ask(self.rooms[key])
-
-    def _on_stranger(self, address: Address, session: ReceiverSession, now: float) -> None:
-        """Somebody there does not know us, or did not once: the answer to a new hello will tell who it is."""
-        session.heard_at = now
-        if session.wire is not None:
-            session.wire, session.nonce = None, self._next_nonce()
-            self._ask_session(address, session, now)
-
-    def _next_nonce(self) -> int:
-        self._nonces += 1
-        return self._nonces
-
-    def _on_room_message(self, message: RoomMessage, address: Address, now: float) -> None:
-        room = self.rooms.get(message.key)
-        if room is None or room.address != address:
-            self._on_unknown_room(message, address, now)
-        elif isinstance(message, Ended):
-            self._on_ended(room, message, now)
-        elif room.is_live:
-            try:
-                if isinstance(message, Announce):
-                    self._on_announce(room, message, now)
-                elif isinstance(message, Status):
-                    self._on_status(room, message, now)
-            except ProtocolViolation as violation:
-                self._fail(room, Cause.VIOLATION, str(violation), now)
-
-    def _on_unknown_room(self, message: RoomMessage, address: Address, now: float) -> None:
-        if isinstance(message, Ended):
-            self._on_certainty(message, now)
-        else:
-            number, attempt = message.key
-            abort = Abort(
-                source=self.incarnation,
-                target=message.source,
-                room=number,
-                attempt=attempt,
-                cause=Cause.UNKNOWN_ROOM,
-            )
-            self._actions.append(Send(address, abort))
-
-    def _on_announce(self, room: ReceiverTransfer, announce: Announce, now: float) -> None:
-        was_opening = room.state is ReceiverState.OPENING
-        is_news = room.on_announce(announce)
-        problem = self.admission.never_fits(room.total_tokens) if is_news else None
-        if problem is not None:
-            self._fail(room, Cause.NEVER_FITS, problem, now)
-        elif is_news and room.is_ready:
-            room.ready_at = now
-            self._await(room, self.limits.blocks_wait_s, now)
-            self.admission.join(room)
-            self._pump(now)
-        elif was_opening:
-            self._await(room, self.limits.source_wait_s, now)
-
-    def _on_status(self, room: ReceiverTransfer, status: Status, now: float) -> None:
-        if room.on_status(status):
-            self._await(room, self.limits.round_s, now)
-            self._actions.extend(room.take_drains())
-
-    def _on_ended(self, room: ReceiverTransfer, ended: Ended, now: float) -> None:
-        if room.is_live:
-            self._fail(room, ended.cause, ended.detail, now, is_told=True, is_certain=ended.certain)
-            return
-        self._on_certainty(ended, now)
-        self._confirm(room)
-
-    def _on_certainty(self, ended: Ended, now: float) -> None:
-        held = self.admission.quarantined.get(ended.key)
-        if ended.certain and held is not None and held.incarnation == ended.source:
-            self._end_quarantine(ended.key, now)
-
-    # ------------------------------------------------------------------ what the pool says
+    def on_violation(self, address: Address, detail: str, *, now: float) -> list[ReceiverAction]:
+        """What came from ``address`` was no message: its rooms end."""
+        return self._follow(self.lanes.on_violation(address, detail, now=now), now)
 
     def on_drained(
         self,
@@ -247,240 +342,31 @@ class ReceiverCore:
         digests: tuple[int, ...] | None,
         now: float,
     ) -> list[ReceiverAction]:
-        """A Drain was carried out: ``aux`` (a copy) comes with the first of a room, ``digests`` of all of it with the last.
-        Harmless when the room has ended."""
-        room = self.rooms.get(key)
-        if room is None or not room.is_live:
-            return []
-        try:
-            room.on_drained(to_token, aux=aux, digests=digests)
-        except CorruptRoom as corrupt:
-            self._fail(room, Cause.CORRUPT, str(corrupt), now)
-        else:
-            self._settle_rounds(room, now)
-        return self._take()
-
-    def _settle_rounds(self, room: ReceiverTransfer, now: float) -> None:
-        """Give back the blocks of what is drained; then the room is whole, or wants more."""
-        freed = 0
-        while (granted := room.pop_round_done()) is not None:
-            self._actions.append(Revoke(room.address, granted.ticket))
-            self.admission.give_back(room.address, granted)
-            freed += 1
-        if not freed:
-            return
-        if room.open_rounds:
-            self.admission.want_more(room)
-        elif room.drained_tokens == room.total_tokens:
-            self._finish(room, now)
-        else:
-            room.machine.step(ReceiverEvent.ROUNDS_DRAINED)
-            self._await(room, self.limits.blocks_wait_s, now)
-            self.admission.rejoin(room)
-        self._pump(now)
-
-    def _finish(self, room: ReceiverTransfer, now: float) -> None:
-        room.machine.step(ReceiverEvent.ALL_DRAINED)
-        room.end = (Cause.DONE, "")
-        self._actions.append(Finished(room.key))
-        self._ask(room)
-        self._await(room, self.limits.close_s, now)
-
-    def _pump(self, now: float) -> None:
-        """Admit whom there is memory for, then hand out blocks."""
-        while (room := self.admission.admit()) is not None:
-            self._actions.append(Assemble(room.key, room.total_tokens))
-        peers = len(self.sessions)  # also those without a room: blocks held by others may never come back
-        while (turn := self.admission.next_grant(peers=peers)) is not None:
-            room, blocks = turn
-            self._tickets += 1
-            room.granted_at = room.granted_at if room.round_sizes else now
-            granted = room.grant(blocks, block_size=self.offered.block_size, ticket=self._tickets)
-            self.admission.want_more(room)
-            self._actions.append(Permit(room.address, granted))
-            self._send_grant(room, granted)
-            self._await(room, self.limits.round_s, now)
-
-    # ------------------------------------------------------------------ ends
-
-    def _fail(
-        self,
-        room: ReceiverTransfer,
-        cause: Cause,
-        detail: str,
-        now: float,
-        *,
-        is_told: bool = False,
-        is_certain: bool = False,
-    ) -> None:
-        """End a room without its embedding. ``is_told``: it was the sender who said so; ``is_certain``: none of its writes can land."""
-        session = self.sessions[room.address]
-        room.fail(cause, cut(detail))
-        self.admission.leave(room)
-        self.admission.memory.release(room.key)
-        for granted in room.quarantined:
-            self._actions.append(Revoke(room.address, granted.ticket))
-        if is_certain or session.is_fenced:
-            for granted in room.quarantined:
-                self.admission.give_back(room.address, granted)
-        elif room.quarantined:
-            self.admission.quarantine(room, incarnation=session.incarnation)
-        self._actions.append(Failed(room.key, cause, room.end[1] if room.end else ""))
-        if is_told:
-            self._confirm(room)
-        else:
-            self._ask(room)
-            self._await(room, self.limits.close_s, now)
-        self._pump(now)
-
-    def _fail_all(self, session: ReceiverSession, cause: Cause, detail: str, now: float) -> None:
-        """No session with this sender: its rooms end, and it need not be told."""
-        for room in self._rooms_of(session):
-            self._fail(room, cause, detail, now, is_told=True)
-
-    def _confirm(self, room: ReceiverTransfer) -> None:
-        """The sender knows that the room is over, or has had time enough to hear it."""
-        room.machine.step(ReceiverEvent.CONFIRMED)
-        del self.rooms[room.key]
-        if room.key in self.admission.quarantined:
-            return  # its end is still asked for, with the session
-        self._timers.clear(_RoomDue(room.key))
-        self.sessions[room.address].rooms.discard(room.key)
-
-    def _end_quarantine(self, key: RoomKey, now: float) -> None:
-        held = self.admission.release(key)
-        if key not in self.rooms:
-            self._timers.clear(_RoomDue(key))
-            if held.address in self.sessions:
-                self.sessions[held.address].rooms.discard(key)
-        self._pump(now)
+        """A Drain was carried out: ``aux`` (a copy) comes with the first of a lane, ``digests`` of all of it with the last.
+        Harmless when it has ended."""
+        return self._follow(self.lanes.on_drained(key, to_token, aux=aux, digests=digests, now=now), now)
 
     @property
     def suspects(self) -> set[int]:
         """Incarnations that may still write to quarantined blocks: the driver looks whether they are gone."""
-        return {held.incarnation for held in self.admission.quarantined.values()}
+        return self.lanes.suspects
 
     def on_peer_gone(self, incarnation: int, *, now: float) -> list[ReceiverAction]:
         """Proof that no write of a sender's incarnation can land any more."""
-        for key in [k for k, held in self.admission.quarantined.items() if held.incarnation == incarnation]:
-            self._end_quarantine(key, now)
-        return self._take()
-
-    def on_violation(self, address: Address, detail: str, *, now: float) -> list[ReceiverAction]:
-        """What came from ``address`` was no message: its rooms end."""
-        session = self.sessions.get(address)
-        if session is not None:
-            for room in self._rooms_of(session):
-                self._fail(room, Cause.VIOLATION, detail, now)
-        return self._take()
-
-    def close(self, *, now: float) -> list[ReceiverAction]:
-        """End every room."""
-        for room in [r for r in self.rooms.values() if r.is_live]:
-            self._fail(room, Cause.CLOSED, "the receiver is shutting down", now)
-        return self._take()
-
-    # ------------------------------------------------------------------ time
+        return self._follow(self.lanes.on_peer_gone(incarnation, now=now), now)
 
     def next_due(self) -> float | None:
         """When ``on_tick`` has something to do."""
-        return self._timers.next_due()
+        return self.lanes.next_due()
 
     def on_tick(self, now: float) -> list[ReceiverAction]:
         """Carry out what is due."""
-        for due in self._timers.pop_due(now):
-            if isinstance(due, _SessionDue):
-                self._on_session_due(due.address, now)
-            elif due.key in self.rooms:
-                self._on_room_due(self.rooms[due.key], now)
-            elif due.key in self.admission.quarantined:
-                self._ask_end(due.key, now)
-        return self._take()
+        return self._follow(self.lanes.on_tick(now), now)
 
-    def _on_room_due(self, room: ReceiverTransfer, now: float) -> None:
-        if now < room.deadline:
-            self._ask(room)
-            if room.state is not ReceiverState.FILLING:
-                room.wait_s = min(room.wait_s * 2, RESEND_S_MAX)
-            self._timers.set(_RoomDue(room.key), min(now + room.wait_s, room.deadline))
-        elif room.is_live:
-            waited = {True: "its blocks", False: "the sender"}[room.is_ready and not room.open_rounds]
-            self._fail(
-                room, Cause.DEADLINE, f"waited too long for {waited} while it was {room.state.value}", now
-            )
-        else:
-            self._confirm(room)
-            if room.key in self.admission.quarantined:
-                self._ask_end(room.key, now)
-
-    def _ask_end(self, key: RoomKey, now: float) -> None:
-        """Ask again for the end of a room that is forgotten but for its quarantined blocks, if there is still whom to ask."""
-        held = self.admission.quarantined[key]
-        session = self.sessions[held.address]
-        if session.wire is not None and session.incarnation == held.incarnation:
-            number, attempt = key
-            target, cause = held.incarnation, Cause.ABORTED
-            abort = Abort(source=self.incarnation, target=target, room=number, attempt=attempt, cause=cause)
-            self._actions.append(Send(held.address, abort))
-        self._timers.set(_RoomDue(key), now + self.limits.peer_silence_s)
-
-    def _on_session_due(self, address: Address, now: float) -> None:
-        session = self.sessions.get(address)
-        if session is None:
-            return
-        silent_s = now - session.heard_at
-        if session.rooms:
-            if silent_s >= self.limits.peer_silence_s:
-                self._lose(
-                    address, session, f"the sender at {address} said nothing for {silent_s:.1f} s", now
-                )
-            self._ask_session(address, session, now)
-        elif now < session.heard_at + IDLE_S:
-            self._timers.set(_SessionDue(address), session.heard_at + IDLE_S)
-        else:
-            del self.sessions[address]
-            self._actions.append(Hangup(address))
-
-    def _lose(self, address: Address, session: ReceiverSession, detail: str, now: float) -> None:
-        for room in self._rooms_of(session):
-            self._fail(room, Cause.PEER_LOST, detail, now)
-        session.heard_at = now  # whoever opens a room now gets the whole time again
-
-    def _await(self, room: ReceiverTransfer, deadline_s: float, now: float) -> None:
-        """The room waits anew: its question is asked again soon, and it ends when this long has passed."""
-        room.deadline = now + deadline_s
-        room.wait_s = self.limits.retry_s
-        self._timers.set(_RoomDue(room.key), min(now + room.wait_s, room.deadline))
-
-    # ------------------------------------------------------------------ talking
-
-    def _ask(self, room: ReceiverTransfer) -> None:
-        """Send what the room waits for an answer to; without a session, that asks for itself first, and its welcome for the rooms."""
-        session = self.sessions[room.address]
-        if session.wire is not None:
-            size = self.offered.block_size
-            for message in room.questions(
-                source=self.incarnation, target=session.incarnation, block_size=size
-            ):
-                self._actions.append(Send(room.address, message))
-
-    def _ask_session(self, address: Address, session: ReceiverSession, now: float) -> None:
-        self._actions.append(Send(address, session.question(self.offered, source=self.incarnation)))
-        wait_s = self.limits.retry_s if session.wire is None else self.limits.peer_silence_s / 4
-        self._timers.set(_SessionDue(address), now + wait_s)
-
-    def _send_grant(self, room: ReceiverTransfer, granted: Round) -> None:
-        target = self.sessions[room.address].incarnation
-        message = room.grant_message(
-            granted, block_size=self.offered.block_size, source=self.incarnation, target=target
-        )
-        self._actions.append(Send(room.address, message))
-
-    def _rooms_of(self, session: ReceiverSession) -> list[ReceiverTransfer]:
-        return [
-            self.rooms[key] for key in sorted(session.rooms) if key in self.rooms and self.rooms[key].is_live
-        ]
-
-    def _take(self) -> list[ReceiverAction]:
-        actions, self._actions = self._actions, []
-        return actions
+    def close(self, *, now: float) -> list[ReceiverAction]:
+        """End every room."""
+        actions: list[LaneAction] = []
+        for room in list(self.rooms.values()):
+            room.is_committed = False
+            actions += self._fail(room, Cause.CLOSED, "the receiver is shutting down", now)
+        return self._follow(actions, now)

@@ -17,7 +17,7 @@ class SenderTransfer:
     """A room that this side offers. ``sent_tokens`` is the contiguous landed prefix; it only grows."""
 
     def __init__(self, key: RoomKey, *, total_tokens: int, aux: tuple[int, ...], content_hash: bytes) -> None:
-        assert aux[AUX_TOTAL_TOKENS] == total_tokens
+        assert aux[AUX_TOTAL_TOKENS] >= total_tokens
         self.key = key
         self.total_tokens = total_tokens
         self.aux = aux
@@ -140,12 +140,10 @@ class SenderTransfer:
 
     def announcement(self, source: int, target: int) -> Announce:
         """The room's facts, as a message."""
-        room, attempt = self.key
         return Announce(
             source=source,
             target=target,
-            room=room,
-            attempt=attempt,
+            **self.key._asdict(),
             total_tokens=self.total_tokens,
             aux=self.aux,
             content_hash=self.content_hash,
@@ -156,12 +154,10 @@ class SenderTransfer:
 
     def status(self, source: int, target: int, *, number: int) -> Status:
         """How far it has got, at an event of round ``number``."""
-        room, attempt = self.key
         return Status(
             source=source,
             target=target,
-            room=room,
-            attempt=attempt,
+            **self.key._asdict(),
             poll=self.poll,
             round=number,
             sent_tokens=self.sent_tokens,

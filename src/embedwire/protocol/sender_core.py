@@ -5,6 +5,7 @@ Called by one driver thread (``endpoint.sender``) or by the simulation. Every pu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embedwire.errors import OverloadedError, ProtocolViolation, UsageError
@@ -71,17 +72,22 @@ class SenderCore:
 
     # ------------------------------------------------------------------ what the owner of the source says
 
-    def offer(
-        self, key: RoomKey, *, total_tokens: int, aux: tuple[int, ...], content_hash: bytes, now: float
-    ) -> list[SenderAction]:
-        """A room whose source memory is reserved. Raises UsageError for a known key, OverloadedError over ``rooms_max``."""
-        if key in self.rooms or key in self._tombstones:
-            raise UsageError(f"room {key[0]} attempt {key[1]} was offered before")
-        if len(self.rooms) >= self.limits.rooms_max:
+    def check_offer(self, keys: Sequence[RoomKey]) -> None:
+        """Raise what offering these would: UsageError for a known key, OverloadedError over ``rooms_max``."""
+        for key in keys:
+            if key in self.rooms or key in self._tombstones:
+                raise UsageError(f"room {key.room} attempt {key.attempt} was offered before")
+        if len(self.rooms) + len(keys) > self.limits.rooms_max:
             raise OverloadedError(
                 f"{len(self.rooms)} rooms are offered; at most {self.limits.rooms_max} at a time"
             )
-        assert aux[AUX_TOTAL_TOKENS] == total_tokens
+
+    def offer(
+        self, key: RoomKey, *, total_tokens: int, aux: tuple[int, ...], content_hash: bytes, now: float
+    ) -> list[SenderAction]:
+        """A room whose source memory is reserved. Raises as :meth:`check_offer` does."""
+        self.check_offer((key,))
+        assert aux[AUX_TOTAL_TOKENS] >= total_tokens
         room = SenderTransfer(key, total_tokens=total_tokens, aux=aux, content_hash=content_hash)
         self.rooms[key] = room
         self._timers.set(_RoomDue(key), now + self.limits.open_wait_s)
@@ -206,18 +212,15 @@ class SenderCore:
         if tombstone is not None:
             self._end(peer, key, tombstone.cause, tombstone.detail, certain=tombstone.is_certain)
         elif not isinstance(message, Open):
-            self._end(peer, key, Cause.UNKNOWN_ROOM, f"room {key[0]} attempt {key[1]} is not known here")
+            self._end(
+                peer, key, Cause.UNKNOWN_ROOM, f"room {key.room} attempt {key.attempt} is not known here"
+            )
         elif key in self._pending_opens or len(self._pending_opens) < self.limits.pending_opens_max:
             if key not in self._pending_opens:
                 self._timers.set(_RoomDue(key), now + self.limits.open_wait_s)
             self._pending_opens[key] = peer
-            room, attempt = key
-            self._say(
-                peer,
-                Status(
-                    source=self.incarnation, target=peer, room=room, attempt=attempt, poll=Poll.BOOTSTRAPPING
-                ),
-            )
+            poll = Poll.BOOTSTRAPPING
+            self._say(peer, Status(source=self.incarnation, target=peer, poll=poll, **key._asdict()))
         else:
             self._end(peer, key, Cause.OVERLOADED, f"{len(self._pending_opens)} opens wait for their room")
 
@@ -414,19 +417,15 @@ class SenderCore:
         self._actions.append(Release(room.key, cause, detail, tuple(r.tokens for r in room.rounds)))
 
     def _end(self, peer: Peer, key: RoomKey, cause: Cause, detail: str, *, certain: bool = True) -> None:
-        room, attempt = key
-        self._say(
-            peer,
-            Ended(
-                source=self.incarnation,
-                target=peer,
-                room=room,
-                attempt=attempt,
-                cause=cause,
-                detail=cut(detail),
-                certain=certain,
-            ),
+        ended = Ended(
+            source=self.incarnation,
+            target=peer,
+            **key._asdict(),
+            cause=cause,
+            detail=cut(detail),
+            certain=certain,
         )
+        self._say(peer, ended)
 
     def _say(self, peer: Peer, message: Message) -> None:
         self._actions.append(Reply(peer, message))

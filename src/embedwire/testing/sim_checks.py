@@ -59,9 +59,9 @@ class Checks:
             yield f"{used} bytes of assemblies; the limit is {node.budget.limit_bytes}"
         if used != sum(len(assembly) for assembly in node.assemblies.values()) * TOKEN_BYTES:
             yield f"{used} bytes are reserved, which is not what the assemblies take"
-        if len(core.rooms) > node.setup.limits.rooms_max:
-            yield f"{len(core.rooms)} rooms"
-        for key, room in core.rooms.items():
+        if len(core.lanes.rooms) > node.setup.limits.rooms_max:
+            yield f"{len(core.lanes.rooms)} rooms"
+        for key, room in core.lanes.rooms.items():
             progress = (room.drained_tokens, room.draining_tokens, room.landed_tokens, room.granted_tokens)
             yield from self._growth(node.process.incarnation, key, room.poll, progress)
             if not progress[0] <= progress[1] <= progress[2] <= progress[3]:
@@ -88,7 +88,7 @@ def _of_blocks(node: ReceiverNode) -> Iterator[str]:
     """Each block that is not free is held by one room, and a room that waits for its turn holds none."""
     core, blocks = node.core, node.blocks
     blocks.check()
-    granted = [b for room in core.rooms.values() for r in room.open_rounds for b in r.block_indices]
+    granted = [b for room in core.lanes.rooms.values() for r in room.open_rounds for b in r.block_indices]
     doubted = [
         b for held in core.admission.quarantined.values() for r in held.rounds for b in r.block_indices
     ]
@@ -96,10 +96,10 @@ def _of_blocks(node: ReceiverNode) -> Iterator[str]:
         yield f"rooms hold {len(granted)} blocks, quarantine {len(doubted)}: {blocks}"
     if len(set(granted + doubted)) != len(granted + doubted):
         yield f"a block is held twice: {sorted(granted + doubted)}"
-    for room in (*core.admission.for_assembly, *core.admission.for_blocks):
+    for room in core.admission.for_blocks:
         if room.open_rounds:
             yield f"{room.key} waits and holds blocks"
-    for room in core.rooms.values():
+    for room in core.lanes.rooms.values():
         if bool(room.open_rounds) != (room.state in HOLDS_BLOCKS):
             yield f"{room.key} is {room.state.value} with {len(room.open_rounds)} open rounds"
 
@@ -131,10 +131,10 @@ def _left_at_sender(node: SenderNode) -> Iterator[str]:
 def _left_at_receiver(node: ReceiverNode) -> Iterator[str]:
     core, admission = node.core, node.core.admission
     left = {
-        "rooms": list(core.rooms),
-        "sessions": list(core.sessions),
+        "rooms": [*core.rooms, *core.lanes.rooms],
+        "sessions": list(core.lanes.sessions),
         "quarantine": list(core.admission.quarantined),
-        "queues": [*admission.for_assembly, *admission.for_blocks, *admission.for_more],
+        "queues": [*core.for_assembly, *admission.for_blocks, *admission.for_more],
         "held": +admission.held,
         "bytes": node.budget.used_bytes,
         "assemblies": list(node.assemblies),

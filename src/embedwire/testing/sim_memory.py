@@ -27,7 +27,7 @@ ATTEMPTS_MAX = 2**8
 
 def cells(key: RoomKey, start: int, stop: int) -> Cells:
     """What the tokens ``start`` .. ``stop`` of a room hold: int64 (stop - start,)."""
-    room, attempt = key
+    room, attempt = key.room, key.attempt
     assert 0 < room < ROOMS_MAX
     assert attempt < ATTEMPTS_MAX
     return np.arange(start, stop, dtype=np.int64) + ((room * ATTEMPTS_MAX + attempt) << 31)
@@ -35,7 +35,7 @@ def cells(key: RoomKey, start: int, stop: int) -> Cells:
 
 def room_of(cell: int) -> RoomKey:
     """Whose cell this is."""
-    return divmod(int(cell) >> 31, ATTEMPTS_MAX)
+    return RoomKey(*divmod(int(cell) >> 31, ATTEMPTS_MAX))
 
 
 def digests(held: Cells) -> tuple[int, ...]:

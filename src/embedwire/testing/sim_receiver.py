@@ -102,7 +102,7 @@ class ReceiverNode:
         return Target(self.memory, self.process, self.setup.wire, self._holds, is_cut)
 
     def _holds(self, key: RoomKey, ticket: int) -> bool:
-        room, doubted = self.core.rooms.get(key), self.core.admission.quarantined.get(key)
+        room, doubted = self.core.lanes.rooms.get(key), self.core.admission.quarantined.get(key)
         kept = (
             *(room.open_rounds if room is not None else ()),
             *(doubted.rounds if doubted is not None else ()),
@@ -180,7 +180,7 @@ class ReceiverNode:
 
     def _drain(self, drain: Drain) -> None:
         key, granted = drain.key, drain.round
-        room = self.core.rooms.get(key)
+        room = self.core.lanes.rooms.get(key)
         if room is None or not room.is_live:
             return  # it failed meanwhile; its blocks may be somebody else's
         first, last = drain.from_token, drain.to_token

@@ -163,7 +163,7 @@ class World:
         """What a router does: tell an encoder and a language server of a room (the first of each, unless told)."""
         sender = sender or next(iter(self.senders.values()))
         receiver = receiver or next(iter(self.receivers.values()))
-        transfer = Transfer((room, attempt), total_tokens, sender, receiver)
+        transfer = Transfer(RoomKey(room, attempt), total_tokens, sender, receiver)
         self.transfers[transfer.key] = transfer
         key = transfer.key
         self.after(
