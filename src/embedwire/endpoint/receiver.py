@@ -17,8 +17,10 @@ from types import TracebackType
 import zmq
 
 from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
+from embedwire.endpoint.member import GroupMember, OnLost, OnRoom
 from embedwire.endpoint.reception import Arrays, MakeAssembly, Received, Reception
 from embedwire.endpoint.stats import ReceiveReport, ReceiverStats
+from embedwire.endpoint.turns import Seat
 from embedwire.errors import (
     ConfigurationError,
     EmbedwireError,
@@ -59,6 +61,7 @@ from embedwire.protocol.actions import (
 from embedwire.protocol.handshake import Offered
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.receiver_core import ReceiverCore, Room
+from embedwire.protocol.topology import ALONE
 from embedwire.transports import open_inbound
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,10 @@ class ReceiverEndpoint(Driver):
 
     ``assembly_bytes`` bounds what rooms being received, or received and still held, take together; ``transports`` are the wires it
     offers, best first. Raises ConfigurationError or TransportError when it can not be set up as told.
+
+    ``seat`` makes it one rank of a group: rooms are opened on rank 0, ``on_room`` is called for each on the other ranks, with its
+    reception; all ranks get a room together, or none does. When a rank is lost, all rooms end with cause ``rank_lost``, and ``on_lost`` is
+    called with the reason. Both are called on the driver's thread and must not block.
     """
 
     def __init__(
@@ -85,6 +92,9 @@ class ReceiverEndpoint(Driver):
         host: str = "127.0.0.1",
         transports: Sequence[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        seat: Seat | None = None,
+        on_room: OnRoom | None = None,
+        on_lost: OnLost | None = None,
     ) -> None:
         if not 1 <= default_allocate_tokens <= TOKENS_MAX:
             raise ConfigurationError(
@@ -120,6 +130,8 @@ class ReceiverEndpoint(Driver):
             token_bytes=layout.token_bytes,
             default_allocate_tokens=default_allocate_tokens,
             limits=limits,
+            group=seat.group if seat is not None else ALONE,
+            rank=seat.rank if seat is not None else 0,
         )
         super().__init__("embedwire-receiver")
         self._receptions: dict[RoomKey, Reception] = {}
@@ -129,37 +141,92 @@ class ReceiverEndpoint(Driver):
         self._ended: Counter[str] = Counter()
         self._rounds_total = self._bytes_total = self._frames_refused = 0
         self._proof_at = 0.0
+        self._member: GroupMember | None = None
         self._thread.start()
+        if seat is not None and seat.group.size > 1:
+            self._join(seat, on_room, on_lost)
+
+    def _join(self, seat: Seat, on_room: OnRoom | None, on_lost: OnLost | None) -> None:
+        try:
+            self._member = GroupMember(self, self._core, seat, on_room=on_room, on_lost=on_lost)
+        except BaseException:
+            self.close()
+            raise
 
     # ------------------------------------------------------------------ for the owner of the assembly; any thread
 
     def open(
-        self, room: int, address: str, *, attempt: int = 0, make_assembly: MakeAssembly | None = None
+        self,
+        room: int,
+        addresses: str | Sequence[str],
+        *,
+        attempt: int = 0,
+        make_assembly: MakeAssembly | None = None,
     ) -> Reception:
-        """Ask the sender at ``address`` (``tcp://host:port``) for a room; returns at once.
+        """Ask for a room; returns at once. ``addresses`` (``tcp://host:port``) are those of its encoder's ranks, in order of ranks.
 
         ``make_assembly`` says where the embedding is to lie (default: fresh numpy arrays). Raises OverloadedError when too many rooms
-        are open, UsageError for a room and attempt that are open already or an address that is none.
+        are open, UsageError for a room and attempt that are open already, an address that is none, or a rank other than 0, and
+        TransferError when a rank of this group was lost.
         """
         check_key(room, attempt)
-        reception = Reception(self, RoomKey(room, attempt), make_assembly or self.layout.empty)
-        self.call(lambda: self._open(reception, address))
+        if isinstance(addresses, str):
+            addresses = (addresses,)
+        if make_assembly is not None and self._core.group.size > 1:
+            raise UsageError("a group of ranks makes its assemblies itself")
+        key = RoomKey(room, attempt)
+        return self.call(lambda: self._open(key, tuple(addresses), make_assembly))
+
+    def _open(
+        self, key: RoomKey, addresses: tuple[Address, ...], make_assembly: MakeAssembly | None
+    ) -> Reception:
+        member = self._member
+        if member is not None:
+            member.check()
+        if key in self._receptions:
+            raise UsageError(f"room {key.room} attempt {key.attempt} is open already")
+        self._core.check_open(key, senders=len(addresses))
+        self._connect_all(key, addresses)
+        reception = self.expect(key, make_assembly)
+        if member is not None:
+            member.ask(key, addresses)
+        else:
+            self.open_now(key, addresses)
         return reception
 
-    def _open(self, reception: Reception, address: Address) -> None:
-        if address not in self._sockets:
-            self._connect(address)
+    def expect(self, key: RoomKey, make_assembly: MakeAssembly | None = None) -> Reception:
+        """The reception of a room that is about to be opened. On the driver's thread."""
+        reception = self._receptions[key] = Reception(self, key, make_assembly or self.layout.empty)
+        return reception
+
+    def open_now(self, key: RoomKey, addresses: Sequence[Address]) -> None:
+        """Open a room on this rank. What is wrong with it fails the room. On the driver's thread."""
+        now = time.monotonic()
         try:
-            actions = self._core.open(reception.key, address, now=time.monotonic())
-        except EmbedwireError:
-            if address not in self._core.lanes.sessions:
-                self._hang_up(address)
-            raise
-        self._receptions[reception.key] = reception
-        self._carry_out(actions)
+            self._connect_all(key, addresses)
+            actions = self._core.open(key, addresses, now=now)
+        except EmbedwireError as error:
+            actions = self._core.open_failed(key, Cause.OVERLOADED, str(error), now=now)
+        self.carry_out(actions)
+
+    def _connect_all(self, key: RoomKey, addresses: Sequence[Address]) -> None:
+        for lane in self._core.lanes_of(key, senders=len(addresses)).values():
+            if addresses[lane.sender] not in self._sockets:
+                self._connect(addresses[lane.sender])
 
     def _cancel(self, key: RoomKey, detail: str) -> None:
-        self.post(lambda: self._carry_out(self._core.abort(key, Cause.ABORTED, detail, now=time.monotonic())))
+        def cancel() -> None:
+            if self._member is not None and self._member.withdraw(key):
+                self.give_up(key, Cause.ABORTED, detail)
+            else:
+                self.carry_out(self._core.abort(key, Cause.ABORTED, detail, now=time.monotonic()))
+
+        self.post(cancel)
+
+    def give_up(self, key: RoomKey, cause: Cause, detail: str) -> None:
+        """A room that the core does not know (any more) ends. On the driver's thread."""
+        self._ended[cause.value] += 1
+        self._receptions.pop(key).set_exception(TransferError(cause.value, detail))
 
     def stats(self) -> ReceiverStats:
         """A snapshot."""
@@ -181,10 +248,13 @@ class ReceiverEndpoint(Driver):
             memory_reserved_bytes=self._budget.used_bytes,
             memory_limit_bytes=self._budget.limit_bytes,
             frames_refused_total=self._frames_refused,
+            turns_total=self._member.turns_total if self._member is not None else 0,
         )
 
     def _close(self) -> None:
-        self.post(lambda: self._carry_out(self._core.close(now=time.monotonic())))
+        if self._member is not None:
+            self._member.close()
+        self.post(lambda: self.carry_out(self._core.close(now=time.monotonic())))
         self.call(self._stop)
         self._thread.join()
         del self._pool  # its views have to be gone before the region is unmapped
@@ -234,14 +304,14 @@ class ReceiverEndpoint(Driver):
         return due if not self._core.suspects else min(due or self._proof_at, self._proof_at)
 
     def _on_time(self, now: float) -> None:
-        self._carry_out(self._core.on_tick(now))
+        self.carry_out(self._core.on_tick(now))
         while self._silent:
             self._connect_again(self._silent.pop())
         if now >= self._proof_at and (suspects := self._core.suspects):
             self._proof_at = now + PROOF_POLL_S
             for incarnation in suspects:
                 if all(inbound.is_gone(incarnation) for inbound in self._inbounds.values()):
-                    self._carry_out(self._core.on_peer_gone(incarnation, now=now))
+                    self.carry_out(self._core.on_peer_gone(incarnation, now=now))
 
     def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
         address = next(a for a, s in self._sockets.items() if s is socket)
@@ -251,16 +321,18 @@ class ReceiverEndpoint(Driver):
             except ProtocolViolation as violation:
                 self._frames_refused += 1
                 logger.warning("! refused a frame from %s: %s", address, violation)
-                self._carry_out(self._core.on_violation(address, str(violation), now=time.monotonic()))
+                self.carry_out(self._core.on_violation(address, str(violation), now=time.monotonic()))
                 continue
             logger.debug("< %s %s", address, message)
-            self._carry_out(self._core.on_message(message, address, now=time.monotonic()))
+            self.carry_out(self._core.on_message(message, address, now=time.monotonic()))
 
-    def _carry_out(self, actions: list[ReceiverAction]) -> None:
-        """In order; what a drain brings about queues behind what is there."""
+    def carry_out(self, actions: list[ReceiverAction]) -> None:
+        """In order; what a drain brings about queues behind what is there. On the driver's thread."""
         self._pending.extend(actions)
         while self._pending:
             self._do(self._pending.popleft())
+        if self._member is not None:
+            self._member.look()
 
     def _do(self, action: ReceiverAction) -> None:
         match action:
@@ -288,8 +360,9 @@ class ReceiverEndpoint(Driver):
                 assert room is not None
                 self._finish(room)
             case Failed(key, cause, detail):
-                self._ended[cause.value] += 1
-                self._receptions.pop(key).set_exception(TransferError(cause.value, detail))
+                if self._member is not None:
+                    self._member.fail(key)
+                self.give_up(key, cause, detail)
             case Reconnect(address):
                 self._silent.add(address)
             case Hangup(address):
@@ -307,7 +380,10 @@ class ReceiverEndpoint(Driver):
         if reception is None:
             return
         try:
-            reception.arrays = reception.make_assembly(total_tokens)
+            if self._member is not None and self._member.shares:
+                reception.arrays = self._member.assemble(key, total_tokens)
+            else:
+                reception.arrays = reception.make_assembly(total_tokens)
             rows = self.layout.rows(reception.arrays)
             if len(rows[0]) != total_tokens:
                 raise UsageError(f"an assembly of {len(rows[0])} rows for {total_tokens} tokens")
@@ -315,7 +391,7 @@ class ReceiverEndpoint(Driver):
                 raise UsageError("an assembly that can not be written to")
         except Exception as error:
             detail = f"no assembly: {type(error).__name__}: {error}"
-            self._carry_out(self._core.abort(key, Cause.OVERLOADED, detail, now=time.monotonic()))
+            self.carry_out(self._core.abort(key, Cause.OVERLOADED, detail, now=time.monotonic()))
 
     def _drain(self, drain: Drain) -> None:
         room = self._core.lanes.rooms.get(drain.key)
@@ -341,11 +417,32 @@ class ReceiverEndpoint(Driver):
         )
 
     def _finish(self, room: Room) -> None:
-        key, now, lanes = room.key, time.monotonic(), list(room.lanes.values())
+        if self._member is not None:
+            self._member.finish(room)
+        if not room.is_dummy:
+            announced = next(iter(room.lanes.values())).announced
+            assert announced is not None
+            self.deliver(room, self._receptions[room.key].arrays, announced.aux)
+
+    def deliver(self, room: Room, arrays: Arrays, aux: tuple[int, ...]) -> None:
+        """A room is where it is read. On the driver's thread."""
+        key = room.key
+        reception = self._receptions.pop(key)
+        received = Received(key.room, key.attempt, arrays, aux, self._report(room), self._release_once(key))
+        self._release_with_arrays(arrays, received._release)
+        self._ended[Cause.DONE.value] += 1
+        reception.arrays = {}
+        reception.set_result(received)
+
+    def _report(self, room: Room) -> ReceiveReport:
+        lanes, now = list(room.lanes.values()), time.monotonic()
+        readers = len(self._core.group.readers)
+        if not lanes:
+            return ReceiveReport(total_tokens=room.total_tokens, readers=readers)
         announced = lanes[0].announced
         assert announced is not None
         granted_at = min(lane.granted_at for lane in lanes)
-        report = ReceiveReport(
+        return ReceiveReport(
             total_tokens=room.total_tokens,
             rounds=tuple(tokens for lane in lanes for tokens in lane.round_sizes),
             bytes=sum(lane.total_tokens for lane in lanes) * self.layout.token_bytes,
@@ -354,19 +451,12 @@ class ReceiverEndpoint(Driver):
             wait_ms=(granted_at - max(lane.ready_at for lane in lanes)) * 1000,
             transfer_ms=(now - granted_at) * 1000,
             content_hash=announced.content_hash,
+            readers=readers,
         )
-        reception = self._receptions.pop(key)
-        received = Received(
-            key.room, key.attempt, reception.arrays, announced.aux, report, self._release_once(key)
-        )
-        self._release_with_arrays(reception.arrays, received._release)
-        self._ended[Cause.DONE.value] += 1
-        reception.arrays = {}
-        reception.set_result(received)
 
     def _release_once(self, key: RoomKey) -> Callable[[], None]:
         def release() -> None:
-            self.post(lambda: self._carry_out(self._core.on_assembly_released(key, now=time.monotonic())))
+            self.post(lambda: self.carry_out(self._core.on_assembly_released(key, now=time.monotonic())))
 
         return release
 

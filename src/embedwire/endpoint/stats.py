@@ -38,6 +38,8 @@ class ReceiverStats:
     memory_reserved_bytes: int
     memory_limit_bytes: int
     frames_refused_total: int
+    turns_total: int = 0
+    """Turns of this rank's group, each one collective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +53,18 @@ class SendReport:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveReport:
-    """How a room went, as its receiver saw it. ``rounds`` are tokens a round.
+    """How a room went, as its receiver saw it. ``rounds`` are tokens a round, ``bytes`` those that came to this rank over the wire.
+    A dummy rank, which maps another one's assembly, sees none of either. ``readers``: ranks of the group that have received as much.
 
     ``source_ms`` is how long the sender needed to make the source;
     ``transfer_ms`` goes from the first grant to the last byte checked, ``wait_ms`` from the announced source to the first grant."""
 
     total_tokens: int
-    rounds: tuple[int, ...]
-    bytes: int
-    transport: str
-    source_ms: float
-    wait_ms: float
-    transfer_ms: float
-    content_hash: builtins.bytes
+    rounds: tuple[int, ...] = ()
+    bytes: int = 0
+    transport: str = ""
+    source_ms: float = 0.0
+    wait_ms: float = 0.0
+    transfer_ms: float = 0.0
+    content_hash: builtins.bytes = b""
+    readers: int = 1

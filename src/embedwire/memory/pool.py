@@ -28,6 +28,11 @@ def pack_aux(aux: Sequence[int]) -> bytes:
         raise UsageError(f"aux has to be {AUX_WORDS} int32, got {list(aux)}") from None
 
 
+def unpack_aux(row: bytes) -> tuple[int, ...]:
+    """The AUX_WORDS int32 of an aux row."""
+    return _AUX.unpack(row)
+
+
 class BlockPool:
     """The blocks of one region.
 

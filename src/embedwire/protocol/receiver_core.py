@@ -139,10 +139,8 @@ class ReceiverCore:
         In a group, called on every rank, in the same order. Raises UsageError for a known key, OverloadedError over ``rooms_max``."""
         if isinstance(addresses, Address):
             addresses = (addresses,)
+        self.check_open(key, senders=len(addresses))
         lanes = self.lanes_of(key, senders=len(addresses))
-        if key in self.rooms:
-            raise UsageError(f"room {key.room} attempt {key.attempt} is open already")
-        self.lanes.check_open(list(lanes))
         room = self.rooms[key] = Room(key, {})
         actions: list[LaneAction] = []
         for lane_key, lane in lanes.items():
@@ -150,6 +148,17 @@ class ReceiverCore:
             room.lanes[lane_key] = self.lanes.rooms[lane_key]
         self.wants_turn |= self.group.size > 1
         return self._follow(actions, now)
+
+    def open_failed(self, key: RoomKey, cause: Cause, detail: str, *, now: float) -> list[ReceiverAction]:
+        """This rank of a group could not open a room that the others have: it is in line all the same, and fails on all."""
+        room = self.rooms[key] = Room(key, {})
+        return self._follow(self._fail(room, cause, detail, now), now)
+
+    def check_open(self, key: RoomKey, *, senders: int) -> None:
+        """Raise what :meth:`open` would."""
+        if key in self.rooms:
+            raise UsageError(f"room {key.room} attempt {key.attempt} is open already")
+        self.lanes.check_open(list(self.lanes_of(key, senders=senders)))
 
     def lanes_of(self, key: RoomKey, *, senders: int) -> dict[RoomKey, Lane]:
         """The lanes of a room that end at this rank."""
@@ -200,12 +209,12 @@ class ReceiverCore:
         self.wants_turn |= len(agreed.rooms) < len(self.rooms) and len(agreed.rooms) == SLOTS_MAX
         return self._follow(actions, now)
 
-    def on_group_lost(self, detail: str, *, now: float) -> list[ReceiverAction]:
-        """The group is no more: every room ends."""
+    def on_group_ended(self, cause: Cause, detail: str, *, now: float) -> list[ReceiverAction]:
+        """The group is no more: every room ends. Call it before ``close`` wherever there was a group."""
         actions: list[LaneAction] = []
         for room in list(self.rooms.values()):
             room.is_committed = False
-            actions += self._fail(room, Cause.RANK_LOST, detail, now)
+            actions += self._fail(room, cause, detail, now)
             self._forget(room)
         return self._follow(actions, now)
 

@@ -1,0 +1,205 @@
+"""A receiver's part in its group of ranks: rooms that all open together, assemblies that ranks of one host share.
+
+Owns what waits for the next turn. Its methods for the turns (``turns.Member``) are called on the turns' thread and do their work on the
+driver's; the others are called there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from embedwire.endpoint.reception import Arrays, Reception
+from embedwire.endpoint.turns import Mapped, Opened, Seat, Turns
+from embedwire.errors import TransferError, UsageError
+from embedwire.memory.shared import Handle, SharedAssembly, attach
+from embedwire.protocol.agreement import Facts
+from embedwire.protocol.messages import Cause, RoomKey
+from embedwire.protocol.receiver_core import ReceiverCore, Room
+
+if TYPE_CHECKING:
+    from embedwire.endpoint.receiver import ReceiverEndpoint
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+OnRoom = Callable[[Reception], None]
+OnLost = Callable[[str], None]
+
+
+class GroupMember:
+    """One rank's rooms, between its driver and its turns."""
+
+    def __init__(
+        self,
+        endpoint: ReceiverEndpoint,
+        core: ReceiverCore,
+        seat: Seat,
+        *,
+        on_room: OnRoom | None,
+        on_lost: OnLost | None,
+    ) -> None:
+        self._endpoint = endpoint
+        self._core = core
+        self._seat = seat
+        self._on_room = on_room
+        self._on_lost = on_lost
+        self._asked: list[Opened] = []
+        self._is_turn_asked = False
+        self._ended_as: str | None = None
+        self._shared: dict[RoomKey, SharedAssembly] = {}
+        self._unsaid: list[Mapped] = []
+        self._retired: list[SharedAssembly] = []
+        self._handles: dict[RoomKey, Handle] = {}
+        self._unmapped: dict[RoomKey, Room] = {}
+        self.turns_total = 0
+        self.shares = any(seat.group.source_of(rank) == seat.rank != rank for rank in range(seat.group.size))
+        """Whether other ranks read the assemblies made here."""
+        self._turns = Turns(seat, self)
+
+    # ------------------------------------------------------------------ for the endpoint; the driver's thread
+
+    def check(self) -> None:
+        """Raise UsageError where no room may be asked for, TransferError when the group has ended."""
+        if self._seat.rank != 0:
+            raise UsageError(f"rooms are opened on rank 0; this is rank {self._seat.rank}")
+        if self._ended_as is not None:
+            raise TransferError(Cause.RANK_LOST.value, self._ended_as)
+
+    def ask(self, key: RoomKey, addresses: Sequence[str]) -> None:
+        """A room is to be opened on every rank."""
+        self._asked.append(Opened(key.room, key.attempt, tuple(addresses)))
+        self.look()
+
+    def withdraw(self, key: RoomKey) -> bool:
+        """Nobody wants it any more; False when it was opened already."""
+        before = len(self._asked)
+        self._asked = [opened for opened in self._asked if opened.key != key]
+        return len(self._asked) < before
+
+    def look(self) -> None:
+        """See whether there is news for a turn."""
+        if self.wants_turn and not self._is_turn_asked and self._ended_as is None:
+            self._is_turn_asked = True
+            self._turns.want()
+
+    def assemble(self, key: RoomKey, total_tokens: int) -> Arrays:
+        """An assembly that other ranks of this host will read, too."""
+        shared = SharedAssembly(self._endpoint.layout, total_tokens)
+        announced = next(iter(self._core.rooms[key].lanes.values())).announced
+        assert announced is not None
+        shared.write_aux(announced.aux)
+        self._shared[key] = shared
+        self._unsaid.append(Mapped(key.room, key.attempt, self._seat.rank, shared.handle))
+        return shared.arrays
+
+    def finish(self, room: Room) -> None:
+        """A room is whole on every rank."""
+        shared = self._shared.pop(room.key, None)
+        if shared is not None:
+            self._retired.append(shared)  # the others map it now; that they have shows in the next turn
+        if room.is_dummy:
+            self._unmapped[room.key] = room
+            self._map(room.key)
+
+    def fail(self, key: RoomKey) -> None:
+        """A room has ended without its embedding."""
+        shared = self._shared.pop(key, None)
+        if shared is not None:
+            shared.close()
+        self._handles.pop(key, None)
+
+    def close(self) -> None:
+        """Leave the group. Not on the driver's thread."""
+        self._turns.close()
+
+    # ------------------------------------------------------------------ for the turns; their thread
+
+    @property
+    def wants_turn(self) -> bool:
+        """Whether there is something that no turn has heard."""
+        return self._core.wants_turn or bool(self._asked)
+
+    def open_here(self) -> tuple[Opened, ...]:
+        return self._on_driver(self._open_asked)
+
+    def open_as_told(self, opened: Sequence[Opened]) -> None:
+        self._on_driver(lambda: self._open_told(opened))
+
+    def take_assemblies(self) -> tuple[Mapped, ...]:
+        return self._on_driver(self._take_unsaid)
+
+    def map_assemblies(self, assemblies: Sequence[Mapped]) -> None:
+        if assemblies:
+            self._on_driver(lambda: self._remember(assemblies))
+
+    def facts(self) -> Facts:
+        return self._on_driver(self._facts)
+
+    def conclude(self, agreed: Facts) -> None:
+        self._on_driver(lambda: self._conclude(agreed))
+
+    def group_ended(self, detail: str, *, is_lost: bool) -> None:
+        self._endpoint.post(lambda: self._end(detail, is_lost=is_lost))
+
+    def _on_driver(self, task: Callable[[], T]) -> T:
+        return self._endpoint.call(task)
+
+    # ------------------------------------------------------------------ turns, on the driver's thread
+
+    def _open_asked(self) -> tuple[Opened, ...]:
+        asked, self._asked = tuple(self._asked), []
+        for opened in asked:
+            self._endpoint.open_now(opened.key, opened.addresses)
+        return asked
+
+    def _open_told(self, opened: Sequence[Opened]) -> None:
+        for one in opened:
+            reception = self._endpoint.expect(one.key)
+            self._endpoint.open_now(one.key, one.addresses)
+            if self._on_room is not None:
+                self._on_room(reception)
+
+    def _take_unsaid(self) -> tuple[Mapped, ...]:
+        unsaid, self._unsaid = tuple(self._unsaid), []
+        return unsaid
+
+    def _remember(self, assemblies: Sequence[Mapped]) -> None:
+        for mapped in assemblies:
+            if mapped.rank == self._seat.group.source_of(self._seat.rank) != self._seat.rank:
+                self._handles[mapped.key] = mapped.handle
+                self._map(mapped.key)
+
+    def _map(self, key: RoomKey) -> None:
+        if key in self._handles and key in self._unmapped:
+            room = self._unmapped.pop(key)
+            arrays, aux = attach(self._handles.pop(key), self._endpoint.layout)
+            self._endpoint.deliver(room, arrays, aux)
+
+    def _facts(self) -> Facts:
+        self._is_turn_asked = False
+        return self._core.facts()
+
+    def _conclude(self, agreed: Facts) -> None:
+        """All ranks have concluded the turn before: what they mapped in it they hold."""
+        self.turns_total += 1
+        for shared in self._retired:
+            shared.close()
+        self._retired.clear()
+        self._endpoint.carry_out(self._core.on_agreed(agreed, now=time.monotonic()))
+
+    def _end(self, detail: str, *, is_lost: bool) -> None:
+        if self._ended_as is not None:
+            return
+        self._ended_as = detail
+        cause = Cause.RANK_LOST if is_lost else Cause.CLOSED
+        for opened in self._asked:
+            self._endpoint.give_up(opened.key, cause, detail)
+        for key in self._unmapped:
+            self._endpoint.give_up(key, cause, detail)
+        self._asked, self._unmapped = [], {}
+        self._endpoint.carry_out(self._core.on_group_ended(cause, detail, now=time.monotonic()))
+        if is_lost and self._on_lost is not None:
+            self._on_lost(detail)

@@ -1,0 +1,26 @@
+"""The collective that ranks agree by, over torch.distributed. Gloo always, whatever the device: the numbers are few and live on the host.
+
+Used by the thread of ``endpoint.turns`` alone, over a process group that nothing else uses, so that no order between threads can matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+class GlooCollective:
+    """An ``endpoint.turns.Collective`` over one Gloo group of all ranks. The group is its maker's to destroy."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def all_reduce_min(self, words: Sequence[int]) -> list[int]:
+        """Raises RuntimeError when a rank is gone, or did not take part within the group's timeout."""
+        tensor = torch.tensor(words, dtype=torch.int64)
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MIN, group=self._group)
+        agreed: list[int] = tensor.tolist()
+        return agreed
