@@ -53,7 +53,6 @@ class GroupMember:
         self._unsaid: list[Mapped] = []
         self._retired: list[SharedAssembly] = []
         self._handles: dict[RoomKey, Handle] = {}
-        self._unmapped: dict[RoomKey, Room] = {}
         self.turns_total = 0
         self.shares = any(seat.group.source_of(rank) == seat.rank != rank for rank in range(seat.group.size))
         """Whether other ranks read the assemblies made here."""
@@ -87,13 +86,12 @@ class GroupMember:
 
     def assemble(self, key: RoomKey, total_tokens: int) -> Arrays:
         """An assembly that other ranks of this host will read, too."""
-        shared = SharedAssembly(self._endpoint.layout, total_tokens)
         announced = next(iter(self._core.rooms[key].lanes.values())).announced
         assert announced is not None
-        shared.write_aux(announced.aux)
+        shared = SharedAssembly(self._endpoint.layout, total_tokens, aux=announced.aux)
         self._shared[key] = shared
         self._unsaid.append(Mapped(key.room, key.attempt, self._seat.rank, shared.handle))
-        return shared.arrays
+        return shared.give_away()
 
     def finish(self, room: Room) -> None:
         """A room is whole on every rank."""
@@ -101,8 +99,8 @@ class GroupMember:
         if shared is not None:
             self._retired.append(shared)  # the others map it now; that they have shows in the next turn
         if room.is_dummy:
-            self._unmapped[room.key] = room
-            self._map(room.key)
+            arrays, aux = attach(self._handles.pop(room.key), self._endpoint.layout)
+            self._endpoint.deliver(room, arrays, aux)
 
     def fail(self, key: RoomKey) -> None:
         """A room has ended without its embedding."""
@@ -128,18 +126,16 @@ class GroupMember:
     def open_as_told(self, opened: Sequence[Opened]) -> None:
         self._on_driver(lambda: self._open_told(opened))
 
-    def take_assemblies(self) -> tuple[Mapped, ...]:
-        return self._on_driver(self._take_unsaid)
+    @property
+    def turn(self) -> int:
+        """The last turn that this rank has said its facts in."""
+        return self._core.turn
 
-    def map_assemblies(self, assemblies: Sequence[Mapped]) -> None:
-        if assemblies:
-            self._on_driver(lambda: self._remember(assemblies))
-
-    def facts(self) -> Facts:
+    def facts(self) -> tuple[Facts, tuple[Mapped, ...]]:
         return self._on_driver(self._facts)
 
-    def conclude(self, agreed: Facts) -> None:
-        self._on_driver(lambda: self._conclude(agreed))
+    def conclude(self, agreed: Facts, assemblies: Sequence[Mapped]) -> None:
+        self._on_driver(lambda: self._conclude(agreed, assemblies))
 
     def group_ended(self, detail: str, *, is_lost: bool) -> None:
         self._endpoint.post(lambda: self._end(detail, is_lost=is_lost))
@@ -162,32 +158,21 @@ class GroupMember:
             if self._on_room is not None:
                 self._on_room(reception)
 
-    def _take_unsaid(self) -> tuple[Mapped, ...]:
-        unsaid, self._unsaid = tuple(self._unsaid), []
-        return unsaid
-
-    def _remember(self, assemblies: Sequence[Mapped]) -> None:
-        for mapped in assemblies:
-            if mapped.rank == self._seat.group.source_of(self._seat.rank) != self._seat.rank:
-                self._handles[mapped.key] = mapped.handle
-                self._map(mapped.key)
-
-    def _map(self, key: RoomKey) -> None:
-        if key in self._handles and key in self._unmapped:
-            room = self._unmapped.pop(key)
-            arrays, aux = attach(self._handles.pop(key), self._endpoint.layout)
-            self._endpoint.deliver(room, arrays, aux)
-
-    def _facts(self) -> Facts:
+    def _facts(self) -> tuple[Facts, tuple[Mapped, ...]]:
         self._is_turn_asked = False
-        return self._core.facts()
+        unsaid, self._unsaid = tuple(self._unsaid), []
+        return self._core.facts(), unsaid
 
-    def _conclude(self, agreed: Facts) -> None:
+    def _conclude(self, agreed: Facts, assemblies: Sequence[Mapped]) -> None:
         """All ranks have concluded the turn before: what they mapped in it they hold."""
         self.turns_total += 1
         for shared in self._retired:
             shared.close()
         self._retired.clear()
+        source = self._seat.group.source_of(self._seat.rank)
+        for mapped in assemblies:
+            if mapped.rank == source != self._seat.rank:
+                self._handles[mapped.key] = mapped.handle
         self._endpoint.carry_out(self._core.on_agreed(agreed, now=time.monotonic()))
 
     def _end(self, detail: str, *, is_lost: bool) -> None:
@@ -197,9 +182,7 @@ class GroupMember:
         cause = Cause.RANK_LOST if is_lost else Cause.CLOSED
         for opened in self._asked:
             self._endpoint.give_up(opened.key, cause, detail)
-        for key in self._unmapped:
-            self._endpoint.give_up(key, cause, detail)
-        self._asked, self._unmapped = [], {}
+        self._asked = []
         self._endpoint.carry_out(self._core.on_group_ended(cause, detail, now=time.monotonic()))
         if is_lost and self._on_lost is not None:
             self._on_lost(detail)

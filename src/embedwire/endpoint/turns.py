@@ -1,14 +1,14 @@
 """The turns of a group of ranks: when one is held, who takes part, and what everybody then concludes. A thread of its own.
 
-Rank 0 holds a turn when a rank has news: it says which rooms were opened since, every rank opens them and answers that it is there, and all
-enter one collective. So an idle group sleeps, a rank that does not answer is found and named before anybody waits in a collective for
-it, and no rank can be in another turn than the rest. It knows the protocol's facts, not rooms or memory: those are its member's
-(``endpoint.receiver``), whose driver thread it calls.
+Rank 0 holds a turn when a rank has news: it says which rooms were opened since, every rank opens them and answers that it is there, and
+only then all enter one collective. So an idle group sleeps, a rank that does not answer is found and named before anybody waits in a
+collective for it, and no rank can be in another turn than the rest. It knows the protocol's facts, not rooms or memory: those are its
+member's (``endpoint.member``), which works on the driver's thread.
 
     rank r → rank 0                                    rank 0 → rank r
-    join      I am here                                turn   the next one begins; rooms opened, assemblies to map
-    news      I want a turn; my assemblies             end    the group is closed, or lost
-    present   I have opened them, and enter
+    join      I am here                                turn   the next one begins; rooms that were opened
+    news      I want a turn                            go     all are there: enter the collective; assemblies made
+    present   I have opened them; assemblies made      end    the group is closed, or lost
     leave     I close, or have failed; why
 """
 
@@ -97,11 +97,12 @@ class _Join(_Said, frozen=True, tag="join"):
 
 
 class _News(_Said, frozen=True, tag="news"):
-    assemblies: tuple[Mapped, ...]
+    turn: int
 
 
 class _Present(_Said, frozen=True, tag="present"):
     turn: int
+    assemblies: tuple[Mapped, ...]
 
 
 class _Leave(_Said, frozen=True, tag="leave"):
@@ -111,6 +112,9 @@ class _Leave(_Said, frozen=True, tag="leave"):
 class _Turn(Struct, frozen=True, tag_field="type", tag="turn"):
     number: int
     opened: tuple[Opened, ...]
+
+
+class _Go(Struct, frozen=True, tag_field="type", tag="go"):
     assemblies: tuple[Mapped, ...]
 
 
@@ -120,7 +124,7 @@ class _End(Struct, frozen=True, tag_field="type", tag="end"):
 
 
 _FromRank: TypeAlias = _Join | _News | _Present | _Leave
-_FromLeader: TypeAlias = _Turn | _End
+_FromLeader: TypeAlias = _Turn | _Go | _End
 _decode_rank = msgspec.msgpack.Decoder(_FromRank).decode
 _decode_leader = msgspec.msgpack.Decoder(_FromLeader).decode
 
@@ -133,6 +137,11 @@ class Member(Protocol):
         """Whether there is something that no turn has heard."""
         ...
 
+    @property
+    def turn(self) -> int:
+        """The last turn that this rank has said its facts in."""
+        ...
+
     def open_here(self) -> tuple[Opened, ...]:
         """On rank 0: open what was asked for since, and say what that is."""
         ...
@@ -141,20 +150,12 @@ class Member(Protocol):
         """On the others: open the same, in this order."""
         ...
 
-    def take_assemblies(self) -> tuple[Mapped, ...]:
-        """Assemblies made here since the last call, for dummy ranks of this host."""
+    def facts(self) -> tuple[Facts, tuple[Mapped, ...]]:
+        """What this rank says in the turn that begins, and the assemblies that it has made since the last."""
         ...
 
-    def map_assemblies(self, assemblies: Sequence[Mapped]) -> None:
-        """Assemblies that other ranks have made."""
-        ...
-
-    def facts(self) -> Facts:
-        """What this rank says in the turn that begins."""
-        ...
-
-    def conclude(self, agreed: Facts) -> None:
-        """What all have said."""
+    def conclude(self, agreed: Facts, assemblies: Sequence[Mapped]) -> None:
+        """What all have said; whatever succeeds now has its assembly among those made in this turn or before."""
         ...
 
     def group_ended(self, detail: str, *, is_lost: bool) -> None:
@@ -179,7 +180,7 @@ class Turns(Driver):
         self._join_until = time.monotonic() + JOIN_TIMEOUT_S
         self._wants_turn = False
         self._is_ended = False
-        self._relayed: list[Mapped] = []
+        self._facts: Facts | None = None
         self._socket = self._context.socket(zmq.ROUTER if self._is_leader else zmq.DEALER)
         self._connect()
         self._thread.start()
@@ -212,13 +213,21 @@ class Turns(Driver):
         if self._is_leader:
             self._wants_turn = True
         else:
-            self._tell_leader(_News(self._seat.rank, self._member.take_assemblies()))
+            self._tell_leader(_News(self._seat.rank, self._member.turn))
 
     def _close(self) -> None:
         """Leave the group; for the others that is its end."""
-        self.post(lambda: self._end(f"rank {self._seat.rank} is shutting down", is_lost=False))
+        self.call(self._leave)
         self.call(self._stop)
         self._thread.join()
+
+    def _leave(self) -> None:
+        """After the turn that this rank has promised to be in: the others may be in its collective already."""
+        until = time.monotonic() + self._seat.timeout_s
+        while self._facts is not None and not self._is_ended and (left_s := until - time.monotonic()) > 0:
+            if self._socket.poll(math.ceil(left_s * 1000), zmq.POLLIN):
+                self._on_readable(self._socket)
+        self._end(f"rank {self._seat.rank} is shutting down", is_lost=False)
 
     # ------------------------------------------------------------------ the turns' thread
 
@@ -251,16 +260,17 @@ class Turns(Driver):
                 if rank in self._joined:
                     self._end(f"rank {rank} was started anew", is_lost=True)
                 self._joined.add(rank)
-            case _News(_, assemblies):
-                self._relayed += assemblies
+            case _News(_, turn) if turn >= self._member.turn:  # else a turn has heard it meanwhile
                 self._wants_turn = True
             case _Leave(_, detail):
                 self._end(detail, is_lost=True)
 
     def _hear_leader(self, said: _FromLeader) -> None:
         match said:
-            case _Turn(number, opened, assemblies):
-                self._guarded(lambda: self._follow(number, opened, assemblies))
+            case _Turn(number, opened):
+                self._guarded(lambda: self._prepare(number, opened))
+            case _Go(assemblies):
+                self._guarded(lambda: self._go(assemblies))
             case _End(detail, is_lost):
                 self._finish(detail, is_lost=is_lost)
 
@@ -276,19 +286,16 @@ class Turns(Driver):
 
     def _hold(self) -> None:
         """Rank 0's turn."""
-        member = self._member
-        opened = member.open_here()
-        relayed, self._relayed = (*member.take_assemblies(), *self._relayed), []
-        facts = member.facts()
-        turn = msgspec.msgpack.encode(_Turn(facts.turn, opened, relayed))
-        for rank in sorted(self._others):
-            self._socket.send_multipart([_identity(rank), turn])
-        member.map_assemblies(relayed)
-        self._await_present(facts.turn)
-        member.conclude(unpack(self._seat.collective.all_reduce_min(pack(facts))))
+        opened = self._member.open_here()
+        facts, assemblies = self._member.facts()
+        self._tell_ranks(_Turn(facts.turn, opened))
+        assemblies += self._await_present(facts.turn)
+        self._tell_ranks(_Go(assemblies))
+        self._reduce(facts, assemblies)
 
-    def _await_present(self, number: int) -> None:
+    def _await_present(self, number: int) -> tuple[Mapped, ...]:
         missing = set(self._others)
+        assemblies: tuple[Mapped, ...] = ()
         until = time.monotonic() + self._seat.timeout_s
         while missing:
             left_s = until - time.monotonic()
@@ -299,21 +306,36 @@ class Turns(Driver):
             said = _decode_rank(self._socket.recv_multipart()[-1])
             if isinstance(said, _Present) and said.turn == number:
                 missing.discard(said.rank)
+                assemblies += said.assemblies
             else:
                 self._hear_rank(said)
                 if self._is_ended:
                     raise RankLost("the group has ended")
+        return assemblies
 
-    def _follow(self, number: int, opened: Sequence[Opened], assemblies: Sequence[Mapped]) -> None:
-        """The turn of every other rank."""
-        member = self._member
-        member.open_as_told(opened)
-        member.map_assemblies(assemblies)
-        facts = member.facts()
+    def _prepare(self, number: int, opened: Sequence[Opened]) -> None:
+        """The turn of every other rank, up to its collective."""
+        self._member.open_as_told(opened)
+        facts, assemblies = self._member.facts()
         if facts.turn != number:
             raise RankLost(f"rank {self._seat.rank} is at turn {facts.turn}, rank 0 at {number}")
-        self._tell_leader(_Present(self._seat.rank, number))
-        member.conclude(unpack(self._seat.collective.all_reduce_min(pack(facts))))
+        self._facts = facts
+        self._tell_leader(_Present(self._seat.rank, number, assemblies))
+
+    def _go(self, assemblies: Sequence[Mapped]) -> None:
+        facts, self._facts = self._facts, None
+        if facts is None:
+            raise RankLost(f"rank {self._seat.rank} was not in the turn that rank 0 began")
+        self._reduce(facts, assemblies)
+
+    def _reduce(self, facts: Facts, assemblies: Sequence[Mapped]) -> None:
+        agreed = unpack(self._seat.collective.all_reduce_min(pack(facts)))
+        self._member.conclude(agreed, assemblies)
+
+    def _tell_ranks(self, told: _FromLeader) -> None:
+        frame = msgspec.msgpack.encode(told)
+        for rank in sorted(self._joined):
+            self._socket.send_multipart([_identity(rank), frame])
 
     def _tell_leader(self, said: _FromRank) -> None:
         self._socket.send(msgspec.msgpack.encode(said))
@@ -323,9 +345,7 @@ class Turns(Driver):
         if self._is_ended:
             return
         if self._is_leader:
-            end = msgspec.msgpack.encode(_End(detail, is_lost))
-            for rank in sorted(self._joined):
-                self._socket.send_multipart([_identity(rank), end])
+            self._tell_ranks(_End(detail, is_lost))
         else:
             self._tell_leader(_Leave(self._seat.rank, detail))
         self._finish(detail, is_lost=is_lost)

@@ -32,23 +32,25 @@ class Handle(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SharedAssembly:
-    """The owner's end: ``arrays`` (tokens, *field.shape) by field name, and the handle for the others."""
+    """The owner's end of it. ``handle`` is for the others."""
 
-    def __init__(self, layout: Layout, tokens: int) -> None:
-        """Raises TransportError when there is no memory for it."""
+    def __init__(self, layout: Layout, tokens: int, *, aux: Sequence[int]) -> None:
+        """Raises TransportError when there is no memory for it. ``aux`` is for those who heard no announcement."""
         nbytes = mmap.PAGESIZE + _offsets(layout, tokens)[-1]
         try:
             self._fd = os.memfd_create("embedwire-assembly", os.MFD_CLOEXEC)
             os.truncate(self._fd, nbytes)
-            self._memory = mmap.mmap(self._fd, nbytes)
+            memory = mmap.mmap(self._fd, nbytes)
         except OSError as error:
             raise TransportError(f"no shared assembly of {nbytes} bytes: {error}") from error
-        self.arrays = _views(layout, tokens, self._memory)
+        memory[:AUX_BYTES] = pack_aux(aux)
+        self._arrays: Mapping[str, np.ndarray] = _views(layout, tokens, memory)
         self.handle = Handle(os.getpid(), self._fd, tokens, layout.fingerprint)
 
-    def write_aux(self, aux: Sequence[int]) -> None:
-        """What belongs to the room, for those who heard no announcement."""
-        self._memory[:AUX_BYTES] = pack_aux(aux)
+    def give_away(self) -> Mapping[str, np.ndarray]:
+        """The arrays (tokens, *field.shape) by field name, once; this object no longer holds them, and others can still attach."""
+        arrays, self._arrays = self._arrays, {}
+        return arrays
 
     def close(self) -> None:
         """Nobody attaches any more. Memory goes with the last array over it, on either side. Idempotent."""

@@ -225,9 +225,9 @@ class ReceiverCore:
     def _apply(self, room: Room, facts: RoomFacts, now: float) -> list[LaneAction]:
         """One room, by what is agreed of it."""
         actions: list[LaneAction] = []
-        if room.total_tokens not in (0, facts.total_tokens):
+        if 0 < facts.total_tokens != room.total_tokens > 0:
             actions += self._fail(room, Cause.VIOLATION, "ranks were announced different totals", now)
-        room.total_tokens = facts.total_tokens
+        room.total_tokens = facts.total_tokens or room.total_tokens  # it may have been announced since
         room.landed_tokens = min(facts.landed_tokens, facts.total_tokens)
         if facts.poll is Poll.FAILED:
             actions += self._fail(room, facts.cause or Cause.RANK_LOST, "another rank has failed", now)

@@ -1,0 +1,242 @@
+"""Groups of ranks at the endpoint, in one process: turns, lanes, shared assemblies, and what becomes of them when a rank is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedwire.endpoint import ReceiverEndpoint, Reception, SenderEndpoint
+from embedwire.endpoint.turns import Seat
+from embedwire.errors import TransferError, UsageError
+from embedwire.protocol.agreement import WIDTH, agree
+from embedwire.protocol.topology import RankGroup
+from embedwire.testing.payload import payload
+
+TIMEOUT_S = 2.0
+
+
+class Meeting:
+    """A collective of threads, which counts."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size)
+        self._words: list[Sequence[int]] = []
+        self._lock = threading.Lock()
+        self.widths: list[int] = []
+
+    def all_reduce_min(self, words: Sequence[int]) -> list[int]:
+        with self._lock:
+            self._words.append(words)
+        first = self._barrier.wait(TIMEOUT_S) == 0
+        agreed = agree(self._words)
+        self._barrier.wait(TIMEOUT_S)
+        if first:
+            self._words.clear()
+            self.widths.append(len(words))
+        self._barrier.wait(TIMEOUT_S)
+        return agreed
+
+
+class Group:
+    """One language server of several ranks, and the encoder ranks that it hears."""
+
+    def __init__(
+        self, stage: Any, group: RankGroup, directory: Path, *, senders: int = 1, **settings: Any
+    ) -> None:
+        self.stage = stage
+        self.meeting = Meeting(group.size)
+        self.group = group
+        self.lost: list[str] = []
+        self.receptions: defaultdict[tuple[int, int], Future[Reception]] = defaultdict(Future)
+        self.ranks: list[ReceiverEndpoint] = []
+        for rank in range(group.size):
+            seat = Seat(group, rank, f"ipc://{directory}/turns", self.meeting, timeout_s=TIMEOUT_S)
+            heard = None if rank == 0 else self._hear(rank)
+            self.ranks.append(stage.receiver(seat=seat, on_room=heard, on_lost=self.lost.append, **settings))
+        self.senders: list[SenderEndpoint] = [
+            stage.sender(rank=rank, ranks=senders) for rank in range(senders)
+        ]
+
+    def _hear(self, rank: int) -> Callable[[Reception], None]:
+        return lambda reception: self.receptions[reception.key.room, rank].set_result(reception)
+
+    def rest(self) -> None:
+        """Wait until no rank holds anything, and all have concluded the same turns."""
+        self.receptions.clear()
+        self.stage.wait_idle()
+        members = [rank._member for rank in self.ranks]
+        self.stage.until(
+            lambda: (
+                not any(m.wants_turn for m in members)
+                and len({turn for m in members for turn in (m.turn, m.turns_total)}) == 1
+            )
+        )
+
+    def offer(self, room: int, tokens: int, **more: Any) -> list[Any]:
+        readers = len(self.group.readers)
+        return [self.stage.offer(sender, room, tokens, readers=readers, **more) for sender in self.senders]
+
+    def open(self, room: int) -> list[Reception]:
+        """A room as every rank has it."""
+        first = self.ranks[0].open(room, [sender.address for sender in self.senders])
+        return [first, *(self.receptions[room, rank].result(20) for rank in range(1, self.group.size))]
+
+
+@pytest.fixture
+def make_group(stage: Any, tmp_path: Path) -> Iterator[Callable[..., Group]]:
+    made: list[Group] = []
+
+    def make(group: RankGroup, **settings: Any) -> Group:
+        made.append(Group(stage, group, tmp_path, **settings))
+        return made[-1]
+
+    yield make
+    for group in made:
+        group.receptions.clear()  # and the arrays with them
+
+
+@pytest.mark.parametrize("delivery", ["replicate", "share"])
+@pytest.mark.parametrize(("senders", "ranks"), [(1, 2), (2, 4), (4, 2), (3, 2)])
+def test_every_rank_gets_every_byte(
+    make_group: Callable[..., Group], stage: Any, senders: int, ranks: int, delivery: Any
+) -> None:
+    """Scenario 24: rounds through a pool that is too small, on every rank the same tensor; shared, the wire carries it once."""
+    made = make_group(
+        RankGroup.on_one_host(ranks, delivery=delivery), senders=senders, num_blocks=2, block_size=64
+    )
+    offers = made.offer(7, 1000, aux=(-756,))
+    for reception in made.open(7):
+        received = stage.check(reception, 1000)
+        assert received.aux[:2] == (1000, -756)
+        assert received.report.readers == len(made.group.readers)
+    assert all(offer.result(20).total_tokens == 1000 for offer in offers)
+    carried = sum(sender.stats().bytes_total for sender in made.senders)
+    assert carried == 1000 * stage.layout.token_bytes * len(made.group.readers)
+    assert len(made.group.readers) == (1 if delivery == "share" else ranks)
+
+
+def test_dummy_ranks_map_the_owners_memory(make_group: Callable[..., Group], stage: Any) -> None:
+    """Scenario 26a: one copy a host. What a rank writes into it is its own, and it outlives the owner's release."""
+    made = make_group(RankGroup.on_one_host(3))
+    made.offer(7, 5000)
+    owner, *others = (stage.check(reception, 5000) for reception in made.open(7))
+    assert [other.report.bytes for other in others] == [0, 0]
+    others[0].arrays["fill_ids"][:] = 1
+    assert not np.array_equal(others[0].arrays["fill_ids"], owner.arrays["fill_ids"])
+    assert np.array_equal(others[1].arrays["fill_ids"], owner.arrays["fill_ids"])
+    expected = payload(stage.layout, 5000, room=7)
+    owner.release()
+    del owner
+    made.offer(8, 5000)
+    for reception in made.open(8):
+        stage.check(reception, 5000)
+    assert np.array_equal(others[1].arrays["fill_ids"], expected["fill_ids"])
+
+
+def test_ranks_on_two_hosts(make_group: Callable[..., Group], stage: Any) -> None:
+    """Share within each host, replicate between them: the wire carries it twice, for four ranks."""
+    made = make_group(RankGroup(("a", "a", "b", "b")))
+    assert made.group.readers == (0, 2)
+    made.offer(7, 700)
+    for reception in made.open(7):
+        stage.check(reception, 700)
+    assert made.senders[0].stats().bytes_total == 2 * 700 * stage.layout.token_bytes
+
+
+def test_many_rooms_take_few_turns_and_an_idle_group_none(
+    make_group: Callable[..., Group], stage: Any
+) -> None:
+    """One collective a turn, of one width; no turn without news. A turn serves many rooms: fewer turns than two a room."""
+    made = make_group(RankGroup.on_one_host(2, delivery="replicate"), num_blocks=4, block_size=64)
+    rooms = range(1, 101)
+    for room in rooms:
+        made.offer(room, 60)
+    addresses = [made.senders[0].address]
+    receptions = [made.ranks[0].open(room, addresses) for room in rooms]
+    for reception in receptions:
+        stage.check(reception, 60)
+    del receptions, reception
+    made.rest()
+    turns = made.ranks[0].stats().turns_total
+    assert made.meeting.widths == [WIDTH] * turns
+    assert turns < 200
+    idle = threading.Event()
+    assert not idle.wait(0.3)
+    assert made.ranks[0].stats().turns_total == turns
+
+
+def test_one_ranks_failure_is_everybodys(make_group: Callable[..., Group], stage: Any) -> None:
+    """Rank 1 has no memory for such a room: it ends on every rank with the same cause, and the next one is received."""
+    made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
+    made.ranks[1]._budget.limit_bytes = 1000
+    offers = made.offer(7, 1000)
+    assert {stage.failure_of(one).cause for one in (*made.open(7), *offers)} == {"never_fits"}
+    made.offer(8, 20)
+    for reception in made.open(8):
+        stage.check(reception, 20)
+
+
+def test_the_client_goes(make_group: Callable[..., Group], stage: Any, brake: Any) -> None:
+    """Aborted on rank 0 in mid-write: aborted everywhere, with nothing kept."""
+    made = make_group(RankGroup.on_one_host(2, delivery="replicate"))
+    held = brake()
+    offers = made.offer(7, 1000)
+    receptions = made.open(7)
+    held.wait_reached()
+    receptions[0].cancel()
+    held.release()
+    assert {stage.failure_of(one).cause for one in (*receptions, *offers)} == {"aborted"}
+
+
+def test_a_rank_that_closes_ends_the_group(make_group: Callable[..., Group], stage: Any) -> None:
+    """Scenario 26: open rooms end with a cause that names the rank, on the others and on the encoder; nothing can be opened any more."""
+    made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
+    receptions = made.open(7)
+    made.ranks[2].close()
+    for reception in receptions[:2]:
+        failure = stage.failure_of(reception)
+        assert failure.cause == "rank_lost"
+        assert "rank 2" in failure.detail
+    with pytest.raises(TransferError, match="rank_lost"):
+        made.ranks[0].open(8, made.senders[0].address)
+    stage.until(lambda: len(made.lost) == 2)
+
+
+def test_a_rank_that_does_not_answer_is_named(make_group: Callable[..., Group], stage: Any) -> None:
+    """Scenario 26: stalled for longer than the deadline, it is found before anybody waits in a collective for it."""
+    made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
+    made.offer(6, 10)
+    for reception in made.open(6):
+        stage.check(reception, 10)
+    del reception
+    made.rest()
+    stalled = made.ranks[1]._member
+    assert stalled is not None
+    go_on = threading.Event()
+    stalled._turns.post(lambda: go_on.wait(20))  # type: ignore[arg-type]
+    failure = stage.failure_of(made.ranks[0].open(7, made.senders[0].address))
+    go_on.set()
+    assert failure.cause == "rank_lost"
+    assert "rank 1 did not answer" in failure.detail
+
+
+def test_where_rooms_may_be_opened(make_group: Callable[..., Group], stage: Any) -> None:
+    """On rank 0, once, into assemblies that the group makes."""
+    made = make_group(RankGroup.on_one_host(2))
+    address = made.senders[0].address
+    with pytest.raises(UsageError, match="rank 0"):
+        made.ranks[1].open(7, address)
+    with pytest.raises(UsageError, match="itself"):
+        made.ranks[0].open(7, address, make_assembly=stage.layout.empty)
+    first = made.ranks[0].open(7, address)
+    with pytest.raises(UsageError, match="open already"):
+        made.ranks[0].open(7, address)
+    first.cancel()
+    assert stage.failure_of(first).cause == "aborted"
