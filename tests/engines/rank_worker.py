@@ -88,14 +88,14 @@ class Group:
         settings = {"size": size, "address": address, "start_timeout_s": TIMEOUT_S} | settings
         on_broken = settings.pop("on_broken", None)
         self.processes: list[ForkServerProcess] = []
-        self._pipes: list[Connection] = []
+        self.pipes: list[Connection] = []
         for rank in range(1, size):
             here, there = _CONTEXT.Pipe()
             process = _CONTEXT.Process(target=follow, args=(rank, settings, there), daemon=True)
             process.start()
             there.close()
             self.processes.append(process)
-            self._pipes.append(here)
+            self.pipes.append(here)
         self.ranks = TensorParallel(0, on_broken=on_broken, **settings)
 
     @contextmanager
@@ -103,7 +103,7 @@ class Group:
         self, path: Path, prompts: Path, *, dtype: str = "float32", **settings: Any
     ) -> Iterator[TransformersLanguage]:
         """Rank 0's engine; ``weights`` are the followers'. In the end all ranks are ready for another one."""
-        for pipe in self._pipes:
+        for pipe in self.pipes:
             pipe.send((path, prompts, dtype))
         own = TransformersLanguage(str(path), dtype=dtype, tensor_parallel=self.ranks, **settings)
         self.weights = self.hear()
@@ -114,8 +114,8 @@ class Group:
 
     def hear(self) -> list[Any]:
         """The next answer of each follower."""
-        assert all(pipe.poll(TIMEOUT_S) for pipe in self._pipes)
-        return [pipe.recv() for pipe in self._pipes]
+        assert all(pipe.poll(TIMEOUT_S) for pipe in self.pipes)
+        return [pipe.recv() for pipe in self.pipes]
 
     def __enter__(self) -> Group:
         return self
@@ -128,7 +128,7 @@ class Group:
 
     def close(self) -> list[int | None]:
         """Stop all. Returns the exit codes of the followers, None for one that has not ended."""
-        for pipe in self._pipes:
+        for pipe in self.pipes:
             with suppress(BrokenPipeError):
                 pipe.send(None)
         self.ranks.close()

@@ -96,6 +96,19 @@ def test_an_error_at_rank_0_ends_the_group(tiny_model_dir, tmp_path: Path, monke
         assert group.close() == [0]
 
 
+def test_an_idle_rank_ends_with_rank_0(tiny_model_dir, tmp_path: Path) -> None:
+    """It waits without a deadline, but for a connection, which the kernel closes whatever rank 0 died of."""
+    with Group(2) as group:
+        for pipe in group.pipes:
+            pipe.send((tiny_model_dir("llava"), tmp_path, "float32"))
+        group.ranks.wait_for_all()
+        group.hear()
+        group.ranks.broken_by(RuntimeError("rank 0 leaves without a word"))
+        group.ranks.close()
+        assert "broken, seen by rank 1" in group.hear()[0][0]
+        assert group.close() == [0]
+
+
 @pytest.mark.parametrize(
     ("rank", "address"), [(2, "127.0.0.1:1"), (-1, "127.0.0.1:1"), (0, "localhost"), (0, ":5")]
 )
