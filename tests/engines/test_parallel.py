@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -44,6 +45,15 @@ def test_an_idle_group_has_no_deadline() -> None:
         assert group.close() == [0]
     assert signals > timedelta(days=365)
     assert model == timedelta(seconds=7)
+
+
+def test_nothing_listens_beyond_the_address() -> None:
+    """What the ranks say to each other is neither authenticated nor encrypted."""
+    with Group(2) as group:
+        own = [each.laddr.ip for each in psutil.Process().net_connections("tcp") if each.status == "LISTEN"]
+        assert group.close() == [0]
+    assert len(own) >= 4, "the store, and a socket a group"
+    assert set(own) == {"127.0.0.1"}
 
 
 def test_a_killed_rank_ends_all_answers_and_all_ranks(tiny_model_dir, tmp_path: Path) -> None:

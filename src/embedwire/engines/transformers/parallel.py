@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -61,15 +62,13 @@ class TensorParallel:
         if host in _LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         try:
-            store = distributed.TCPStore(
-                host, int(port), size, is_master=rank == 0, timeout=self._start_timeout
-            )
+            store = _store(host, int(port), rank=rank, size=size, timeout=self._start_timeout)
             distributed.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=self._timeout
             )
             self._signals: Any = distributed.new_group(backend="gloo", timeout=_FOR_EVER)
             group = distributed.new_group(backend=backend, timeout=self._timeout)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise RankError(f"rank {rank} of {size} found no group at {address}: {error}") from error
         self.shard = Shard(rank, size, group)
 
@@ -128,3 +127,11 @@ class TensorParallel:
                 _log.warning("rank %d of %d leaves alone: %s", self.rank, self.size, error)
         self._signals = self.shard.group = None  # else the others would not see that this rank is gone
         distributed.destroy_process_group()
+
+
+def _store(host: str, port: int, *, rank: int, size: int, timeout: timedelta) -> Any:
+    """Where ranks leave their addresses for each other. Left to itself, torch would listen on every interface."""
+    listening = socket.create_server((host, port)).detach() if rank == 0 else None
+    return distributed.TCPStore(
+        host, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
+    )
