@@ -15,7 +15,8 @@ Each class answers two questions for whoever caught it: may the same call be tri
     │   ├── ProtocolViolation      it sent what the protocol does not allow
     │   └── HandshakeError         it is another version, or has another layout
     ├── TransferError              a room ended without its embedding; ``cause`` says why
-    └── TransportError             a wire could not be set up or used
+    ├── TransportError             a wire could not be set up or used
+    └── RankError                  a tensor-parallel group has lost a rank; its answers end; HTTP 503
 """
 
 from __future__ import annotations
@@ -107,3 +108,9 @@ class TransportError(EmbedwireError):
 
     may_retry = True
     memory_is_free = False
+
+
+class RankError(EmbedwireError):
+    """A tensor-parallel group can not go on: a rank of it has ended, stalled, or failed in a step."""
+
+    may_retry = True

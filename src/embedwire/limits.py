@@ -48,6 +48,11 @@ DEFAULT_ASSEMBLY_BYTES = 4 * 2**30
 SLICE_BYTES = 1 * 2**20
 """A write goes out, is acknowledged and is drained in slices of about this size: the two sides overlap, and an abort waits for one."""
 
+RANK_START_S = 300.0
+"""The ranks of a group have found each other and read their weights within this."""
+RANK_STEP_S = 60.0
+"""Within a step, no rank of a group waits longer than this for another."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:

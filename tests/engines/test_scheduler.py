@@ -15,6 +15,7 @@ from embedwire.engines.transformers.answer import Answer
 from embedwire.engines.transformers.detokenize import Vocabulary
 from embedwire.engines.transformers.language import LanguageHalf, load_language_half
 from embedwire.engines.transformers.processing import ChatTokenizer
+from embedwire.engines.transformers.runner import ModelRunner
 from embedwire.engines.transformers.scheduler import Scheduler
 from embedwire.language.interface import AssembledPrompt, Delta, SamplingParams
 
@@ -75,7 +76,7 @@ class Bench:
         self.broken: Callable[[Any], bool] = lambda _: False
         self._vocabulary = vocabulary
         defaults = {"max_batch": 8, "max_cache_tokens": 10**6, "prefill_chunk_tokens": None}
-        self.scheduler = Scheduler(half, **defaults | settings)
+        self.scheduler = Scheduler(ModelRunner(half), **defaults | settings)
         prefill, decode = half.prefill, half.decode
 
         def recorded_prefill(prompt: AssembledPrompt, *args: Any, start: int, end: int) -> Any:

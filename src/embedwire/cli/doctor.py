@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import typer
 from rich.markup import escape
@@ -165,7 +165,8 @@ def _use_both_halves(directory: Path) -> None:
     encoder = TransformersEncoder(model, dtype="float32")
     prepared = encoder.prepare(ChatPrompt([{"role": "user", "content": parts}], [file.getvalue()]))
     (arrays,) = encoder.encode([prepared])
-    prompt = AssembledPrompt(mrope_position_delta=prepared.mrope_position_delta, **arrays)
+    fields: dict[str, Any] = {"mrope_position_delta": prepared.mrope_position_delta, **arrays}
+    prompt = AssembledPrompt(**fields)
     language = TransformersLanguage(model, dtype="float32")
     ended, last = threading.Event(), Delta()
 

@@ -35,7 +35,8 @@ class AssembledPrompt:
 
     ``fill_ids`` (T,) int32. ``input_embeddings`` (T, hidden) in the model's dtype, or None for a text-only prompt, which the engine embeds
     itself. ``mrope_positions`` (T, 3) int32 or None where the model has none; ``mrope_position_delta`` is added to a
-    decoded token's index to get its position. ``deepstack_embeddings`` (T, levels, hidden), zero at text tokens, or None.
+    decoded token's index to get its position. ``deepstack_embeddings`` (T, levels, hidden), zero at text tokens, or None. ``key`` (room,
+    attempt) names the prompt to ranks that have arrays of it themselves; None when they have not.
     """
 
     fill_ids: np.ndarray
@@ -43,6 +44,7 @@ class AssembledPrompt:
     mrope_positions: np.ndarray | None = None
     mrope_position_delta: int = 0
     deepstack_embeddings: np.ndarray | None = None
+    key: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

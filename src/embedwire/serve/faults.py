@@ -23,6 +23,7 @@ from embedwire.errors import (
     InvalidRequestError,
     NeverFitsError,
     OverloadedError,
+    RankError,
     TransferError,
 )
 from embedwire.serve.openai import event
@@ -89,6 +90,8 @@ def fault_of(error: BaseException) -> Fault:
             )
         case OverloadedError():
             return overloaded(str(error), retry_after_s=error.retry_after_s)
+        case RankError():
+            return overloaded(str(error))
         case NeverFitsError():
             return Fault(status=413, type="invalid_request_error", code="never_fits", message=str(error))
         case TransferError():

@@ -68,14 +68,19 @@ def load_config(path: Path) -> Any:
 
 
 def read_tensors(
-    path: Path, wanted: Callable[[str], str | None], *, dtype: torch.dtype
+    path: Path,
+    wanted: Callable[[str], str | None],
+    *,
+    dtype: torch.dtype,
+    cuts: Mapping[str, tuple[slice, ...]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Only the wanted tensors of a checkpoint, by the names that ``wanted`` gives them.
 
     ``wanted`` gets every name in the checkpoint and returns the name under which the tensor is to be had, or
-    None to leave it on disk. Tensors that have ``dtype`` already stay memory-mapped and take memory page by
-    page as they are used; others are converted. Raises ConfigurationError for a checkpoint without
-    safetensors, and for two tensors of one new name.
+    None to leave it on disk. Of a tensor whose new name is in ``cuts`` only that part is read. Tensors that
+    have ``dtype`` already and lie in one piece stay memory-mapped and take memory page by page as they are
+    used; others are copied. Raises ConfigurationError for a checkpoint without safetensors, and for two tensors
+    of one new name.
     """
     tensors: dict[str, torch.Tensor] = {}
     for shard, names in _shards(path).items():
@@ -88,7 +93,8 @@ def read_tensors(
                     raise ConfigurationError(
                         f"checkpoint {path}: more than one tensor is {new!r}, {name!r} is the second"
                     )
-                tensor = file.get_tensor(name)
+                cut = cuts.get(new) if cuts else None
+                tensor = file.get_tensor(name) if cut is None else file.get_slice(name)[cut].contiguous()
                 tensors[new] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return tensors
 

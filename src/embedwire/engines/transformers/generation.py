@@ -20,27 +20,32 @@ from embedwire.engines.transformers.answer import Answer
 from embedwire.engines.transformers.checkpoint import load_config, resolve_model
 from embedwire.engines.transformers.detokenize import Vocabulary
 from embedwire.engines.transformers.language import load_language_half
+from embedwire.engines.transformers.parallel import TensorParallel
 from embedwire.engines.transformers.processing import ChatTokenizer, check_length, invalid_messages
+from embedwire.engines.transformers.ranks import LeadingRunner
+from embedwire.engines.transformers.runner import ModelRunner
 from embedwire.engines.transformers.sampling import check_sampling
 from embedwire.engines.transformers.scheduler import Scheduler
-from embedwire.errors import ConfigurationError, OverloadedError
+from embedwire.errors import ConfigurationError, EmbedwireError, OverloadedError
 from embedwire.language.interface import AssembledPrompt, Delta, SamplingParams
 
 
 class TransformersLanguage:
-    """A :class:`~embedwire.language.interface.LanguageEngine` on one device.
+    """A :class:`~embedwire.language.interface.LanguageEngine` on one device, or on one a rank.
 
     ``model`` is a directory or a Hub id. ``max_batch`` answers run at a time, ``max_waiting`` more may
     wait. A prompt longer than ``prefill_chunk_tokens`` (None: never) runs in chunks of that many, with a
     step of the others after each. ``max_cache_tokens`` bounds the merged cache: the number of answers times
     the tokens of the longest. ``threads`` is how many CPU threads torch takes, in the whole process (None:
-    as it is).
+    as it is). With ``tensor_parallel`` this is rank 0 of that group, and each other rank runs a
+    :class:`~embedwire.engines.transformers.ranks.TransformersFollower`; the caller closes the group after the engine. When the group
+    breaks, all answers end with an error, and :meth:`submit` raises RankError from then on.
 
     A prompt runs alone, and so does a single answer: their logits are bit-equal to the undivided model's.
     Merged with others an answer has the same ids in float32, but in bfloat16 they may differ where two are
-    nearly even.
+    nearly even. The same goes for several ranks, whatever is merged.
 
-    Raises ConfigurationError for a model or a setting that can not be used.
+    Raises ConfigurationError for a model or a setting that can not be used, and RankError.
     """
 
     def __init__(
@@ -54,11 +59,17 @@ class TransformersLanguage:
         prefill_chunk_tokens: int | None = None,
         max_cache_tokens: int = 262_144,
         threads: int | None = None,
+        tensor_parallel: TensorParallel | None = None,
     ) -> None:
         _check_positive(max_batch=max_batch, max_waiting=max_waiting, max_cache_tokens=max_cache_tokens)
         _check_positive(prefill_chunk_tokens=prefill_chunk_tokens, threads=threads)
         path = resolve_model(model)
-        self._half = load_language_half(path, dtype=dtype, device=device)
+        self._ranks = tensor_parallel
+        shard = tensor_parallel.shard if tensor_parallel else None
+        self._half = load_language_half(path, dtype=dtype, device=device, shard=shard)
+        self._runner = (
+            LeadingRunner(self._half, tensor_parallel) if tensor_parallel else ModelRunner(self._half)
+        )
         self._end_ids = _end_ids(path)
         self._chat = ChatTokenizer(path)
         self._vocabulary = Vocabulary(self._chat.backend)
@@ -66,7 +77,7 @@ class TransformersLanguage:
         self.layout = self._half.layout
         self.max_tokens = self._half.max_tokens
         self._scheduler = Scheduler(
-            self._half,
+            self._runner,
             max_batch=max_batch,
             max_cache_tokens=max_cache_tokens,
             prefill_chunk_tokens=prefill_chunk_tokens,
@@ -74,7 +85,10 @@ class TransformersLanguage:
         self._max_waiting = max_waiting
         self._wakeup = threading.Condition()
         self._waiting: deque[tuple[Answer, AssembledPrompt]] = deque()
+        self._refused: deque[AssembledPrompt] = deque()
         self._is_closing = False
+        if tensor_parallel:
+            tensor_parallel.wait_for_all()
         self._thread = threading.Thread(target=self._run, args=(threads,), name="language", daemon=True)
         self._thread.start()
 
@@ -98,6 +112,20 @@ class TransformersLanguage:
         that is not of this model's layout. An answer that reaches ``max_tokens`` ends there, with
         ``"length"``.
         """
+        try:
+            return self._queue(prompt, sampling, on_delta=on_delta)
+        except EmbedwireError:
+            if prompt.key is not None:
+                with self._wakeup:
+                    self._refused.append(prompt)
+                    self._wakeup.notify()
+            raise
+
+    def _queue(
+        self, prompt: AssembledPrompt, sampling: SamplingParams, *, on_delta: Callable[[Delta], None]
+    ) -> Answer:
+        if self._ranks is not None and self._ranks.error is not None:
+            raise self._ranks.error
         check_sampling(sampling)
         self._half.check(prompt)
         prompt_tokens = len(prompt.fill_ids)
@@ -135,23 +163,30 @@ class TransformersLanguage:
             self._admit()
             self._scheduler.turn()
         for answer, _ in self._waiting:
-            answer.end("cancelled")
-        self._waiting.clear()
+            answer.cancel()
+        self._drop_cancelled()
         self._scheduler.cancel_all()
+        self._runner.close()
 
     def _has_work(self) -> bool:
         """Sleep until there is work, or no more will come."""
         with self._wakeup:
-            self._wakeup.wait_for(lambda: self._is_closing or self._waiting or not self._scheduler.is_idle)
+            self._wakeup.wait_for(
+                lambda: self._is_closing or self._waiting or self._refused or not self._scheduler.is_idle
+            )
             return not self._is_closing
 
     def _drop_cancelled(self) -> None:
         """A prompt that nobody waits for leaves its place in the queue to others at once."""
         with self._wakeup:
-            cancelled = [answer for answer, _ in self._waiting if answer.is_cancelled]
+            cancelled = [entry for entry in self._waiting if entry[0].is_cancelled]
             if cancelled:
                 self._waiting = deque(entry for entry in self._waiting if not entry[0].is_cancelled)
-        for answer in cancelled:
+            unread = [*self._refused, *(prompt for _, prompt in cancelled)]
+            self._refused.clear()
+        for prompt in unread:
+            self._runner.discard(prompt)
+        for answer, _ in cancelled:
             answer.end("cancelled")
 
     def _admit(self) -> None:

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from embedwire.engines.transformers.checkpoint import build_on_meta, dtype_of, fill, load_config, read_tensors
 from embedwire.engines.transformers.families import HEAD_KEY, TEXT_PREFIX, family_of, layout_of
+from embedwire.engines.transformers.sharding import Shard, divide
 from embedwire.errors import ConfigurationError, UsageError
 from embedwire.language.interface import AssembledPrompt
 
@@ -26,10 +27,13 @@ _HEAD = "head.weight"
 _EMBEDDING = "text.embed_tokens.weight"
 
 
-def load_language_half(path: Path, *, dtype: str, device: str = "cpu") -> LanguageHalf:
+def load_language_half(
+    path: Path, *, dtype: str, device: str = "cpu", shard: Shard | None = None
+) -> LanguageHalf:
     """Build the language half of the checkpoint in ``path`` from its own tensors; no other is read.
 
-    Raises ConfigurationError for a model that is not supported, or a checkpoint that lacks something.
+    With a ``shard`` it is one rank's part: all ranks have to run the same calls, and only rank 0's logits say anything. Raises
+    ConfigurationError for a model that is not supported or can not be divided, or a checkpoint that lacks something.
     """
     config = load_config(path)
     family = family_of(config)
@@ -41,14 +45,17 @@ def load_language_half(path: Path, *, dtype: str, device: str = "cpu") -> Langua
             return None
         return _HEAD if key == HEAD_KEY else "text." + key.removeprefix(TEXT_PREFIX)
 
-    tensors = read_tensors(path, own_name, dtype=dtype_of(dtype))
+    modules: Any = build_on_meta(lambda: _modules(config.text_config))
+    cuts = divide(modules, shard) if shard else {}
+    tensors = read_tensors(path, own_name, dtype=dtype_of(dtype), cuts=cuts)
     # As transformers has it, a head in the checkpoint counts even where the configuration says "tied".
     tied = config.tie_word_embeddings and _HEAD not in tensors and _EMBEDDING in tensors
+    rows = cuts.get(_HEAD, (slice(None),))
     if tied:
-        tensors[_HEAD] = tensors[_EMBEDDING]
-    modules: Any = fill(build_on_meta(lambda: _modules(config.text_config)), tensors, device=device)
+        tensors[_HEAD] = tensors[_EMBEDDING][rows]
+    fill(modules, tensors, device=device)
     if tied:  # moving to a device has made two of them
-        modules.head.weight = modules.text.embed_tokens.weight
+        modules.head.weight = nn.Parameter(modules.text.embed_tokens.weight[rows], requires_grad=False)
     return LanguageHalf(modules.text, modules.head, config=config, dtype=dtype)
 
 

@@ -11,11 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import DynamicCache
 
 from embedwire.engines.transformers.answer import Answer
-from embedwire.engines.transformers.batching import DecodeBatch
-from embedwire.engines.transformers.language import LanguageHalf
+from embedwire.engines.transformers.runner import ModelRunner
 from embedwire.language.interface import AssembledPrompt
 
 _log = logging.getLogger(__name__)
@@ -23,30 +21,29 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Prefill:
-    """A prompt on its way into the batch; what its cache holds is how far it got."""
+    """A prompt on its way into the batch."""
 
     answer: Answer
     prompt: AssembledPrompt
-    cache: DynamicCache
+    tokens_read: int = 0
 
 
 class Scheduler:
     """Admitted answers: at most one whose prompt is being run, and the running ones, which decode together.
 
-    ``_running`` and the rows of ``_batch`` are the same answers in the same order. For the parameters see
+    ``_running`` and the rows of the runner's batch are the same answers in the same order. For the parameters see
     :class:`~embedwire.engines.transformers.generation.TransformersLanguage`.
     """
 
     def __init__(
-        self, half: LanguageHalf, *, max_batch: int, max_cache_tokens: int, prefill_chunk_tokens: int | None
+        self, runner: ModelRunner, *, max_batch: int, max_cache_tokens: int, prefill_chunk_tokens: int | None
     ) -> None:
-        self._half = half
+        self._runner = runner
         self._max_batch = max_batch
         self._max_cache_tokens = max_cache_tokens
         self._chunk_tokens = prefill_chunk_tokens
         self._prefill: _Prefill | None = None
         self._running: list[Answer] = []
-        self._batch = DecodeBatch()
 
     @property
     def is_idle(self) -> bool:
@@ -64,8 +61,9 @@ class Scheduler:
     def admit(self, answer: Answer, prompt: AssembledPrompt) -> None:
         """Take an answer for which there is room; its prompt runs in the next turns."""
         if answer.budget_tokens:
-            self._prefill = _Prefill(answer, prompt, self._half.new_cache())
+            self._prefill = _Prefill(answer, prompt)
         else:
+            self._runner.discard(prompt)
             answer.end("length")
 
     def turn(self) -> None:
@@ -93,36 +91,40 @@ class Scheduler:
             if answer.is_cancelled:
                 answer.end("cancelled")
         if self._prefill is not None and self._prefill.answer.finished:
+            self._runner.discard(self._prefill.prompt)
             self._prefill = None
         self._drop_finished()
 
     def _run_prompt(self, prefill: _Prefill) -> None:
-        answer, cache = prefill.answer, prefill.cache
-        start, length = cache.get_seq_length(), len(prefill.prompt.fill_ids)
+        answer, prompt, start = prefill.answer, prefill.prompt, prefill.tokens_read
+        length = len(prompt.fill_ids)
         end = length if self._chunk_tokens is None else min(length, start + self._chunk_tokens)
         try:
-            logits = self._half.prefill(prefill.prompt, cache, start=start, end=end)
+            logits = self._runner.prefill(prompt, start=start, end=end)
         except Exception as error:
             self._prefill = None
+            self._runner.discard(prompt)
             _fail([answer], error)
             return
+        prefill.tokens_read = end
         if end == length:
             self._prefill = None
-            _take(answer, logits[0])
-            if not answer.finished:
-                self._join(answer, cache)
+            _take(answer, logits)
+            if answer.finished:
+                self._runner.discard(prompt)
+            else:
+                self._join(answer)
 
-    def _join(self, answer: Answer, cache: DynamicCache) -> None:
+    def _join(self, answer: Answer) -> None:
         self._running.append(answer)
         try:
-            self._batch.join(cache)
+            self._runner.join()
         except Exception as error:
             self._fail_batch(error)
 
     def _run_batch(self) -> None:
         try:
-            logits = self._batch.decode(
-                self._half,
+            logits = self._runner.decode(
                 [answer.last_token for answer in self._running],
                 positions=[answer.position for answer in self._running],
             )
@@ -139,12 +141,12 @@ class Scheduler:
             return
         self._running = [self._running[row] for row in rows]
         try:
-            self._batch.keep(rows)
+            self._runner.keep(rows)
         except Exception as error:
             self._fail_batch(error)
 
     def _fail_batch(self, error: Exception) -> None:
-        failed, self._running, self._batch = self._running, [], DecodeBatch()
+        failed, self._running = self._running, []
         _fail(failed, error)
 
 

@@ -56,7 +56,7 @@ _CLIP_NORM = {
 Sizes = Mapping[str, int]
 _TEXT_SIZES: Mapping[str, Sizes] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-             "num_attention_heads": 4, "num_key_value_heads": 2},
+             "num_attention_heads": 8, "num_key_value_heads": 4},
     "400m": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16,
              "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32768},
 }  # fmt: skip
@@ -157,10 +157,12 @@ def _config(family: str, scale: str, tokenizer: PreTrainedTokenizerFast, max_pos
     if family == "llava":
         text |= {"model_type": "llama"}
     else:
-        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": _mrope_section(head_width // 2)}
+        rope = {"rope_type": "default", "rope_theta": 1e6}
         if family == "qwen3_vl":
+            head_width *= 2  # these heads are free to be wider than hidden_size allows
             rope |= {"mrope_interleaved": True}
             text |= {"head_dim": head_width}
+        rope |= {"mrope_section": _mrope_section(head_width // 2)}
         text |= {"rope_parameters": rope}
     tower = _TOWER_CONFIGS[family](_TOWER_SIZES[scale], text["hidden_size"])
     return AutoConfig.for_model(
