@@ -51,7 +51,8 @@ class GroupMember:
         self._ended_as: str | None = None
         self._shared: dict[RoomKey, SharedAssembly] = {}
         self._unsaid: list[Mapped] = []
-        self._retired: list[SharedAssembly] = []
+        self._retired: dict[RoomKey, SharedAssembly] = {}
+        self._let_go: set[RoomKey] = set()
         self._handles: dict[RoomKey, Handle] = {}
         self.turns_total = 0
         self.shares = any(seat.group.source_of(rank) == seat.rank != rank for rank in range(seat.group.size))
@@ -97,10 +98,15 @@ class GroupMember:
         """A room is whole on every rank."""
         shared = self._shared.pop(room.key, None)
         if shared is not None:
-            self._retired.append(shared)  # the others map it now; that they have shows in the next turn
+            self._retired[room.key] = shared  # the others map it now; that they have shows in the next turn
         if room.is_dummy:
             arrays, aux = attach(self._handles.pop(room.key), self._endpoint.layout)
             self._endpoint.deliver(room, arrays, aux)
+
+    def let_go(self, key: RoomKey) -> None:
+        """Nobody reads a room here any more. Its memory goes when others can no longer want to map it, which takes a turn."""
+        if key in self._retired:
+            self._let_go.add(key)
 
     def fail(self, key: RoomKey) -> None:
         """A room has ended without its embedding."""
@@ -118,7 +124,7 @@ class GroupMember:
     @property
     def wants_turn(self) -> bool:
         """Whether there is something that no turn has heard."""
-        return self._core.wants_turn or bool(self._asked)
+        return self._core.wants_turn or bool(self._asked) or bool(self._let_go)
 
     def open_here(self) -> tuple[Opened, ...]:
         return self._on_driver(self._open_asked)
@@ -160,13 +166,14 @@ class GroupMember:
 
     def _facts(self) -> tuple[Facts, tuple[Mapped, ...]]:
         self._is_turn_asked = False
+        self._let_go.clear()
         unsaid, self._unsaid = tuple(self._unsaid), []
         return self._core.facts(), unsaid
 
     def _conclude(self, agreed: Facts, assemblies: Sequence[Mapped]) -> None:
         """All ranks have concluded the turn before: what they mapped in it they hold."""
         self.turns_total += 1
-        for shared in self._retired:
+        for shared in self._retired.values():
             shared.close()
         self._retired.clear()
         source = self._seat.group.source_of(self._seat.rank)

@@ -206,7 +206,7 @@ class ReceiverEndpoint(Driver):
             self._connect_all(key, addresses)
             actions = self._core.open(key, addresses, now=now)
         except EmbedwireError as error:
-            actions = self._core.open_failed(key, Cause.OVERLOADED, str(error), now=now)
+            actions = self._core.open_failed(key, str(error), now=now)
         self.carry_out(actions)
 
     def _connect_all(self, key: RoomKey, addresses: Sequence[Address]) -> None:
@@ -456,9 +456,14 @@ class ReceiverEndpoint(Driver):
 
     def _release_once(self, key: RoomKey) -> Callable[[], None]:
         def release() -> None:
-            self.post(lambda: self.carry_out(self._core.on_assembly_released(key, now=time.monotonic())))
+            self.post(lambda: self._let_go(key))
 
         return release
+
+    def _let_go(self, key: RoomKey) -> None:
+        if self._member is not None:
+            self._member.let_go(key)
+        self.carry_out(self._core.on_assembly_released(key, now=time.monotonic()))
 
     @staticmethod
     def _release_with_arrays(arrays: Arrays, release: Callable[[], None]) -> None:

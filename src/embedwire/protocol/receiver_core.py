@@ -2,8 +2,10 @@
 
 A rank that is alone decides at once. In a group, rooms are opened on every rank in the same order, and what follows is decided in turns
 (``agreement``): between two turns each rank's lanes go their own way, round by round, with blocks of its own. Ranks agree on rooms, not
-on rounds: a room begins when every rank's senders are ready and every rank has memory for it, in the same order everywhere, and it
-succeeds when every rank has all of it. So no two ranks can wait for each other, and a round costs no collective.
+on rounds: a room begins when every rank's senders are ready and every rank has memory for it, it succeeds when every rank has all of it,
+and it fails when one rank says so, all in one order everywhere. So no two ranks can wait for each other, and a round costs no collective.
+
+Rank 0 opens a room when it is asked to. Its next turn message names it, and every other rank opens it before its own ``facts``.
 
 Called by one driver thread (``endpoint.receiver``) or by the simulation. Every public method returns the actions that follow; the driver
 carries them out in order, and a Drain before it gives the core the next event.
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
-from embedwire.errors import UsageError
+from embedwire.errors import OverloadedError, UsageError
 from embedwire.limits import AUX_TOTAL_TOKENS, DEFAULT_LIMITS, SLOTS_MAX, Limits
 from embedwire.protocol.actions import (
     Address,
@@ -55,7 +57,7 @@ class Memory(Protocol):
 @dataclass(eq=False, slots=True)
 class Room:
     """One room on one rank. ``lanes`` are those that end here: none on a dummy rank. ``landed_tokens`` is what all ranks that receive are
-    known to have; ``end`` is set once this rank knows how it ends."""
+    known to have; ``end`` is set once this rank knows how it ends, which the others may not know yet."""
 
     key: RoomKey
     lanes: dict[RoomKey, ReceiverTransfer]
@@ -120,9 +122,11 @@ class ReceiverCore:
             default_allocate_tokens=default_allocate_tokens,
             limits=limits,
         )
-        self.wants_turn = False
         self.turn = 0
         self.for_assembly: deque[Room] = deque()
+        self._told: list[Room] = []
+        self._told_free_bytes = 0
+        self._news: set[RoomKey] = set()
 
     @property
     def admission(self) -> Admission:
@@ -136,23 +140,29 @@ class ReceiverCore:
     ) -> list[ReceiverAction]:
         """Ask the senders for a room: the address of each encoder rank, in order of ranks.
 
-        In a group, called on every rank, in the same order. Raises UsageError for a known key, OverloadedError over ``rooms_max``."""
+        In a group, called on every rank, in the same order. Raises UsageError for a known key, OverloadedError over ``rooms_max``; but
+        what rank 0 has opened the others can not refuse: there such a room fails, and so it does on every rank."""
         if isinstance(addresses, Address):
             addresses = (addresses,)
-        self.check_open(key, senders=len(addresses))
-        lanes = self.lanes_of(key, senders=len(addresses))
+        try:
+            self.check_open(key, senders=len(addresses))
+        except (OverloadedError, UsageError) as refusal:
+            if self.rank == 0 or key in self.rooms:
+                raise
+            return self.open_failed(key, str(refusal), now=now)
         room = self.rooms[key] = Room(key, {})
         actions: list[LaneAction] = []
-        for lane_key, lane in lanes.items():
+        for lane_key, lane in self.lanes_of(key, senders=len(addresses)).items():
             actions += self.lanes.open(lane_key, addresses[lane.sender], lane=lane, now=now)
             room.lanes[lane_key] = self.lanes.rooms[lane_key]
-        self.wants_turn |= self.group.size > 1
+        if self.group.size > 1:
+            self._news.add(key)
         return self._follow(actions, now)
 
-    def open_failed(self, key: RoomKey, cause: Cause, detail: str, *, now: float) -> list[ReceiverAction]:
-        """This rank of a group could not open a room that the others have: it is in line all the same, and fails on all."""
+    def open_failed(self, key: RoomKey, detail: str, *, now: float) -> list[ReceiverAction]:
+        """This rank can not open a room that the others have: it is in line all the same, and fails on all."""
         room = self.rooms[key] = Room(key, {})
-        return self._follow(self._fail(room, cause, detail, now), now)
+        return self._follow(self._fail(room, Cause.OVERLOADED, detail, now), now)
 
     def check_open(self, key: RoomKey, *, senders: int) -> None:
         """Raise what :meth:`open` would."""
@@ -175,48 +185,50 @@ class ReceiverCore:
 
     def on_assembly_released(self, key: RoomKey, *, now: float) -> list[ReceiverAction]:
         """The assembly of a finished room is no longer needed. Idempotent."""
-        if not self.memory.release(key):
-            return []
-        if self.group.size > 1:
-            self.wants_turn = True
+        if not self.memory.release(key) or self.group.size > 1:
             return []
         return self._follow(self._admit(self._free_bytes, now), now)
 
     # ------------------------------------------------------------------ turns
 
+    @property
+    def wants_turn(self) -> bool:
+        """Whether this rank has something to say: news of a room, or of memory that a room waits for."""
+        return bool(self._news) or (
+            self.group.size > 1 and bool(self.for_assembly) and self._free_bytes > self._told_free_bytes
+        )
+
     def facts(self) -> Facts:
         """What this rank says in its next turn. Until that is agreed on, what it has said holds."""
-        self.wants_turn = False
         self.turn += 1
+        self._told = list(islice(self.rooms.values(), SLOTS_MAX))
+        self._told_free_bytes = self._free_bytes
         told = []
-        for room in islice(self.rooms.values(), SLOTS_MAX):
+        for room in self._told:
+            self._news.discard(room.key)
+            if (
+                len(self.rooms) > SLOTS_MAX
+            ):  # next time the others, wherever in between a rank may open new ones
+                self.rooms[room.key] = self.rooms.pop(room.key)
             facts = room.facts()
             room.is_committed = facts.poll is Poll.SUCCESS
             told.append(facts)
-        return Facts(self.turn, self._free_bytes, tuple(told))
+        return Facts(self.turn, self._told_free_bytes, tuple(told))
 
     def on_agreed(self, agreed: Facts, *, now: float) -> list[ReceiverAction]:
         """Conclude from what all ranks said; the same on every rank."""
         actions: list[LaneAction] = []
-        for room, facts in zip(
-            list(islice(self.rooms.values(), len(agreed.rooms))), agreed.rooms, strict=True
-        ):
+        for room, facts in zip(self._told, agreed.rooms, strict=True):
             room.is_committed = False
             actions += self._apply(room, facts, now)
             if room.deferred is not None:
                 actions += self._fail(room, *room.deferred, now)
         actions += self._admit(agreed.free_bytes, now)
-        self.wants_turn |= len(agreed.rooms) < len(self.rooms) and len(agreed.rooms) == SLOTS_MAX
         return self._follow(actions, now)
 
     def on_group_ended(self, cause: Cause, detail: str, *, now: float) -> list[ReceiverAction]:
-        """The group is no more: every room ends. Call it before ``close`` wherever there was a group."""
-        actions: list[LaneAction] = []
-        for room in list(self.rooms.values()):
-            room.is_committed = False
-            actions += self._fail(room, cause, detail, now)
-            self._forget(room)
-        return self._follow(actions, now)
+        """The group is no more: every room ends."""
+        return self._end_all(cause, detail, now)
 
     @property
     def _free_bytes(self) -> int:
@@ -224,15 +236,17 @@ class ReceiverCore:
 
     def _apply(self, room: Room, facts: RoomFacts, now: float) -> list[LaneAction]:
         """One room, by what is agreed of it."""
-        actions: list[LaneAction] = []
-        if 0 < facts.total_tokens != room.total_tokens > 0:
-            actions += self._fail(room, Cause.VIOLATION, "ranks were announced different totals", now)
-        room.total_tokens = facts.total_tokens or room.total_tokens  # it may have been announced since
-        room.landed_tokens = min(facts.landed_tokens, facts.total_tokens)
         if facts.poll is Poll.FAILED:
-            actions += self._fail(room, facts.cause or Cause.RANK_LOST, "another rank has failed", now)
-            self._forget(room)
-        elif facts.poll is Poll.SUCCESS and room.end is None:
+            cause = facts.cause or Cause.RANK_LOST
+            is_ours = room.end is not None and room.end[0] is cause
+            return self._end(room, cause, room.end[1] if room.end and is_ours else "on another rank", now)
+        actions: list[LaneAction] = []
+        if facts.total_tokens:  # else no rank had seen it, and this one may have meanwhile
+            if room.total_tokens not in (0, facts.total_tokens):
+                actions += self._fail(room, Cause.VIOLATION, "ranks were announced different totals", now)
+            room.total_tokens = facts.total_tokens
+        room.landed_tokens = min(facts.landed_tokens, room.total_tokens)
+        if facts.poll is Poll.SUCCESS and room.end is None:
             room.end = (Cause.DONE, "")
             actions.append(Finished(room.key, room))
             self._forget(room)
@@ -256,35 +270,54 @@ class ReceiverCore:
                 continue  # one that has failed here meanwhile fails everywhere in the next turn
             is_reserved = self.memory.try_reserve(room.key, need)
             assert is_reserved, "agreed free memory is there"
+            self._told_free_bytes -= need
             actions.append(Assemble(room.key, room.total_tokens))
             for key in room.lanes:
                 actions += self.lanes.admit(key, now=now)
         return actions
 
     def _forget(self, room: Room) -> None:
-        if self.rooms.get(room.key) is room:
-            del self.rooms[room.key]
+        del self.rooms[room.key]
+        self._news.discard(room.key)
         if room in self.for_assembly:
             self.for_assembly.remove(room)
 
     def _fail(self, room: Room, cause: Cause, detail: str, now: float) -> list[LaneAction]:
-        """This rank's part of a room ends without its embedding, and with it every rank's, as soon as they know."""
+        """This rank's part of a room ends without its embedding, and with it the room, as soon as all ranks know."""
         if room.end is not None:
             return []
         if room.is_committed:  # all may have succeeded already; the turn that runs will tell
             room.deferred = room.deferred or (cause, detail)
             return []
+        if self.group.size == 1:
+            return self._end(room, cause, detail, now) + self._admit(self._free_bytes, now)
         room.end = (cause, cut(detail))
+        self._news.add(room.key)
+        return self._abort_lanes(room, now)
+
+    def _abort_lanes(self, room: Room, now: float) -> list[LaneAction]:
+        assert room.end is not None
+        return [a for key in room.lanes for a in self.lanes.abort(key, *room.end, now=now)]
+
+    def _end(self, room: Room, cause: Cause, detail: str, now: float) -> list[LaneAction]:
+        """A room ends without its embedding, on all ranks."""
+        is_told = room.end is not None
+        room.end = (cause, cut(detail))
+        aborts = [] if is_told else self._abort_lanes(room, now)
         self.memory.release(room.key)
-        actions: list[LaneAction] = [Failed(room.key, *room.end)]
-        for key in room.lanes:
-            actions += self.lanes.abort(key, cause, detail, now=now)
-        return actions + self._settle(room, now)
+        self._forget(room)
+        return [Failed(room.key, *room.end), *aborts]
+
+    def _end_all(self, cause: Cause, detail: str, now: float) -> list[ReceiverAction]:
+        ended = [
+            action for room in list(self.rooms.values()) for action in self._end(room, cause, detail, now)
+        ]
+        return self._follow(ended, now)
 
     def _settle(self, room: Room, now: float) -> list[LaneAction]:
         """This rank has news of a room: alone, that decides; else the next turn does."""
         if self.group.size > 1:
-            self.wants_turn = True
+            self._news.add(room.key)
             return []
         return self._apply(room, room.facts(), now) + self._admit(self._free_bytes, now)
 
@@ -374,8 +407,4 @@ class ReceiverCore:
 
     def close(self, *, now: float) -> list[ReceiverAction]:
         """End every room."""
-        actions: list[LaneAction] = []
-        for room in list(self.rooms.values()):
-            room.is_committed = False
-            actions += self._fail(room, Cause.CLOSED, "the receiver is shutting down", now)
-        return self._follow(actions, now)
+        return self._end_all(Cause.CLOSED, "the receiver is shutting down", now)
