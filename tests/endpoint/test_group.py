@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -54,7 +53,8 @@ class Group:
         self.meeting = Meeting(group.size)
         self.group = group
         self.lost: list[str] = []
-        self.receptions: defaultdict[tuple[int, int], Future[Reception]] = defaultdict(Future)
+        self.receptions: dict[tuple[int, int], Future[Reception]] = {}
+        self._lock = threading.Lock()
         self.ranks: list[ReceiverEndpoint] = []
         for rank in range(group.size):
             seat = Seat(group, rank, f"ipc://{directory}/turns", self.meeting, timeout_s=TIMEOUT_S)
@@ -65,7 +65,11 @@ class Group:
         ]
 
     def _hear(self, rank: int) -> Callable[[Reception], None]:
-        return lambda reception: self.receptions[reception.key.room, rank].set_result(reception)
+        return lambda reception: self._at(reception.key.room, rank).set_result(reception)
+
+    def _at(self, room: int, rank: int) -> Future[Reception]:
+        with self._lock:
+            return self.receptions.setdefault((room, rank), Future())
 
     def rest(self) -> None:
         """Wait until no rank holds anything, and all have concluded the same turns."""
@@ -86,7 +90,7 @@ class Group:
     def open(self, room: int) -> list[Reception]:
         """A room as every rank has it."""
         first = self.ranks[0].open(room, [sender.address for sender in self.senders])
-        return [first, *(self.receptions[room, rank].result(20) for rank in range(1, self.group.size))]
+        return [first, *(self._at(room, rank).result(20) for rank in range(1, self.group.size))]
 
 
 @pytest.fixture
