@@ -80,9 +80,11 @@ class GroupMember:
         return len(self._asked) < before
 
     def look(self) -> None:
-        """See whether there is news for a turn."""
-        if self.wants_turn and not self._is_turn_asked and self._ended_as is None:
-            self._is_turn_asked = True
+        """See whether there is something that no turn has heard."""
+        if self._is_turn_asked or self._ended_as is not None:
+            return
+        if self._core.wants_turn or self._asked or self._let_go:
+            self._is_turn_asked = True  # until the next turn, which may come for another reason
             self._turns.want()
 
     def assemble(self, key: RoomKey, total_tokens: int) -> Arrays:
@@ -120,11 +122,6 @@ class GroupMember:
         self._turns.close()
 
     # ------------------------------------------------------------------ for the turns; their thread
-
-    @property
-    def wants_turn(self) -> bool:
-        """Whether there is something that no turn has heard."""
-        return self._core.wants_turn or bool(self._asked) or bool(self._let_go)
 
     def open_here(self) -> tuple[Opened, ...]:
         return self._on_driver(self._open_asked)

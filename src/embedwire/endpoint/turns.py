@@ -133,11 +133,6 @@ class Member(Protocol):
     """Who takes part in turns. Called on the turns' thread; each call has been carried out when it returns."""
 
     @property
-    def wants_turn(self) -> bool:
-        """Whether there is something that no turn has heard."""
-        ...
-
-    @property
     def turn(self) -> int:
         """The last turn that this rank has said its facts in."""
         ...
@@ -208,7 +203,7 @@ class Turns(Driver):
         self.post(self._want)
 
     def _want(self) -> None:
-        if self._is_ended or not self._member.wants_turn:
+        if self._is_ended:
             return
         if self._is_leader:
             self._wants_turn = True
