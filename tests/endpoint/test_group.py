@@ -78,7 +78,7 @@ class Group:
         members = [rank._member for rank in self.ranks]
         self.stage.until(
             lambda: (
-                not any(m.wants_turn for m in members)
+                not any(m._is_turn_asked for m in members)
                 and len({turn for m in members for turn in (m.turn, m.turns_total)}) == 1
             )
         )
