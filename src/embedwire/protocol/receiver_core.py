@@ -291,6 +291,8 @@ class ReceiverCore:
 
     def _abort_lanes(self, room: Room, now: float) -> list[LaneAction]:
         assert room.end is not None
+        for lane in room.lanes.values():
+            self.admission.leave(lane)  # or it would be granted the blocks of the first that ends
         return [a for key in room.lanes for a in self.lanes.abort(key, *room.end, now=now)]
 
     def _end(self, room: Room, cause: Cause, detail: str, now: float) -> list[LaneAction]:
@@ -318,7 +320,8 @@ class ReceiverCore:
     # ------------------------------------------------------------------ what becomes of lanes
 
     def _follow(self, actions: Sequence[LaneAction], now: float) -> list[ReceiverAction]:
-        """Put what becomes of rooms in the place of what has become of lanes."""
+        """Put what becomes of rooms in the place of what has become of lanes: behind what was ordered already, for a blow at one lane
+        may have given its blocks to another lane of the same room, whose end is not to be overtaken by its grant."""
         out: list[ReceiverAction] = []
         todo = deque(actions)
         while todo:
@@ -326,7 +329,7 @@ class ReceiverCore:
             if isinstance(action, LaneEvent):
                 room = self.rooms.get(action.key.of_room)
                 if room is not None and room.end is None:
-                    todo.extendleft(reversed(self._on_lane(room, action, now)))
+                    todo.extend(self._on_lane(room, action, now))
             else:
                 out.append(action)
         return out
