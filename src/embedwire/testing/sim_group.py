@@ -14,7 +14,7 @@ from functools import partial
 
 from embedwire.errors import OverloadedError
 from embedwire.protocol.actions import Failed, Finished
-from embedwire.protocol.agreement import agree, pack, unpack
+from embedwire.protocol.agreement import Facts, agree, pack, unpack
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.topology import RankGroup
 from embedwire.testing.sim_receiver import ReceiverNode
@@ -37,11 +37,10 @@ class EncoderGroup:
 
 @dataclass(slots=True)
 class Turn:
-    """One turn, from rank 0's message on. ``packed``: what each rank has said so far."""
+    """One turn, from rank 0's message on. ``said``: the facts of each rank that has said them."""
 
-    number: int
     opened: tuple[Opened, ...]
-    packed: dict[int, list[int]]
+    said: dict[int, Facts]
 
 
 @dataclass(slots=True)
@@ -71,9 +70,8 @@ class Group:
         self.nodes: list[ReceiverNode] = []
         self.agreement_timeout_s = agreement_timeout_s
         self.turn_s = turn_s
-        self.turns = self.collectives = 0
-        self.widths: set[int] = set()
-        self.rooms_told: list[int] = []
+        self.turns: list[Turn] = []
+        self.agreed: list[Facts] = []
         self._timeline = timeline
         self.start()
 
@@ -86,6 +84,11 @@ class Group:
         self._opened: list[Opened] = []
         self._turn: Turn | None = None
         self._is_wanted = False
+
+    @property
+    def collectives(self) -> int:
+        """Turns in which every rank has said its facts."""
+        return len(self.agreed)
 
     @property
     def process(self) -> Process:
@@ -111,7 +114,8 @@ class Group:
         if self.is_lost:
             raise OverloadedError("the group is lost")
         self.nodes[0].open(key, addresses)
-        self._opened.append((key, tuple(addresses)))
+        if self.ranks.size > 1:
+            self._opened.append((key, tuple(addresses)))
 
     def abort(self, key: RoomKey) -> None:
         """The client of a room has gone."""
@@ -163,9 +167,9 @@ class Group:
             return
         self._is_wanted = False
         opened, self._opened = tuple(self._opened), []
-        self.turns += 1
-        turn = self._turn = Turn(self.nodes[0].core.turn + 1, opened, {})
-        self._timeline.note(f"{self.address} turn {turn.number}: {[key for key, _ in opened]}")
+        turn = self._turn = Turn(opened, {})
+        self.turns.append(turn)
+        self._timeline.note(f"{self.address} turn {len(self.turns)}: {[key for key, _ in opened]}")
         self._contribute(0, turn)
         for rank in range(1, self.ranks.size):
             self._later(rank, partial(self._on_turn, rank, turn))
@@ -182,26 +186,23 @@ class Group:
     def _contribute(self, rank: int, turn: Turn) -> None:
         if self.is_lost:
             return
-        facts = self.nodes[rank].core.facts()
+        turn.said[rank] = self.nodes[rank].core.facts()
         self._step(rank)
         self._seats[rank].is_in_turn = True
         self._wait(rank)
-        packed = turn.packed[rank] = pack(facts)
-        self.widths.add(len(packed))
-        if len(turn.packed) == self.ranks.size:
-            self.collectives += 1
-            self.rooms_told.append(len(facts.rooms))
-            words = agree(turn.packed.values())
+        if len(turn.said) == self.ranks.size:
+            agreed = unpack(agree([pack(facts) for facts in turn.said.values()]))
+            self.agreed.append(agreed)
             for each in range(self.ranks.size):
-                self._later(each, partial(self._apply, each, words))
+                self._later(each, partial(self._apply, each, agreed))
 
-    def _apply(self, rank: int, words: list[int]) -> None:
+    def _apply(self, rank: int, agreed: Facts) -> None:
         if self.is_lost:
             return
         seat, node = self._seats[rank], self.nodes[rank]
         self._step(rank)
         seat.is_in_turn = False
-        node.do(node.core.on_agreed(unpack(words), now=self._timeline.now))
+        node.do(node.core.on_agreed(agreed, now=self._timeline.now))
         if rank == 0:
             self._turn = None
             if self._is_wanted:
