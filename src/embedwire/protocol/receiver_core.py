@@ -200,10 +200,10 @@ class ReceiverCore:
         told = []
         for room in self._told:
             self._news.discard(room.key)
-            if (
-                len(self.rooms) > SLOTS_MAX
-            ):  # next time the others, wherever in between a rank may open new ones
-                self.rooms[room.key] = self.rooms.pop(room.key)
+            if len(self.rooms) > SLOTS_MAX:
+                self.rooms[room.key] = self.rooms.pop(
+                    room.key
+                )  # to the end: next time it is the others' turn
             facts = room.facts()
             room.is_committed = facts.poll is Poll.SUCCESS
             told.append(facts)
