@@ -206,10 +206,10 @@ class ReceiverCore:
         told = []
         for room in self._told:
             self._news.discard(room.key)
-            if (
-                len(self.rooms) > SLOTS_MAX
-            ):  # next time the others, wherever in between a rank may open new ones
-                self.rooms[room.key] = self.rooms.pop(room.key)
+            if len(self.rooms) > SLOTS_MAX:
+                self.rooms[room.key] = self.rooms.pop(
+                    room.key
+                )  # to the end: next time it is the others' turn
             facts = room.facts()
             room.is_committed = facts.poll is Poll.SUCCESS
             told.append(facts)
@@ -297,6 +297,8 @@ class ReceiverCore:
 
     def _abort_lanes(self, room: Room, now: float) -> list[LaneAction]:
         assert room.end is not None
+        for lane in room.lanes.values():
+            self.admission.leave(lane)  # or it would be granted the blocks of the first that ends
         return [a for key in room.lanes for a in self.lanes.abort(key, *room.end, now=now)]
 
     def _end(self, room: Room, cause: Cause, detail: str, now: float) -> list[LaneAction]:
@@ -324,7 +326,8 @@ class ReceiverCore:
     # ------------------------------------------------------------------ what becomes of lanes
 
     def _follow(self, actions: Sequence[LaneAction], now: float) -> list[ReceiverAction]:
-        """Put what becomes of rooms in the place of what has become of lanes."""
+        """Put what becomes of rooms in the place of what has become of lanes: behind what was ordered already, for a blow at one lane
+        may have given its blocks to another lane of the same room, whose end is not to be overtaken by its grant."""
         out: list[ReceiverAction] = []
         todo = deque(actions)
         while todo:
@@ -332,7 +335,7 @@ class ReceiverCore:
             if isinstance(action, LaneEvent):
                 room = self.rooms.get(action.key.of_room)
                 if room is not None and room.end is None:
-                    todo.extendleft(reversed(self._on_lane(room, action, now)))
+                    todo.extend(self._on_lane(room, action, now))
             else:
                 out.append(action)
         return out

@@ -37,7 +37,8 @@ class Checks:
         core, limits, used = node.core, node.setup.limits, node.budget.used_bytes
         if used > node.budget.limit_bytes:
             yield f"{used} bytes of source; the limit is {node.budget.limit_bytes}"
-        if used != sum(room.total_tokens for room in core.rooms.values()) * TOKEN_BYTES:
+        rooms = {key.of_room: node.parts[key].of_tokens for key in core.rooms}
+        if used != sum(rooms.values()) * TOKEN_BYTES:
             yield f"{used} bytes of source are not what its rooms need"
         for queue, most in (
             (core.rooms, limits.rooms_max),

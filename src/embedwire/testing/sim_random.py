@@ -10,17 +10,22 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from embedwire.errors import EmbedwireError
 from embedwire.limits import Limits
 from embedwire.protocol.messages import RoomKey
 from embedwire.protocol.receiver import CorruptRoom
+from embedwire.protocol.topology import Delivery
+from embedwire.testing.sim_group import EncoderGroup
 from embedwire.testing.sim_link import Weather
 from embedwire.testing.sim_memory import TOKEN_BYTES
 from embedwire.testing.sim_receiver import ReceiverNode
 from embedwire.testing.sim_sender import SenderNode
+from embedwire.testing.sim_transfer import Receiver, Sender, Transfer
 from embedwire.testing.sim_wire import FENCED, ONE_SIDED, WireFaults
-from embedwire.testing.simulation import Transfer, World
+from embedwire.testing.simulation import World
 
 STORM_S = 40.0
 """Faults happen within this; then the weather clears up."""
@@ -37,7 +42,8 @@ class RandomWorld:
             window_rounds=rng.choice((1, 1, 2, 4)), blocks_wait_s=600.0, open_wait_s=300.0
         )
         self._set_weather()
-        rooms = self._draw_rooms()
+        self.has_groups = rng.random() < 0.4
+        rooms = self._draw_rooms(rng.randint(2, 9 if self.has_groups else 24))
         largest = max(tokens for _, tokens in rooms) * TOKEN_BYTES
         self.senders = [self._add_sender(i, largest) for i in range(rng.randint(1, 3))]
         self.receivers = [self._add_receiver(i, largest) for i in range(rng.randint(1, 3))]
@@ -58,7 +64,9 @@ class RandomWorld:
     def _judge(self, transfer: Transfer) -> str:
         if not self.is_harsh:
             assert transfer.is_done, f"{transfer.key}: {transfer.sender_end}, {transfer.receiver_end}"
-            assert sum(transfer.rounds) == transfer.total_tokens
+            for node in transfer.sender.nodes:
+                for key in node.lanes_of(transfer.key):
+                    assert sum(node.releases[key].rounds) == node.parts[key].tokens
         end = transfer.receiver_end
         return "not asked for" if end is None else end.value
 
@@ -73,14 +81,15 @@ class RandomWorld:
             delay_s=(0.0005, rng.choice((0.001, 0.02, 0.4 if self.is_harsh else 0.1))),
         )
 
-    def _draw_rooms(self) -> list[tuple[int, int]]:
+    def _draw_rooms(self, count: int) -> list[tuple[int, int]]:
         longest = self.rng.choice((1, 50, 500, 2000))
-        return [(room, self.rng.randint(1, longest)) for room in range(1, self.rng.randint(2, 24))]
+        return [(room, self.rng.randint(1, longest)) for room in range(1, count)]
 
-    def _add_sender(self, index: int, largest: int) -> SenderNode:
+    def _add_sender(self, index: int, largest: int) -> Sender:
         rng, is_harsh = self.rng, self.is_harsh
-        return self.world.add_sender(
+        return self.world.add_encoder_group(
             f"encoder-{index + 1}",
+            rng.choice((1, 2, 2, 3, 4)) if self.has_groups else 1,
             source_bytes=largest * rng.choice((1, 2, 100)),
             faults=WireFaults(
                 slice_tokens=rng.choice((24, 64, 512)),
@@ -90,17 +99,31 @@ class RandomWorld:
             ),
         )
 
-    def _add_receiver(self, index: int, largest: int) -> ReceiverNode:
+    def _add_receiver(self, index: int, largest: int) -> Receiver:
         rng = self.rng
         block_size = rng.choice((3, 16, 96, 128))
-        return self.world.add_receiver(
-            f"language-{index + 1}",
-            block_size=block_size,
-            num_blocks=rng.choice((1, 2, 5, 32)),
-            default_allocate_tokens=block_size * rng.randint(1, 32),
-            assembly_bytes=largest * rng.choice((1, 2, 100)),
-            wire=rng.choice((FENCED, ONE_SIDED)),
-            read_s=rng.choice((0.0, 0.2)),
+        setup: dict[str, Any] = {
+            "block_size": block_size,
+            "num_blocks": rng.choice((1, 2, 5, 32)),
+            "default_allocate_tokens": block_size * rng.randint(1, 32),
+            "assembly_bytes": largest * rng.choice((1, 2, 100)),
+            "wire": rng.choice((FENCED, ONE_SIDED)),
+            "read_s": rng.choice((0.0, 0.2)),
+        }
+        address, size = f"language-{index + 1}", rng.choice((1, 2, 2, 3, 4, 8))
+        if size == 1 or not self.has_groups:
+            return self.world.add_receiver(address, **setup)
+        delivery: Delivery = rng.choice(("replicate", "share"))
+        hosts = sorted(rng.choice("ab") for _ in range(size))
+        turn_s = (0.0001, rng.choice((0.001, 0.05, 1.0)))
+        return self.world.add_group(
+            address,
+            size,
+            delivery=delivery,
+            hosts=hosts,
+            turn_s=turn_s,
+            agreement_timeout_s=rng.choice((5.0, 10.0)),
+            **setup,
         )
 
     def _add_room(self, room: int, tokens: int) -> Transfer:
@@ -121,7 +144,8 @@ class RandomWorld:
     def _draw_fault(self) -> Callable[[], object]:
         rng, world = self.rng, self.world
         node, transfer = rng.choice(world.nodes), rng.choice(self.transfers)
-        sender, receiver = rng.choice(self.senders), rng.choice(self.receivers)
+        sender = rng.choice(rng.choice(self.senders).nodes)
+        receiver = rng.choice(rng.choice(self.receivers).nodes)
         pause_s = rng.choice((0.1, 1.0, 8.0, 30.0))
         return rng.choice(
             (
@@ -137,14 +161,16 @@ class RandomWorld:
             )
         )
 
-    def _abort(self, node: SenderNode | ReceiverNode, key: RoomKey) -> None:
-        node.process.run(lambda: node.abort(key))
+    def _abort(self, side: Sender | Receiver, key: RoomKey) -> None:
+        ranks = side.nodes if isinstance(side, EncoderGroup) else [side]
+        for one in ranks:
+            one.process.run(partial(one.abort, key))
 
     def _abort_in_mid_write(self, sender: SenderNode) -> None:
         """The clients of all rooms that this sender is writing at the moment have gone."""
         for wire in list(sender.wires.values()):
             if wire.running is not None:
-                transfer = self.world.transfers[wire.running]
+                transfer = self.world.transfers[wire.running.of_room]
                 self._abort(self.rng.choice((transfer.sender, transfer.receiver)), transfer.key)
 
     def _freeze(self, node: SenderNode | ReceiverNode, pause_s: float) -> None:
@@ -154,9 +180,14 @@ class RandomWorld:
         self.world.after(pause_s, process.wake)
 
     def _kill(self, node: SenderNode | ReceiverNode, pause_s: float) -> None:
-        if not node.process.is_dead:
-            self.world.kill(node)
+        if node.process.is_dead:
+            return
+        self.world.kill(node)
+        group = next((g for g in self.world.groups.values() if node in g.nodes), None)
+        if group is None:
             self.world.after(pause_s, lambda: self.world.restart(node))
+        else:
+            self.world.after(pause_s, lambda: self.world.restart_group(group))
 
     def _garbage(self, sender: SenderNode, receiver: ReceiverNode) -> None:
         frame = self.rng.randbytes(self.rng.randint(0, 60))
@@ -165,8 +196,11 @@ class RandomWorld:
 
     def _clear_up(self) -> None:
         self.world.link.heal()
-        for node in self.senders:
+        for node in self.world.senders.values():
             node.setup.faults.lost = node.setup.faults.in_doubt = 0.0
+        for group in self.world.groups.values():
+            if group.is_lost:
+                self.world.restart_group(group)
 
 
 def run_seed(seed: int) -> tuple[RandomWorld, Counter[str]]:

@@ -6,7 +6,7 @@ A node is an address; it lives one process after another. ``sim_checks`` looks a
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ from embedwire.protocol.actions import (
 from embedwire.protocol.handshake import Offered
 from embedwire.protocol.messages import Cause, Grant, Message, RoomKey, decode_for_receiver
 from embedwire.protocol.receiver_core import ReceiverCore
+from embedwire.protocol.topology import ALONE, RankGroup
 from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, Cells, Memory, cells, digests, room_of
 from embedwire.testing.sim_timeline import Process, Timeline
 from embedwire.testing.sim_wire import FENCED, InvariantBroken, Target
@@ -64,9 +65,15 @@ class ReceiverNode:
         timeline: Timeline,
         say: Callable[[str, str, Message], None],
         is_gone: Callable[[int, float], bool],
+        group: RankGroup = ALONE,
+        rank: int = 0,
+        on_end: Callable[[ReceiverNode, RoomKey, Finished | Failed], None] | None = None,
     ) -> None:
         self.address = address
         self.setup = setup
+        self.group = group
+        self.rank = rank
+        self._on_end = on_end
         self.timeline = timeline
         self._say = say
         self._is_gone = is_gone
@@ -89,6 +96,8 @@ class ReceiverNode:
             token_bytes=TOKEN_BYTES,
             default_allocate_tokens=setup.default_allocate_tokens,
             limits=setup.limits,
+            group=self.group,
+            rank=self.rank,
         )
         self.assemblies: dict[RoomKey, Cells] = {}
         self.grants: defaultdict[RoomKey, list[Grant]] = defaultdict(list)
@@ -113,9 +122,14 @@ class ReceiverNode:
         """End a life."""
         self.process.kill()
 
-    def open(self, key: RoomKey, address: str) -> None:
+    @property
+    def nodes(self) -> list[ReceiverNode]:
+        """Itself: a receiver is a group of one."""
+        return [self]
+
+    def open(self, key: RoomKey, addresses: Sequence[str]) -> None:
         """A request came in. Raises OverloadedError."""
-        actions = self.core.open(key, address, now=self.timeline.now)
+        actions = self.core.open(key, addresses, now=self.timeline.now)
         self.opened.add(key)
         self.do(actions)
 
@@ -183,12 +197,13 @@ class ReceiverNode:
         room = self.core.lanes.rooms.get(key)
         if room is None or not room.is_live:
             return  # it failed meanwhile; its blocks may be somebody else's
-        first, last = drain.from_token, drain.to_token
+        first, last, row = drain.from_token, drain.to_token, room.first_row
         found = self.memory.read(granted, first - granted.start_token, last - granted.start_token)
-        self._check(key, found, cells(key, first, last))
-        self.assemblies[key][first:last] = found
+        self._check(key, found, cells(key, row + first, row + last))
+        part = self.assemblies[key.of_room][row : row + room.total_tokens]
+        part[first:last] = found
         aux = self.memory.aux[granted.block_indices[0]] if first == 0 else None
-        sums = digests(self.assemblies[key]) if last == room.total_tokens else None
+        sums = digests(part) if last == room.total_tokens else None
         now = self.timeline.now
         self.do(self.core.on_drained(key, last, aux=aux, digests=sums, now=now))
 
@@ -200,6 +215,9 @@ class ReceiverNode:
             )
 
     def _finish(self, key: RoomKey, finished: Finished) -> None:
+        if self.core.is_dummy:
+            self._end(key, finished)
+            return
         held = self.assemblies[key]
         if not np.array_equal(held, cells(key, 0, len(held))):
             raise InvariantBroken(f"{self.address}: room {key} finished with wrong bytes")
@@ -214,4 +232,6 @@ class ReceiverNode:
         if key in self.ends:
             raise InvariantBroken(f"{self.address}: room {key} ended twice: {self.ends[key]}, then {end}")
         self.ends[key] = end
+        if self._on_end is not None:
+            self._on_end(self, key, end)
         self.timeline.note(f"{self.address} {end}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from embedwire.errors import OverloadedError, ProtocolViolation
@@ -25,9 +25,10 @@ from embedwire.protocol.actions import (
 )
 from embedwire.protocol.messages import Cause, Message, RoomKey, decode_for_sender
 from embedwire.protocol.sender_core import SenderCore
+from embedwire.protocol.topology import Lane, lanes_of_sender
 from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, aux_of, cells, digests
 from embedwire.testing.sim_timeline import Process, Timeline
-from embedwire.testing.sim_wire import InvariantBroken, Target, Wire, WireFaults
+from embedwire.testing.sim_wire import InvariantBroken, Part, Target, Wire, WireFaults
 from embedwire.transports.contract import Outcome
 
 
@@ -66,8 +67,13 @@ class SenderNode:
         timeline: Timeline,
         say: Callable[[str, Peer, Message], None],
         reach: Callable[[str, Peer], Target | None],
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.address = address
+        self.rank = rank
+        self.ranks = ranks
+        self._readers: dict[RoomKey, int] = {}
         self.setup = setup
         self.timeline = timeline
         self._say = say
@@ -80,7 +86,8 @@ class SenderNode:
         self.core = SenderCore(incarnation=incarnation, fields=self.setup.fields, limits=self.setup.limits)
         self.budget = Budget(self.setup.source_bytes)
         self.waiting: deque[Waiting] = deque()
-        self.total_tokens: dict[RoomKey, int] = {}
+        self.parts: dict[RoomKey, Part] = {}
+        self.releases: dict[RoomKey, Release] = {}
         self.wires: dict[Peer, Wire] = {}
         self.writes: list[Write] = []
         self.ends: dict[RoomKey, Release] = {}
@@ -93,16 +100,32 @@ class SenderNode:
             wire.on_kill()
         self.process.kill()
 
+    @property
+    def nodes(self) -> list[SenderNode]:
+        """Itself: an encoder of one rank."""
+        return [self]
+
+    def expect(self, key: RoomKey, *, readers: int) -> None:
+        """How many ranks of the language server will read a room."""
+        self._readers[key] = readers
+
+    def lanes_of(self, key: RoomKey) -> dict[RoomKey, Lane]:
+        """The lanes of a room that begin here."""
+        lanes = lanes_of_sender(self.rank, senders=self.ranks, readers=self._readers.get(key, 1))
+        return {key._replace(lane=lane.number): lane for lane in lanes}
+
     def request(self, key: RoomKey, total_tokens: int, *, source_s: float = 0.0) -> None:
         """A request came in. What can never fit, or what the queue has no place for, is refused at once."""
         if key in self.gone:
             return
-        self.total_tokens[key] = total_tokens
+        for lane_key, lane in self.lanes_of(key).items():
+            share = lane.share(total_tokens)
+            self.parts[lane_key] = Part(share.start, len(share), total_tokens)
         need = total_tokens * TOKEN_BYTES
         if not self.budget.can_ever(need):
-            self._refuse(key, Cause.NEVER_FITS, f"{need} bytes of source")
+            self._fail(key, Cause.NEVER_FITS, f"{need} bytes of source")
         elif len(self.waiting) >= self.setup.queue_max:
-            self._refuse(key, Cause.OVERLOADED, f"{len(self.waiting)} wait for memory")
+            self._fail(key, Cause.OVERLOADED, f"{len(self.waiting)} wait for memory")
         else:
             self.waiting.append(Waiting(key, total_tokens, source_s))
             self._offer_waiting()
@@ -111,10 +134,11 @@ class SenderNode:
         """The client of a room has gone."""
         self.gone.add(key)
         self.waiting = deque(w for w in self.waiting if w.key != key)
-        self.do(self.core.fail(key, Cause.ABORTED, "the client has gone", now=self.timeline.now))
+        self._fail(key, Cause.ABORTED, "the client has gone")
 
-    def _refuse(self, key: RoomKey, cause: Cause, detail: str) -> None:
-        self.do(self.core.fail(key, cause, detail, now=self.timeline.now))
+    def _fail(self, key: RoomKey, cause: Cause, detail: str) -> None:
+        for lane_key in self.lanes_of(key):
+            self.do(self.core.fail(lane_key, cause, detail, now=self.timeline.now))
 
     def _offer_waiting(self) -> None:
         while self.waiting:
@@ -126,22 +150,25 @@ class SenderNode:
 
     def _offer(self, waiting: Waiting) -> None:
         key, total = waiting.key, waiting.total_tokens
-        aux, now = aux_of(key, total), self.timeline.now
+        aux, content, now = aux_of(key, total), str(tuple(key)).encode(), self.timeline.now
+        lanes = self.lanes_of(key)
         try:
-            actions = self.core.offer(
-                key, total_tokens=total, aux=aux, content_hash=str(key).encode(), now=now
-            )
+            self.core.check_offer(list(lanes))
         except OverloadedError as overload:
             self.budget.release(key)
-            self._refuse(key, Cause.OVERLOADED, str(overload))
+            self._fail(key, Cause.OVERLOADED, str(overload))
             return
         self.offered.add(key)
-        self.do(actions)
-        self.process.run_after(waiting.source_s, lambda: self._fill(key, waiting.total_tokens))
+        for lane_key in lanes:
+            tokens = self.parts[lane_key].tokens
+            self.do(self.core.offer(lane_key, total_tokens=tokens, aux=aux, content_hash=content, now=now))
+        self.process.run_after(waiting.source_s, lambda: self._fill(key))
 
-    def _fill(self, key: RoomKey, total_tokens: int) -> None:
-        sums = digests(cells(key, 0, total_tokens))
-        self.do(self.core.ready(key, source_ms=1.0, digests=sums, now=self.timeline.now))
+    def _fill(self, key: RoomKey) -> None:
+        for lane_key in self.lanes_of(key):
+            part = self.parts[lane_key]
+            sums = digests(cells(key, part.first_row, part.first_row + part.tokens))
+            self.do(self.core.ready(lane_key, source_ms=1.0, digests=sums, now=self.timeline.now))
 
     # ------------------------------------------------------------------ driving
 
@@ -198,7 +225,7 @@ class SenderNode:
             self,
             timeline=self.timeline,
             faults=self.setup.faults,
-            total_tokens=self.total_tokens,
+            parts=self.parts,
         )
 
     def _detach(self, peer: Peer) -> None:
@@ -207,10 +234,19 @@ class SenderNode:
             wire.close()
 
     def _release(self, release: Release) -> None:
-        if release.key in self.ends:
+        """One lane is over. A room is over with the last of them, and one that fails takes the others with it."""
+        if release.key in self.releases:
             raise InvariantBroken(f"{self.address} released {release.key} twice")
-        self.ends[release.key] = release
-        self.budget.release(release.key)
+        self.releases[release.key] = release
+        key = release.key.of_room
+        ends = [self.releases.get(lane_key) for lane_key in self.lanes_of(key)]
+        if None in ends:
+            if release.cause is not Cause.DONE:
+                self._fail(key, release.cause, release.detail)
+            return
+        failed = [end for end in ends if end is not None and end.cause is not Cause.DONE]
+        self.ends[key] = replace((failed or [release])[0], key=key)
+        self.budget.release(key)
         self.process.run_after(0.0, self._offer_waiting)
 
     # ------------------------------------------------------------------ what the wire reports

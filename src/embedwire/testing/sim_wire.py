@@ -41,6 +41,15 @@ class WireFaults:
     """A broken wire: it reports a slice when it is begun."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a lane carries: ``tokens`` of a room's ``of_tokens``, from the row ``first_row`` on."""
+
+    first_row: int
+    tokens: int
+    of_tokens: int
+
+
 class WriteEvents(Protocol):
     """What a wire reports to the sender that writes."""
 
@@ -71,14 +80,14 @@ class Wire:
         *,
         timeline: Timeline,
         faults: WireFaults,
-        total_tokens: dict[RoomKey, int],
+        parts: dict[RoomKey, Part],
     ) -> None:
         self._owner = owner
         self._target = target
         self._events = events
         self._timeline = timeline
         self._faults = faults
-        self._total_tokens = total_tokens
+        self._parts = parts
         self._jobs: deque[Write] = deque()
         self._running: Write | None = None
         self._position = 0
@@ -211,10 +220,10 @@ class Wire:
                 f"a write of {write.key} lands in blocks that are no longer kept for it: {granted}"
             )
         if start < stop:
-            first = granted.start_token
+            first = self._parts[write.key].first_row + granted.start_token
             self._target.memory.write(granted, start, cells(write.key, first + start, first + stop))
         if granted.number == 0 and start == 0:
-            aux = aux_of(write.key, self._total_tokens[write.key])
+            aux = aux_of(write.key, self._parts[write.key].of_tokens)
             self._target.memory.aux[granted.block_indices[0]] = aux
 
     def _report(self, write: Write, landed_tokens: int) -> None:

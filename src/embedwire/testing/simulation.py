@@ -9,65 +9,28 @@ Time jumps to the next delivery or deadline, so minutes take milliseconds, and a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from embedwire.errors import OverloadedError
 from embedwire.limits import Limits
-from embedwire.protocol.actions import Failed, Finished, Peer
-from embedwire.protocol.messages import Cause, Grant, Message, RoomKey
+from embedwire.protocol.actions import Peer
+from embedwire.protocol.messages import Message, RoomKey
+from embedwire.protocol.topology import ALONE, Delivery, RankGroup
 from embedwire.testing.sim_checks import Checks, check_rest
+from embedwire.testing.sim_group import EncoderGroup, Group
 from embedwire.testing.sim_link import Link, Weather
 from embedwire.testing.sim_receiver import ReceiverNode, ReceiverSetup
 from embedwire.testing.sim_sender import SenderNode, SenderSetup
 from embedwire.testing.sim_timeline import NEVER, Timeline
+from embedwire.testing.sim_transfer import Receiver, Sender, Transfer
 from embedwire.testing.sim_wire import FENCED, ONE_SIDED, InvariantBroken, Target, WireFaults
 
 __all__ = ["FENCED", "ONE_SIDED", "InvariantBroken", "Transfer", "Weather", "WireFaults", "World"]
 
 STEPS_MAX = 100_000
 """A world that has not come to rest after so many events never will."""
-
-
-class Transfer:
-    """One room of the world, seen from both ends. Ends are of the processes that took it up."""
-
-    def __init__(self, key: RoomKey, total_tokens: int, sender: SenderNode, receiver: ReceiverNode) -> None:
-        self.key = key
-        self.total_tokens = total_tokens
-        self.sender = sender
-        self.receiver = receiver
-        self.is_refused_at_once = False
-
-    @property
-    def grants(self) -> list[Grant]:
-        """What the receiver granted, round by round."""
-        return self.receiver.grants[self.key]
-
-    @property
-    def rounds(self) -> tuple[int, ...]:
-        """Tokens of each round that the sender wrote; known at its end."""
-        release = self.sender.ends.get(self.key)
-        return release.rounds if release is not None else ()
-
-    @property
-    def sender_end(self) -> Cause | None:
-        """Why the sender's room ended."""
-        release = self.sender.ends.get(self.key)
-        return release.cause if release is not None else None
-
-    @property
-    def receiver_end(self) -> Cause | None:
-        """Why the receiver's room ended."""
-        end = self.receiver.ends.get(self.key)
-        if isinstance(end, Failed):
-            return end.cause
-        return Cause.DONE if isinstance(end, Finished) else None
-
-    @property
-    def is_done(self) -> bool:
-        """Whole, on both sides."""
-        return self.sender_end is Cause.DONE and self.receiver_end is Cause.DONE
 
 
 class World:
@@ -84,6 +47,7 @@ class World:
         self.receivers: dict[str, ReceiverNode] = {}
         self.transfers: dict[RoomKey, Transfer] = {}
         self.steps = 0
+        self.groups: dict[str, Group] = {}
         self._lives = 1000
         self._life_of: dict[int, ReceiverNode] = {}
         self._died_at: dict[int, float] = {}
@@ -91,27 +55,67 @@ class World:
 
     # ------------------------------------------------------------------ who is there
 
-    def add_sender(self, address: str = "encoder-1", **setup: object) -> SenderNode:
-        """An encoder; ``setup`` are fields of SenderSetup."""
+    def add_sender(
+        self, address: str = "encoder-1", *, rank: int = 0, ranks: int = 1, **setup: object
+    ) -> SenderNode:
+        """An encoder, or one rank of it; ``setup`` are fields of SenderSetup."""
         node = SenderNode(
             address,
             replace(SenderSetup(self.limits), **setup),  # type: ignore[arg-type]
             timeline=self.timeline,
             say=self._to_receiver,
             reach=self._reach,
+            rank=rank,
+            ranks=ranks,
         )
         self.senders[address] = node
         node.start(self._new_life())
         return node
 
-    def add_receiver(self, address: str = "language-1", **setup: object) -> ReceiverNode:
-        """A language server; ``setup`` are fields of ReceiverSetup."""
+    def add_encoder_group(self, address: str = "encoder-1", size: int = 1, **setup: object) -> EncoderGroup:
+        """An encoder of several ranks."""
+        return EncoderGroup(
+            address,
+            [self.add_sender(f"{address}/{rank}", rank=rank, ranks=size, **setup) for rank in range(size)],
+        )
+
+    def add_group(
+        self,
+        address: str = "language-1",
+        size: int = 2,
+        *,
+        delivery: Delivery = "replicate",
+        hosts: Sequence[str] = (),
+        agreement_timeout_s: float = 10.0,
+        turn_s: tuple[float, float] = (0.0005, 0.005),
+        **setup: object,
+    ) -> Group:
+        """A language server of several ranks, all on one host unless told; ``setup`` are fields of each one's ReceiverSetup."""
+        ranks = RankGroup(tuple(hosts) or ("",) * size, delivery)
+        group = self.groups[address] = Group(
+            address,
+            ranks,
+            timeline=self.timeline,
+            agreement_timeout_s=agreement_timeout_s,
+            turn_s=turn_s,
+        )
+        for rank in range(ranks.size):
+            group.nodes.append(self.add_receiver(f"{address}/{rank}", group=group, rank=rank, **setup))
+        return group
+
+    def add_receiver(
+        self, address: str = "language-1", *, group: Group | None = None, rank: int = 0, **setup: object
+    ) -> ReceiverNode:
+        """A language server, or one rank of it; ``setup`` are fields of ReceiverSetup."""
         node = ReceiverNode(
             address,
             replace(ReceiverSetup(self.limits), **setup),  # type: ignore[arg-type]
             timeline=self.timeline,
             say=self._to_sender,
             is_gone=self._is_gone,
+            group=group.ranks if group is not None else ALONE,
+            rank=rank,
+            on_end=group.on_end if group is not None else None,
         )
         self.receivers[address] = node
         self._life_of[self._new_life()] = node
@@ -142,6 +146,12 @@ class World:
             self._life_of[self._lives] = node
         self.timeline.note(f"start {node.address} as {self._lives}")
 
+    def restart_group(self, group: Group) -> None:
+        """A lost group, or one that has lost a rank, begins anew as a whole."""
+        group.start()
+        for node in group.nodes:
+            self.restart(node)
+
     def _is_gone(self, incarnation: int, proof_s: float) -> bool:
         died_at = self._died_at.get(incarnation)
         return died_at is not None and self.timeline.now >= died_at + proof_s
@@ -153,8 +163,8 @@ class World:
         room: int,
         total_tokens: int,
         *,
-        sender: SenderNode | None = None,
-        receiver: ReceiverNode | None = None,
+        sender: Sender | None = None,
+        receiver: Receiver | None = None,
         attempt: int = 0,
         offer_after_s: float = 0.0,
         open_after_s: float = 0.0,
@@ -162,20 +172,24 @@ class World:
     ) -> Transfer:
         """What a router does: tell an encoder and a language server of a room (the first of each, unless told)."""
         sender = sender or next(iter(self.senders.values()))
-        receiver = receiver or next(iter(self.receivers.values()))
+        receivers: list[Receiver] = [*self.groups.values(), *self.receivers.values()]
+        receiver = receiver or receivers[0]
+        readers = len(receiver.ranks.readers) if isinstance(receiver, Group) else 1
         transfer = Transfer(RoomKey(room, attempt), total_tokens, sender, receiver)
         self.transfers[transfer.key] = transfer
         key = transfer.key
-        self.after(
-            offer_after_s,
-            lambda: sender.process.run(lambda: sender.request(key, total_tokens, source_s=source_s)),
-        )
+        for node in sender.nodes:
+            node.expect(key, readers=readers)
+            self.after(offer_after_s, partial(self._offer, node, transfer, source_s))
         self.after(open_after_s, lambda: receiver.process.run(lambda: self._open(transfer)))
         return transfer
 
+    def _offer(self, node: SenderNode, transfer: Transfer, source_s: float) -> None:
+        node.process.run(lambda: node.request(transfer.key, transfer.total_tokens, source_s=source_s))
+
     def _open(self, transfer: Transfer) -> None:
         try:
-            transfer.receiver.open(transfer.key, transfer.sender.address)
+            transfer.receiver.open(transfer.key, [node.address for node in transfer.sender.nodes])
         except OverloadedError:
             transfer.is_refused_at_once = True
 
@@ -238,6 +252,8 @@ class World:
         for receiver in self.receivers.values():
             if receiver.core.admission.quarantined:
                 receiver.process.run(receiver.look_for_proof)
+        for group in self.groups.values():
+            group.look()
         self.steps += 1
         self._checks.after_event(self.senders.values(), self.receivers.values())
         return True
@@ -269,6 +285,9 @@ class World:
         while self._step_or_stop():
             pass
         check_rest(self.senders.values(), self.receivers.values())
+        for group in self.groups.values():
+            if not group.is_at_rest:
+                raise InvariantBroken(f"{group.address} has not come to rest")
 
     def _step_or_stop(self) -> bool:
         if self.steps >= STEPS_MAX:
