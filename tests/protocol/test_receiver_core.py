@@ -63,7 +63,7 @@ class Bench:
             memory=self.memory,
             token_bytes=1,
             default_allocate_tokens=256,
-            limits=Limits(**limits),
+            limits=Limits(**{"window_rounds": 1, **limits}),
         )
         self.wire = wire
 
