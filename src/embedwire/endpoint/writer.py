@@ -220,7 +220,6 @@ class SessionWriter:
             outcome = Outcome.UNKNOWN
         self._events.written(job.write, outcome)
         if outcome is Outcome.LANDED and region.has_marks:
-            region.set_mark(
-                ticket, total
-            )  # not sooner: what the receiver answers must find that we know of it
+            # not sooner: what the receiver answers to it must find that our own driver knows
+            region.set_mark(ticket, total)
         return outcome is not Outcome.UNKNOWN or self._renew(job.write)
