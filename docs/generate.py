@@ -27,6 +27,7 @@ from embedwire.cli.settings import GROUPS, Bounds
 from embedwire.encode import EncodeStats
 from embedwire.endpoint import ReceiverStats, SenderStats
 from embedwire.language import LanguageStats
+from embedwire.limits import Limits
 from embedwire.protocol import messages, states
 from embedwire.serve.faults import fault_of
 from embedwire.serve.metrics import AppMetrics
@@ -196,7 +197,7 @@ def power(number: int) -> str:
 @cache
 def example() -> tuple[Envelope, ...]:
     """What the two cores really say: room 7, 300 tokens, a pool of two blocks of 128, in virtual time."""
-    world = World(seed=0)
+    world = World(seed=0, limits=Limits(window_rounds=1))
     world.add_sender()
     world.add_receiver(num_blocks=2, block_size=128)
     world.request(7, 300, source_s=0.05)

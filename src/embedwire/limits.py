@@ -84,7 +84,7 @@ class Limits:
     """``open`` messages that wait for their room to be offered."""
     tombstones_max: int = 16384
     """Ended rooms whose end is remembered, to answer a late message."""
-    window_rounds: int = 1
+    window_rounds: int = 2
     """Grants of one room that may be open at a time. 1 is stop-and-wait."""
 
     def __post_init__(self) -> None:

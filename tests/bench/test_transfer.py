@@ -16,7 +16,9 @@ from embedwire.errors import ConfigurationError, TransferError
 
 @pytest.mark.parametrize("wire", ["shm", "tcp"])
 def test_rounds_and_bytes_are_those_of_the_pool(wire: str) -> None:
-    subject = Subject(transport=wire, tokens=40, token_bytes=64, pools_tokens=(16, 5), block_size=4)
+    subject = Subject(
+        transport=wire, tokens=40, token_bytes=64, pools_tokens=(16, 5), block_size=4, window_rounds=1
+    )
     ticks: Counter[str] = Counter()
     cases = measure(subject, repeat=1, on_progress=lambda: ticks.update(["tick"]))
     assert [(c.pool_tokens, c.rounds) for c in cases] == [(40, 1), (16, 3), (8, 5)]

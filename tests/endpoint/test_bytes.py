@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedwire.limits import Limits
 from embedwire.memory.layout import item, multimodal
 from embedwire.testing.payload import differing
 
 pytestmark = pytest.mark.timeout(60)
 
+ONE_BY_ONE = Limits(window_rounds=1)
+"""Each round takes all of the pool that it can use, and the next waits for it."""
 ROUNDS = [
     # total, default_allocate_tokens, blocks of the pool, the rounds that follow
     pytest.param(2000, 1024, 64, (1024, 976), id="1-resume"),
@@ -32,7 +35,7 @@ ROUNDS = [
 @pytest.mark.parametrize(("total", "default", "blocks", "rounds"), ROUNDS)
 def test_rounds(stage: Any, total: int, default: int, blocks: int, rounds: tuple[int, ...]) -> None:
     """Scenarios 1 to 3, 6 to 8 and 12, B 128: as many rounds as it takes, of whole blocks, every byte right."""
-    receiver = stage.receiver(num_blocks=blocks, default_allocate_tokens=default)
+    receiver = stage.receiver(num_blocks=blocks, default_allocate_tokens=default, limits=ONE_BY_ONE)
     received = stage.move(stage.sender(), receiver, 7, total)
     assert received.report.rounds == rounds
     assert received.report.transport == stage.wire
@@ -51,7 +54,7 @@ def test_one_block_moves_any_length(stage: Any) -> None:
 @pytest.mark.parametrize("block_size", [96, 128, 16, 8192])
 def test_any_block_size(stage: Any, block_size: int) -> None:
     """Scenario 14: the sender learns the receiver's block size; a cut need not suit any other number."""
-    receiver = stage.receiver(num_blocks=3, block_size=block_size)
+    receiver = stage.receiver(num_blocks=3, block_size=block_size, limits=ONE_BY_ONE)
     first = min(3 * block_size, 2500)
     assert stage.move(stage.sender(), receiver, 1, 2500).report.rounds[0] == first
 
@@ -68,7 +71,9 @@ def test_any_block_size(stage: Any, block_size: int) -> None:
 )
 def test_any_layout(stage: Any, layout: Any) -> None:
     """Scenario 19: with deepstack and without, with positions and without; all of it in several rounds."""
-    received = stage.move(stage.sender(layout), stage.receiver(layout, num_blocks=5), 2, 2000)
+    received = stage.move(
+        stage.sender(layout), stage.receiver(layout, num_blocks=5, limits=ONE_BY_ONE), 2, 2000
+    )
     assert received.report.rounds == (640, 640, 640, 80)
     assert set(received.arrays) == {field.name for field in layout}
 

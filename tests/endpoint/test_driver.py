@@ -23,7 +23,7 @@ class Idle(Driver):
         self.faults = 0
         self._thread.start()
 
-    def _on_readable(self, socket: Any) -> None: ...
+    def _on_frames(self, socket: Any, frames: Any) -> None: ...
 
     def _on_time(self, now: float) -> None:
         if self.faults:
@@ -122,3 +122,36 @@ def test_an_endpoint_needs_a_wire(stage: Any) -> None:
         stage.sender(transports=())
     with pytest.raises(ConfigurationError, match="carrier pigeon"):
         stage.receiver(transports=("carrier pigeon",))
+
+
+def test_what_was_posted_before_a_message_is_known_before_it() -> None:
+    """A peer may answer what it saw by itself: then the task that tells us of the same has to be first, also when message and
+    task come in one turn."""
+    import zmq
+
+    order: list[str] = []
+
+    class Listener(Idle):
+        def __init__(self) -> None:
+            Driver.__init__(self, "embedwire-listener")
+            self.faults = 0
+            self.ours, self.theirs = (self._context.socket(zmq.PAIR) for _ in range(2))
+            self.ours.bind("inproc://order")
+            self.theirs.connect("inproc://order")
+            self._poller.register(self.ours, zmq.POLLIN)
+            self._thread.start()
+
+        def _read_all(self, socket: Any) -> list[list[bytes]]:  # type: ignore[override]
+            frames = Driver._read_all(socket)
+            self.post(lambda: order.append("task"))
+            return frames
+
+        def _on_frames(self, socket: Any, frames: Any) -> None:
+            order.extend(frame.decode() for (frame,) in frames)
+
+    listener = Listener()
+    listener.theirs.send(b"message")
+    while "message" not in order:
+        listener.call(lambda: None)
+    listener.close()
+    assert order == ["task", "message"]

@@ -10,6 +10,7 @@ import pytest
 
 from embedwire.endpoint.writer import SessionWriter
 from embedwire.errors import TransportError
+from embedwire.limits import Limits
 from embedwire.memory.source import Source
 from embedwire.transports.contract import Outcome
 from embedwire.transports.shm import ShmOutbound, ShmRegion
@@ -105,7 +106,10 @@ def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch
 
     monkeypatch.setattr(region, "close", close)
     script(monkeypatch, region, "write", [lambda: Outcome.UNKNOWN])
-    sender, receiver = stage.sender(), stage.receiver(num_blocks=4, default_allocate_tokens=128)
+    sender, receiver = (
+        stage.sender(),
+        stage.receiver(num_blocks=4, default_allocate_tokens=128, limits=Limits(window_rounds=1)),
+    )
     stage.offer(sender, 1, TOKENS)
     assert stage.failure_of(receiver.open(1, sender.address)).cause == "wire_failed"
     assert receiver.stats().blocks_quarantined == (1 if stage.wire == "shm" else 0)

@@ -8,7 +8,7 @@ import pytest
 
 from embedwire.errors import ProtocolViolation
 from embedwire.limits import AUX_WORDS
-from embedwire.protocol.messages import Announce, Cause, Init, ResumeTransfer, RoomKey, Status
+from embedwire.protocol.messages import Announce, Cause, Init, ResumeTransfer, RoomKey
 from embedwire.protocol.receiver import CorruptRoom, ReceiverTransfer
 from embedwire.protocol.states import Poll, ReceiverState
 
@@ -36,10 +36,6 @@ def room(total: int = 2000) -> ReceiverTransfer:
     made = ReceiverTransfer(RoomKey(7), "encoder-1", opened_at=0.0)
     assert made.on_announce(announce(total))
     return made
-
-
-def status(sent: int, number: int = 0) -> Status:
-    return Status(source=1, room=7, poll=Poll.TRANSFERRING, round=number, sent_tokens=sent)
 
 
 def test_announced_once_and_for_all() -> None:
@@ -88,11 +84,11 @@ def test_landed_only_grows_and_is_drained_once() -> None:
     made = room()
     made.grant((3,), block_size=128, ticket=1)
     made.grant((1,), block_size=128, ticket=2)
-    assert made.on_status(status(100))
+    assert made.on_progress(100)
     assert [(d.from_token, d.to_token) for d in made.take_drains()] == [(0, 100)]
-    assert not made.on_status(status(50))
+    assert not made.on_progress(50)
     assert made.take_drains() == []
-    assert made.on_status(status(200))
+    assert made.on_progress(200)
     drains = made.take_drains()
     assert [(d.from_token, d.to_token, d.round.number) for d in drains] == [(100, 128, 0), (128, 200, 1)]
     assert made.landed_tokens == 200
@@ -103,7 +99,7 @@ def test_more_than_was_granted_is_a_violation() -> None:
     made = room()
     made.grant((3,), block_size=128, ticket=1)
     with pytest.raises(ProtocolViolation, match="129 tokens sent, but only 128"):
-        made.on_status(status(129))
+        made.on_progress(129)
 
 
 def test_a_round_is_done_when_drained() -> None:
@@ -111,8 +107,8 @@ def test_a_round_is_done_when_drained() -> None:
     made = room(200)
     first = made.grant((3,), block_size=128, ticket=1)
     assert made.pop_round_done() is None
-    assert made.on_status(status(128))
-    assert not made.on_status(status(128))
+    assert made.on_progress(128)
+    assert not made.on_progress(128)
     assert made.pop_round_done() is None
     made.on_drained(127, aux=aux_of(200), digests=None)
     assert made.pop_round_done() is None
@@ -125,7 +121,7 @@ def test_sums_that_differ_and_another_aux_are_corruption() -> None:
     """Neither is a success."""
     made = room(128)
     made.grant((3,), block_size=128, ticket=1)
-    made.on_status(status(128))
+    made.on_progress(128)
     with pytest.raises(CorruptRoom, match="aux"):
         made.on_drained(100, aux=(0,) * 16, digests=None)
     with pytest.raises(CorruptRoom, match="sums"):

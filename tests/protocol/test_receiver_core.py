@@ -64,7 +64,7 @@ class Bench:
             memory=self.memory,
             token_bytes=1,
             default_allocate_tokens=256,
-            limits=Limits(**limits),
+            limits=Limits(**{"window_rounds": 1, **limits}),
         )
         self.wire = wire
 
@@ -126,7 +126,7 @@ def test_a_whole_room() -> None:
     assert isinstance(sent(second)[0], ResumeTransfer)
     bench.status(300, 1)
     last = bench.drained(300, (9,))
-    assert [type(a) for a in last] == [Revoke, Finished, Send]
+    assert [type(a) for a in last] == [Revoke, Send, Finished]
     assert isinstance(sent(last)[0], Done)
     assert bench.blocks.blocks_free == 4
     assert bench.hear(Ended(**FROM, room=7, cause=Cause.DONE)) == []

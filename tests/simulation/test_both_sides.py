@@ -130,7 +130,7 @@ def test_the_status_overtakes_the_bytes() -> None:
 @pytest.mark.parametrize("kind", [Init, ResumeTransfer])
 def test_an_abort_crosses_a_grant(kind: type[Message], wire: str) -> None:
     """Scenario 26e: the grant is on its way when the room is aborted, and arrives after the abort: it writes nothing."""
-    world = World()
+    world = World(limits=Limits(window_rounds=1))
     sender = world.add_sender()
     receiver = world.add_receiver(default_allocate_tokens=1024, wire=wire)
     world.link.rules.append(delay(kind, 5.0))

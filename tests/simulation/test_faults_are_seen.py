@@ -30,7 +30,7 @@ Patch = pytest.MonkeyPatch
 
 def two_rounds() -> None:
     """2000/1024, B 128; every status and grant comes twice."""
-    world = World()
+    world = World(limits=Limits(window_rounds=1))
     sender = world.add_sender()
     world.add_receiver(default_allocate_tokens=1024, num_blocks=8)
     world.link.rules += [delay(Status, 0.001, 0.003), delay(Grant, 0.001, 0.004)]

@@ -19,8 +19,8 @@ WIRES = (FENCED, ONE_SIDED)
 
 
 def pair(**receiver: object) -> tuple[World, SenderNode, ReceiverNode]:
-    """A world of one sender, whose slices take a tenth of a second, and one receiver with a pool of 8 blocks."""
-    world = World()
+    """A world of one sender, whose slices take a tenth of a second, and one receiver with a pool of 8 blocks; one round at a time."""
+    world = World(limits=Limits(window_rounds=1))
     sender = world.add_sender(faults=WireFaults(slice_s=(0.1, 0.1)))
     return world, sender, world.add_receiver(**({"num_blocks": 8} | receiver))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from embedwire.limits import Limits
 from embedwire.protocol.messages import Cause, Init, ResumeTransfer, RoomKey, Status
 from embedwire.protocol.states import Poll
 from embedwire.testing.sim_link import delay
@@ -15,8 +16,8 @@ from embedwire.testing.simulation import FENCED, Transfer, World
 def transfer_alone(
     total: int, default: int, *, block_size: int = 128, num_blocks: int = 512
 ) -> tuple[World, Transfer]:
-    """A world with one room in it, at rest."""
-    world = World()
+    """A world with one room in it, at rest; one round at a time."""
+    world = World(limits=Limits(window_rounds=1))
     world.add_sender()
     world.add_receiver(default_allocate_tokens=default, block_size=block_size, num_blocks=num_blocks)
     transfer = world.request(7, total)
@@ -64,7 +65,7 @@ def test_aux_is_read_from_round_0_only() -> None:
 
 def test_one_resume_a_round_however_often_the_status_comes() -> None:
     """Scenario 4: every status arrives four times, while the poll stays TRANSFERRING: one grant a round."""
-    world = World()
+    world = World(limits=Limits(window_rounds=1))
     world.add_sender()
     world.add_receiver(default_allocate_tokens=1024, num_blocks=8)
     world.link.rules.append(delay(Status, 0.001, 0.0011, 0.002, 0.003))
@@ -190,7 +191,6 @@ def test_sizes_worth_keeping(total: int, default: int, num_blocks: int, rounds: 
 
 def test_a_window_keeps_several_grants_open() -> None:
     """With a window of 3 the next grants are out before the first has landed, and again after each that was drained."""
-    from embedwire.limits import Limits
 
     world = World(limits=Limits(window_rounds=3))
     world.add_sender()

@@ -25,7 +25,7 @@ from embedwire.bench.payload import WORD_BYTES, Payload, layout
 from embedwire.bench.peer import HOST, Peer, peer
 from embedwire.endpoint import ReceiverEndpoint
 from embedwire.errors import ConfigurationError, TransferError
-from embedwire.limits import Limits
+from embedwire.limits import DEFAULT_LIMITS, Limits
 
 WARM_UP = 2
 RESULT_WAIT_S = 120.0
@@ -41,7 +41,7 @@ class Subject:
     token_bytes: int
     pools_tokens: tuple[int, ...]
     block_size: int = 128
-    window_rounds: int = 1
+    window_rounds: int = DEFAULT_LIMITS.window_rounds
 
     def __post_init__(self) -> None:
         if self.transport not in BASELINES:

@@ -68,8 +68,8 @@ class Driver(ABC):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @abstractmethod
-    def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
-        """Read what has come in on one of the registered sockets."""
+    def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
+        """Take what has come in on one of the registered sockets."""
 
     @abstractmethod
     def _on_time(self, now: float) -> None:
@@ -143,10 +143,15 @@ class Driver(ABC):
             if readable == self._wake:
                 os.eventfd_read(self._wake)
             else:
-                self._guard(partial(self._on_readable, readable))
+                frames = self._read_all(readable)
+                self._run_tasks()  # what was posted before a message came in is known before that is
+                self._guard(partial(self._on_frames, readable, frames))
+        self._run_tasks()
+        self._guard(lambda: self._on_time(time.monotonic()))
+
+    def _run_tasks(self) -> None:
         for _ in range(len(self._tasks)):
             self._guard(self._tasks.popleft())
-        self._guard(lambda: self._on_time(time.monotonic()))
 
     def _guard(self, step: Callable[[], None]) -> None:
         try:

@@ -7,6 +7,7 @@ drains blocks into assemblies.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 import weakref
@@ -60,12 +61,18 @@ from embedwire.protocol.actions import (
 )
 from embedwire.protocol.handshake import Offered
 from embedwire.protocol.messages import Cause, RoomKey
+from embedwire.protocol.receiver import ReceiverTransfer
 from embedwire.protocol.receiver_core import ReceiverCore, Room
 from embedwire.protocol.topology import ALONE
 from embedwire.transports import open_inbound
+from embedwire.transports.contract import Inbound
 
 logger = logging.getLogger(__name__)
 
+WATCH_S = 0.0025
+"""For this long after a grant and after each drain a wire's marks are looked at; then the room waits for a status."""
+NAP_S = 20e-6
+"""The sleep between two looks. It is a sleep and no spinning: the writer may have been put on the same core."""
 PROOF_POLL_S = 0.5
 """How often to look whether a peer that may still write to quarantined blocks is gone."""
 
@@ -142,6 +149,7 @@ class ReceiverEndpoint(Driver):
         self._rounds_total = self._bytes_total = self._frames_refused = 0
         self._proof_at = 0.0
         self._member: GroupMember | None = None
+        self._watched: dict[RoomKey, float] = {}
         self._thread.start()
         if seat is not None and seat.group.size > 1:
             self._join(seat, on_room, on_lost)
@@ -300,11 +308,14 @@ class ReceiverEndpoint(Driver):
         self._connect(address)
 
     def _next_due(self) -> float | None:
+        if self._watched:
+            return 0.0
         due = self._core.next_due()
         return due if not self._core.suspects else min(due or self._proof_at, self._proof_at)
 
     def _on_time(self, now: float) -> None:
         self.carry_out(self._core.on_tick(now))
+        self._look(now)
         while self._silent:
             self._connect_again(self._silent.pop())
         if now >= self._proof_at and (suspects := self._core.suspects):
@@ -313,11 +324,47 @@ class ReceiverEndpoint(Driver):
                 if all(inbound.is_gone(incarnation) for inbound in self._inbounds.values()):
                     self.carry_out(self._core.on_peer_gone(incarnation, now=now))
 
-    def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
+    def _look(self, now: float) -> None:
+        """Take from the wire's marks what has landed in the rooms that are watched."""
+        was_news = False
+        for key, until in list(self._watched.items()):
+            room, inbound = self._core.lanes.rooms.get(key), self._inbound_of(key)
+            if room is None or inbound is None or not room.open_rounds or now >= until:
+                del self._watched[key]
+            elif actions := self._core.on_landed(key, self._marked(room, inbound), now=now):
+                was_news = True
+                self.carry_out(actions)
+        if self._watched and not was_news:
+            time.sleep(NAP_S)
+
+    def _watch(self, key: RoomKey) -> None:
+        """Something may land soon: for a moment, look rather than wait to be told."""
+        inbound = self._inbound_of(key)
+        if inbound is not None and inbound.has_marks:
+            self._watched[key] = time.monotonic() + WATCH_S
+
+    def _inbound_of(self, key: RoomKey) -> Inbound | None:
+        """The wire that a room comes over, as long as there is a session."""
+        room = self._core.lanes.rooms.get(key)
+        return (
+            None if room is None else self._inbounds.get(self._core.lanes.sessions[room.address].wire or "")
+        )
+
+    @staticmethod
+    def _marked(room: ReceiverTransfer, inbound: Inbound) -> int:
+        """The contiguous landed prefix of a room, as the marks under its open grants show it."""
+        landed = room.landed_tokens
+        for granted in room.open_rounds:
+            if landed < granted.start_token:
+                break
+            landed = max(landed, granted.start_token + min(inbound.mark(granted.ticket), granted.tokens))
+        return landed
+
+    def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
         address = next(a for a, s in self._sockets.items() if s is socket)
-        for frames in self._read_all(socket):
+        for *_, frame in frames:
             try:
-                message = messages.decode_for_receiver(frames[-1])
+                message = messages.decode_for_receiver(frame)
             except ProtocolViolation as violation:
                 self._frames_refused += 1
                 logger.warning("! refused a frame from %s: %s", address, violation)
@@ -338,6 +385,8 @@ class ReceiverEndpoint(Driver):
         match action:
             case Send(address, message):
                 self._say(address, message)
+                if isinstance(message, messages.Grant):
+                    self._watch(message.key)
             case Permit(_, granted):
                 spans = self._geometry.grant_spans(granted.block_indices)
                 for inbound in self._inbounds.values():
@@ -407,14 +456,15 @@ class ReceiverEndpoint(Driver):
                 granted.block_indices, rows, start=first - granted.start_token, tokens=last - first
             )
             sums.update(rows)
+            os.sched_yield()  # to threads of messages that were put on this core, however idle the others are
         aux = self._pool.read_aux(granted.block_indices[0]) if drain.from_token == 0 else None
         digests = sums.digest() if drain.to_token == room.total_tokens else None
         self._rounds_total += drain.to_token == granted.end_token
         self._bytes_total += (drain.to_token - drain.from_token) * self.layout.token_bytes
         now = time.monotonic()
-        self._pending.extend(
-            self._core.on_drained(drain.key, drain.to_token, aux=aux, digests=digests, now=now)
-        )
+        actions = self._core.on_drained(drain.key, drain.to_token, aux=aux, digests=digests, now=now)
+        self._pending.extendleft(reversed(actions))  # a grant goes out before the next drain: both sides work
+        self._watch(drain.key)
 
     def _finish(self, room: Room) -> None:
         if self._member is not None:

@@ -53,6 +53,9 @@ from embedwire.transports.contract import Outcome
 
 logger = logging.getLogger(__name__)
 
+STATUS_S = 0.002
+"""Over a wire with marks a status waits for this long, for a newer one or the room's end: most often the receiver has seen it by then."""
+
 
 class SenderEndpoint(Driver):
     """Offers rooms of one layout to any number of receivers.
@@ -90,6 +93,7 @@ class SenderEndpoint(Driver):
         self._retired: list[SessionWriter] = []
         self._landed: dict[tuple[RoomKey, int], int] = {}
         self._landed_lock = threading.Lock()
+        self._held: dict[RoomKey, tuple[float, Peer, messages.Status]] = {}
         self._ended: Counter[str] = Counter()
         self._rounds_total = self._bytes_total = self._frames_refused = 0
         self._socket = self._context.socket(zmq.ROUTER)
@@ -221,17 +225,26 @@ class SenderEndpoint(Driver):
     # ------------------------------------------------------------------ the driver's thread
 
     def _next_due(self) -> float | None:
-        return self._core.next_due()
+        due = self._core.next_due()
+        return min([held[0] for held in self._held.values()] + ([] if due is None else [due]), default=None)
 
     def _on_time(self, now: float) -> None:
         self._carry_out(self._core.on_tick(now))
+        for key, (due, peer, status) in list(self._held.items()):
+            if now >= due:
+                del self._held[key]
+                self._say(peer, status)
 
-    def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
-        for frames in self._read_all(socket):
-            identity, frame = frames[0], frames[-1]
+    def _is_marked(self, peer: Peer) -> bool:
+        writer = self._writers.get(peer)
+        return writer is not None and writer.has_marks
+
+    def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
+        for parts in frames:
+            identity, frame = parts[0], parts[-1]
             try:
                 message = messages.decode_for_sender(frame)
-                if len(frames) != 2 or identity != identity_of(message.source):
+                if len(parts) != 2 or identity != identity_of(message.source):
                     raise ProtocolViolation("a message under another receiver's name")
             except ProtocolViolation as violation:
                 self._refuse(identity, violation)
@@ -254,6 +267,9 @@ class SenderEndpoint(Driver):
 
     def _do(self, action: SenderAction) -> None:
         match action:
+            case Reply(peer, messages.Status() as status) if self._is_marked(peer):
+                due, *_ = self._held.get(status.key) or (time.monotonic() + STATUS_S,)
+                self._held[status.key] = (due, peer, status)
             case Reply(peer, message):
                 self._say(peer, message)
             case Attach(peer, hello):
@@ -312,6 +328,7 @@ class SenderEndpoint(Driver):
 
     def _release(self, release: Release) -> None:
         """One lane is over. A room is over with the last of them, and one that fails takes the others with it."""
+        self._held.pop(release.key, None)
         offer = self._offers.pop(release.key)
         offer.releases[release.key] = release
         offer.sources.pop(release.key, None)

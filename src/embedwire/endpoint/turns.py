@@ -221,19 +221,19 @@ class Turns(Driver):
         until = time.monotonic() + self._seat.timeout_s
         while self._facts is not None and not self._is_ended and (left_s := until - time.monotonic()) > 0:
             if self._socket.poll(math.ceil(left_s * 1000), zmq.POLLIN):
-                self._on_readable(self._socket)
+                self._on_frames(self._socket, self._read_all(self._socket))
         self._end(f"rank {self._seat.rank} is shutting down", is_lost=False)
 
     # ------------------------------------------------------------------ the turns' thread
 
-    def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
-        for frames in self._read_all(socket):
+    def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
+        for *_, frame in frames:
             if self._is_ended:
                 return
             if self._is_leader:
-                self._hear_rank(_decode_rank(frames[-1]))
+                self._hear_rank(_decode_rank(frame))
             else:
-                self._hear_leader(_decode_leader(frames[-1]))
+                self._hear_leader(_decode_leader(frame))
 
     def _on_time(self, now: float) -> None:
         if self._is_leader and self._wants_turn and not self._is_ended:

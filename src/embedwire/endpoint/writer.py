@@ -6,6 +6,7 @@ So a receiver that is slow or frozen holds up nobody else. It owns the wire's se
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 REPORTS_A_ROUND = 16
 """Progress within a round is told in at most this many steps: enough for the receiver to drain while the rest is written, and few enough
 that telling does not take the processor from those who copy."""
+SLICES_A_REPORT = 16
+"""Over a wire with marks the receiver sees each slice by itself; it is told this often, in case that it sleeps."""
 
 
 class WriterEvents(Protocol):
@@ -96,6 +99,12 @@ class SessionWriter:
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"embedwire-writer-{peer:x}", daemon=True)
         self._thread.start()
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the receiver sees what has landed before it is told."""
+        region = self._region
+        return region is not None and region.has_marks
 
     def submit(self, job: WriteJob) -> None:
         """Queue a round. ``written`` is reported for it in any case."""
@@ -180,21 +189,27 @@ class SessionWriter:
     def _carry_out(self, job: WriteJob) -> bool:
         """Write a round and report it. False: the receiver is out of reach."""
         assert self._region is not None
-
+        region, ticket = self._region, job.write.round.ticket
         total, told = job.write.round.tokens, job.write.landed_tokens
 
         def on_landed(slices: int) -> None:
             nonlocal told
             landed = job.slice_ends[slices - 1]
-            if (
-                landed < total and (landed - told) * REPORTS_A_ROUND >= total
-            ):  # of the last one, `written` tells
+            if landed == total:  # of the last one, `written` tells
+                return
+            if region.has_marks:
+                region.set_mark(ticket, landed)
+                is_due = slices % SLICES_A_REPORT == 0
+                os.sched_yield()  # to threads of messages that were put on this core, however idle the others are
+            else:
+                is_due = (landed - told) * REPORTS_A_ROUND >= total
+            if is_due:
                 told = landed
                 self._events.landed(job.write, landed)
 
         try:
-            outcome = self._region.write(
-                job.write.round.ticket,
+            outcome = region.write(
+                ticket,
                 job.slices(),
                 is_permitted=job.is_permitted,
                 on_landed=on_landed,
@@ -204,4 +219,7 @@ class SessionWriter:
             logger.exception("a write failed in a way that is our own fault")
             outcome = Outcome.UNKNOWN
         self._events.written(job.write, outcome)
+        if outcome is Outcome.LANDED and region.has_marks:
+            # not sooner: what the receiver answers to it must find that our own driver knows
+            region.set_mark(ticket, total)
         return outcome is not Outcome.UNKNOWN or self._renew(job.write)

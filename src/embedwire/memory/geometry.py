@@ -116,15 +116,18 @@ class PoolGeometry:
         touched = block_indices[start // size : -(-(start + tokens) // size)] if tokens else ()
         self.check_blocks(touched)
         runs: list[Run] = []
-        token, skip = 0, start % size
+        begin = first = count = 0  # the run that is being joined: its token, its slot, its length
+        token, slot, skip = 0, 0, start % size
         for index in touched:
-            slot, count = index * size + skip, min(size - skip, tokens - token)
-            if runs and runs[-1].slot + runs[-1].tokens == slot:
-                last = runs.pop()
-                runs.append(Run(last.token, last.slot, last.tokens + count))
-            else:
-                runs.append(Run(token, slot, count))
-            token, skip = token + count, 0
+            if index * size + skip != slot and count:
+                runs.append(Run(begin, first, count))
+                count = 0
+            if not count:
+                begin, first = token, index * size + skip
+            step = min(size - skip, tokens - token)
+            token, count, slot, skip = token + step, count + step, index * size + skip + step, 0
+        if count:
+            runs.append(Run(begin, first, count))
         return runs
 
     def spans(self, block_indices: Sequence[int], *, start: int, tokens: int) -> list[Span]:

@@ -95,10 +95,11 @@ class Admission:
             self.for_more.append(room)
 
     def _wanted(self, room: ReceiverTransfer) -> int:
-        tokens = room.remaining_tokens
+        tokens, total = room.remaining_tokens, self.blocks.blocks_total
+        most = total if self.blocks.blocks_for(tokens) <= total else max(1, total // self.window_rounds)
         if not room.round_sizes:
             tokens = min(tokens, self.default_allocate_tokens)
-        return min(self.blocks.blocks_for(tokens), max(1, self.blocks.blocks_total // self.window_rounds))
+        return min(self.blocks.blocks_for(tokens), most)
 
     def _available(self, address: Address, *, peers: int) -> int:
         """One peer may not take the whole pool from others, and gets nothing while blocks of it are in quarantine."""

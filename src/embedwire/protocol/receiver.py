@@ -21,7 +21,6 @@ from embedwire.protocol.messages import (
     ResumeTransfer,
     RoomKey,
     RoomMessage,
-    Status,
 )
 from embedwire.protocol.states import (
     LIVE,
@@ -128,14 +127,12 @@ class ReceiverTransfer:
         self.granted_tokens = new.end_token
         return new
 
-    def on_status(self, status: Status) -> bool:
+    def on_progress(self, sent_tokens: int) -> bool:
         """How far the sender has got. True when that is news."""
-        if status.sent_tokens > self.granted_tokens:
-            raise ProtocolViolation(
-                f"{status.sent_tokens} tokens sent, but only {self.granted_tokens} were granted"
-            )
-        is_news = status.sent_tokens > self.landed_tokens
-        self.landed_tokens = max(self.landed_tokens, status.sent_tokens)
+        if sent_tokens > self.granted_tokens:
+            raise ProtocolViolation(f"{sent_tokens} tokens sent, but only {self.granted_tokens} were granted")
+        is_news = sent_tokens > self.landed_tokens
+        self.landed_tokens = max(self.landed_tokens, sent_tokens)
         return is_news
 
     def take_drains(self) -> list[Drain]:

@@ -378,6 +378,10 @@ class ReceiverCore:
         """What came from ``address`` was no message: its rooms end."""
         return self._follow(self.lanes.on_violation(address, detail, now=now), now)
 
+    def on_landed(self, key: RoomKey, sent_tokens: int, *, now: float) -> list[ReceiverAction]:
+        """What the wire itself shows of a lane's landed prefix, before a status says so. Harmless when it has ended."""
+        return self._follow(self.lanes.on_landed(key, sent_tokens, now=now), now)
+
     def on_drained(
         self,
         key: RoomKey,

@@ -197,7 +197,7 @@ class ReceiverLanes:
                 if isinstance(message, Announce):
                     self._on_announce(room, message, now)
                 elif isinstance(message, Status):
-                    self._on_status(room, message, now)
+                    self._on_progress(room, message.sent_tokens, now)
             except ProtocolViolation as violation:
                 self._fail(room, Cause.VIOLATION, str(violation), now)
 
@@ -224,8 +224,15 @@ class ReceiverLanes:
         if is_news:
             self._actions.append(LaneAnnounced(room.key))
 
-    def _on_status(self, room: ReceiverTransfer, status: Status, now: float) -> None:
-        if room.on_status(status):
+    def on_landed(self, key: RoomKey, sent_tokens: int, *, now: float) -> list[LaneAction]:
+        """What the wire itself shows of a room's landed prefix, before a status says so. Harmless when the room has ended."""
+        room = self.rooms.get(key)
+        if room is not None and room.is_live:
+            self._on_progress(room, sent_tokens, now)
+        return self._take()
+
+    def _on_progress(self, room: ReceiverTransfer, sent_tokens: int, now: float) -> None:
+        if room.on_progress(sent_tokens):
             self._await(room, self.limits.round_s, now)
             self._actions.extend(room.take_drains())
 

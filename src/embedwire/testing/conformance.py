@@ -37,7 +37,7 @@ from embedwire.testing.wires import (
     stop,
     write,
 )
-from embedwire.transports.contract import Inbound, Outbound, Outcome, Piece, RemoteRegion, Slice
+from embedwire.transports.contract import MARK_MAX, Inbound, Outbound, Outcome, Piece, RemoteRegion, Slice
 
 
 class Conformance:
@@ -214,6 +214,58 @@ class Conformance:
         receiver = Receiver(inbound, memoryview(memory))
         self._write_and_compare(receiver, self._session(inbound), [[piece(5, 500, seed=1)]])
         assert_raises(UsageError, lambda: inbound.register(memoryview(memory)))
+
+    # Marks
+
+    def check_marks_show_what_the_sender_left(self) -> None:
+        receiver, region = self._pair_with_marks()
+        assert receiver.inbound.mark(1) == 0
+        for mark in (1, 7, 7, 3, MARK_MAX):
+            region.set_mark(1, mark)
+            assert receiver.inbound.mark(1) == mark
+            assert receiver.inbound.mark(2) == 0
+        receiver.check()
+        receiver.memory[:] = receiver.model
+        assert receiver.inbound.mark(1) == MARK_MAX
+
+    def check_a_mark_is_never_that_of_another_ticket(self) -> None:
+        receiver, region = self._pair_with_marks()
+        tickets = [*range(1, 2000), 2**63 - 1]
+        for ticket in tickets:
+            region.set_mark(ticket, ticket % MARK_MAX + 1)
+            assert receiver.inbound.mark(ticket) == ticket % MARK_MAX + 1
+        for ticket in tickets:
+            assert receiver.inbound.mark(ticket) in (0, ticket % MARK_MAX + 1)
+        assert receiver.inbound.mark(2000) == 0
+
+    def check_a_mark_comes_behind_the_bytes(self) -> None:
+        receiver, region = self._pair_with_marks()
+        seen = []
+
+        def on_landed(number: int) -> None:
+            region.set_mark(1, number)
+            seen.append((receiver.inbound.mark(1), bytes(receiver.memory[10 * number : 10 * number + 9])))
+
+        slices = [[piece(10 * n, 9, seed=n)] for n in range(1, 9)]
+        assert write(region, 1, slices, on_landed=on_landed) is Outcome.LANDED
+        assert seen == [(n, bytes(slices[n - 1][0].source)) for n in range(1, 9)]
+
+    def check_marks_end_with_the_session(self) -> None:
+        receiver, region = self._pair_with_marks()
+        region.set_mark(1, 5)
+        region.close()
+        region.set_mark(1, 6)
+        assert receiver.inbound.mark(1) == 5
+        receiver.memory.release()
+        receiver.inbound.close()
+        assert receiver.inbound.mark(1) == 0
+
+    def _pair_with_marks(self) -> tuple[Receiver, RemoteRegion]:
+        receiver, region = self._pair(KIB)
+        assert receiver.inbound.has_marks is region.has_marks
+        if not region.has_marks:
+            raise NotApplicable("this wire has no marks")
+        return receiver, region
 
     # Sessions
 

@@ -222,7 +222,7 @@ class Group:
                 self._later(rank, self._hear_of_loss(node, detail))
 
     def _hear_of_loss(self, node: ReceiverNode, detail: str) -> Callable[[], None]:
-        return lambda: node.do(node.core.on_group_lost(detail, now=self._timeline.now))
+        return lambda: node.do(node.core.on_group_ended(Cause.RANK_LOST, detail, now=self._timeline.now))
 
     # ------------------------------------------------------------------ ends
 

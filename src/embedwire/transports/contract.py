@@ -39,6 +39,8 @@ class Piece:
 
 Slice = Sequence[Piece]
 
+MARK_MAX = 2**31 - 1
+
 
 class Inbound(ABC):
     """The receiving half of a wire: memory that others write into.
@@ -50,6 +52,8 @@ class Inbound(ABC):
     name: ClassVar[str]
     is_fenced: ClassVar[bool]
     """Whether ``revoke`` can enforce the end of a permission by itself."""
+    has_marks: ClassVar[bool] = False
+    """Whether :meth:`mark` can show anything."""
 
     @abstractmethod
     def allocate(self, nbytes: int) -> memoryview:
@@ -77,6 +81,12 @@ class Inbound(ABC):
         enforce that, so the memory stays in quarantine until the sender confirmed or :meth:`is_gone` says
         so."""
 
+    def mark(self, ticket: int) -> int:
+        """The latest number that a sender left under ``ticket`` with :meth:`RemoteRegion.set_mark`: found by
+        looking, no message tells of it. 0 when there is none, it was overwritten by another ticket's, or the
+        wire has no marks, so nobody may wait for one. Tickets have to differ in their lower 32 bits."""
+        return 0
+
     @abstractmethod
     def is_gone(self, sender_token: int) -> bool:
         """Proof that no write of the sender which called ``Outbound.connect(…, sender_token=…)`` can land any
@@ -90,6 +100,9 @@ class Inbound(ABC):
 
 class RemoteRegion(ABC):
     """A receiver's region as a sender sees it: one session of one wire."""
+
+    has_marks: ClassVar[bool] = False
+    """Whether the receiver sees what :meth:`set_mark` leaves."""
 
     @abstractmethod
     def write(
@@ -112,6 +125,12 @@ class RemoteRegion(ABC):
         outside the region. An exception out of ``slices`` or a callback propagates, after the write has been
         ended.
         """
+
+    def set_mark(self, ticket: int, mark: int) -> None:
+        """Leave a number in 1 .. MARK_MAX where the receiver finds it under ``ticket``. Who finds it can read
+        every byte that had landed before this call. On the thread of :meth:`write`, in its callbacks too;
+        does nothing once the session has ended. Called only where ``has_marks`` is True."""
+        raise UsageError("this wire has no marks")
 
     @abstractmethod
     def close(self) -> None:

@@ -17,6 +17,7 @@ import fcntl
 import glob
 import mmap
 import os
+import platform
 import secrets
 import struct
 import threading
@@ -40,6 +41,12 @@ _MAGIC = b"EWshm\x00\x00\x01"
 _HEADER = struct.Struct("<8s16sQ")
 """Start of the segment's first page: magic and version, nonce, bytes of the region, which begins with the
 second page."""
+_MARKS, _MARKS_AT = 256, 2048
+"""In the second half of that page: one word a mark, at the place that its ticket modulo _MARKS names. The upper half of a word is
+the ticket's lower one, the lower half the mark: one aligned store, so it is never read torn."""
+_MARK_BITS = 32
+_HAS_MARKS = platform.machine() == "x86_64"
+"""There one processor sees the stores of another in their order, so whoever sees a mark sees the bytes before it too."""
 _OWNER_BYTE = 2**62
 """Locked by the receiver. Senders lock the bytes below."""
 _FLOCK = struct.Struct("hhqqi4x")
@@ -57,6 +64,7 @@ class ShmInbound(Inbound):
 
     name: ClassVar[str] = "shm"
     is_fenced: ClassVar[bool] = False
+    has_marks: ClassVar[bool] = _HAS_MARKS
 
     def __init__(self, *, host: str) -> None:
         self._fd = -1
@@ -81,6 +89,7 @@ class ShmInbound(Inbound):
             raise TransportError(
                 f"{_DIRECTORY} has no room for a region of {nbytes} bytes: {error}"
             ) from error
+        self._marks = _marks(self._map)
         self._descriptor = msgspec.msgpack.encode(_Descriptor(os.path.basename(self._path), nonce, nbytes))
         return memoryview(self._map)[mmap.PAGESIZE :]
 
@@ -94,6 +103,10 @@ class ShmInbound(Inbound):
 
     def revoke(self, ticket: int) -> bool:
         return False
+
+    def mark(self, ticket: int) -> int:
+        word = self._marks[ticket % _MARKS]
+        return word % 2**_MARK_BITS if word >> _MARK_BITS == ticket % 2**_MARK_BITS else 0
 
     def is_gone(self, sender_token: int) -> bool:
         check_sender_token(sender_token)
@@ -110,6 +123,7 @@ class ShmInbound(Inbound):
             _unlock(self._fd, _OWNER_BYTE)
             os.close(self._fd)
         if self._descriptor:
+            self._marks = memoryview(bytes(8 * _MARKS)).cast("Q")
             with suppress(BufferError):
                 self._map.close()
 
@@ -117,11 +131,14 @@ class ShmInbound(Inbound):
 class ShmRegion(RemoteRegion):
     """A mapped segment of somebody else. Holds the sender's lock for as long as it is mapped."""
 
+    has_marks: ClassVar[bool] = _HAS_MARKS
+
     def __init__(self, fd: int, nbytes: int, *, on_close: Callable[[ShmRegion], None]) -> None:
         self._fd = fd
         self._on_close = on_close
         self._map = mmap.mmap(fd, mmap.PAGESIZE + nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._bytes = np.frombuffer(self._map, np.uint8, offset=mmap.PAGESIZE)
+        self._marks = _marks(self._map)
         self._nbytes = nbytes
         self._closed = False
         self._copying = threading.Lock()  # close() waits for the slice that is being copied
@@ -150,12 +167,18 @@ class ShmRegion(RemoteRegion):
             on_landed(number)
         return Outcome.LANDED
 
+    def set_mark(self, ticket: int, mark: int) -> None:
+        with self._copying:
+            if _HAS_MARKS and not self._closed:
+                self._marks[ticket % _MARKS] = (ticket % 2**_MARK_BITS) << _MARK_BITS | mark
+
     def close(self) -> None:
         with self._copying:
             if self._closed:
                 return
             self._closed = True
             self._bytes = np.empty(0, np.uint8)
+            self._marks.release()
             self._map.close()
             os.close(self._fd)  # and with it the lock: the mapping went before
         self._on_close(self)
@@ -206,6 +229,10 @@ def _attach(target: _Descriptor, sender_token: int, *, on_close: Callable[[ShmRe
     except TransportError:
         os.close(fd)
         raise
+
+
+def _marks(segment: mmap.mmap) -> memoryview:
+    return memoryview(segment)[_MARKS_AT : _MARKS_AT + 8 * _MARKS].cast("Q")
 
 
 def _create() -> tuple[str, int]:
