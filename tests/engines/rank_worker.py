@@ -40,6 +40,9 @@ def follow(rank: int, settings: dict[str, Any], pipe: Connection) -> None:
     torch.set_num_threads(1)
     group = TensorParallel(rank, **settings)
     while (model := pipe.recv()) is not None:
+        if model == "time-outs":
+            pipe.send(timeouts_of(group))
+            continue
         path, prompts, dtype = model
         read: list[tuple[int, int]] = []
 
@@ -57,6 +60,12 @@ def follow(rank: int, settings: dict[str, Any], pipe: Connection) -> None:
             pipe.send((str(error), read))
             return
     group.close()
+
+
+def timeouts_of(ranks: TensorParallel) -> list[float]:
+    """Seconds: where a rank waits for the next step, and within one."""
+    backends = (group._get_backend(torch.device("cpu")) for group in (ranks._signals, ranks.shard.group))
+    return [backend.options._timeout.total_seconds() for backend in backends]
 
 
 def weights_of(half: LanguageHalf) -> dict[str, tuple[int, int]]:
