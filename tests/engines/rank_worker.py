@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from embedwire.engines.transformers.encoder import TransformersEncoder
 from embedwire.engines.transformers.generation import TransformersLanguage
 from embedwire.engines.transformers.language import LanguageHalf
 from embedwire.engines.transformers.parallel import TensorParallel
@@ -43,6 +44,9 @@ def follow(rank: int, settings: dict[str, Any], pipe: Connection) -> None:
         if model == "time-outs":
             pipe.send(timeouts_of(group))
             continue
+        if model[0] == "encode":
+            pipe.send(encode(group, model[1]))
+            continue
         path, prompts, dtype = model
         read: list[tuple[int, int]] = []
 
@@ -60,6 +64,29 @@ def follow(rank: int, settings: dict[str, Any], pipe: Connection) -> None:
             pipe.send((str(error), read))
             return
     group.close()
+
+
+def encode(group: TensorParallel, path: Path) -> list[Any]:
+    """Follow an encoder until it closes: keys with arrays, and in the end the rows that the tower made here."""
+    engine = TransformersEncoder(str(path), dtype="float32", tensor_parallel=group)
+    rows = count_rows(engine)
+    encoded: list[Any] = []
+    engine.follow(lambda key, arrays: encoded.append((key, arrays)))
+    return [*encoded, rows]
+
+
+def count_rows(engine: TransformersEncoder) -> list[int]:
+    """A list to which each run of the tower adds its rows from now on."""
+    rows: list[int] = []
+    run = engine._run_tower
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made = run(*args, **kwargs)
+        rows.append(len(made))
+        return made
+
+    engine._run_tower = counted  # type: ignore[method-assign]
+    return rows
 
 
 def timeouts_of(ranks: TensorParallel) -> list[float]:

@@ -110,11 +110,15 @@ class TensorParallel:
             distributed.broadcast(_as_bytes(array), 0)
         return message, arrays
 
+    def check(self) -> None:
+        """Raise RankError when the group can not go on."""
+        if self.error is not None:
+            raise self.error
+
     @contextmanager
     def in_step(self) -> Iterator[None]:
         """What is said and computed by all ranks together. Any error in it breaks the group, and is raised as RankError."""
-        if self.error is not None:
-            raise self.error
+        self.check()
         try:
             yield
         except Exception as error:
