@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from embedwire.engines.transformers.encoder import TransformersEncoder
 from embedwire.engines.transformers.generation import TransformersLanguage
 from embedwire.engines.transformers.language import LanguageHalf
 from embedwire.engines.transformers.parallel import TensorParallel
@@ -40,6 +41,12 @@ def follow(rank: int, settings: dict[str, Any], pipe: Connection) -> None:
     torch.set_num_threads(1)
     group = TensorParallel(rank, **settings)
     while (model := pipe.recv()) is not None:
+        if model == "time-outs":
+            pipe.send(timeouts_of(group))
+            continue
+        if model[0] == "encode":
+            pipe.send(encode(group, model[1]))
+            continue
         path, prompts, dtype = model
         read: list[tuple[int, int]] = []
 
@@ -57,6 +64,35 @@ def follow(rank: int, settings: dict[str, Any], pipe: Connection) -> None:
             pipe.send((str(error), read))
             return
     group.close()
+
+
+def encode(group: TensorParallel, path: Path) -> list[Any]:
+    """Follow an encoder until it closes: keys with arrays, and in the end the rows that the tower made here."""
+    engine = TransformersEncoder(str(path), dtype="float32", tensor_parallel=group)
+    rows = count_rows(engine)
+    encoded: list[Any] = []
+    engine.follow(lambda key, arrays: encoded.append((key, arrays)))
+    return [*encoded, rows]
+
+
+def count_rows(engine: TransformersEncoder) -> list[int]:
+    """A list to which each run of the tower adds its rows from now on."""
+    rows: list[int] = []
+    run = engine._run_tower
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made = run(*args, **kwargs)
+        rows.append(len(made))
+        return made
+
+    engine._run_tower = counted  # type: ignore[method-assign]
+    return rows
+
+
+def timeouts_of(ranks: TensorParallel) -> list[float]:
+    """Seconds: where a rank waits for the next step, and within one."""
+    backends = (group._get_backend(torch.device("cpu")) for group in (ranks._signals, ranks.shard.group))
+    return [backend.options._timeout.total_seconds() for backend in backends]
 
 
 def weights_of(half: LanguageHalf) -> dict[str, tuple[int, int]]:

@@ -6,20 +6,18 @@ import multiprocessing
 import os
 import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import torch
 
 from embedwire.engines.transformers.parallel import TensorParallel
 from embedwire.errors import ConfigurationError, RankError
 from embedwire.language.interface import AssembledPrompt
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the other processes can import it by its name
-from rank_worker import STEPS, Group, Reader, ask
+from rank_worker import STEPS, Group, Reader, ask, timeouts_of
 
 pytestmark = [pytest.mark.model, pytest.mark.e2e]
 TEXT = AssembledPrompt(fill_ids=np.arange(5, 14, dtype=np.int32))
@@ -35,16 +33,16 @@ def test_groups_come_and_go_and_leave_nothing() -> None:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
-def test_an_idle_group_has_no_deadline() -> None:
-    """Followers wait for the next call in the one group whose time-out is beyond any pause; its others have the step's."""
+def test_an_idle_rank_has_no_deadline_and_rank_0_has_one() -> None:
+    """A follower waits for the next step in a group of its own; rank 0 waits there for a follower that is not ready."""
     with Group(2, timeout_s=7.0) as group:
-        signals, model = (
-            each._get_backend(torch.device("cpu")).options._timeout
-            for each in (group.ranks._signals, group.ranks.shard.group)
-        )
+        for pipe in group.pipes:
+            pipe.send("time-outs")
+        assert timeouts_of(group.ranks) == [7.0, 7.0]
+        ((signals_s, model_s),) = group.hear()
         assert group.close() == [0]
-    assert signals > timedelta(days=365)
-    assert model == timedelta(seconds=7)
+    assert signals_s > 365 * 86400
+    assert model_s == 7.0
 
 
 def test_nothing_listens_beyond_the_address() -> None:

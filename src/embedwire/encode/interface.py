@@ -31,13 +31,15 @@ class PreparedPrompt:
     """A prompt whose length is known although no tower has run yet.
 
     ``total_tokens`` counts rows of the room; ``mrope_position_delta`` is 0 for models without mrope;
-    ``content_hash`` names the content (equal bytes and settings give equal hashes); ``inputs`` belongs to the engine.
+    ``content_hash`` names the content (equal bytes and settings give equal hashes); ``inputs`` belongs to the engine. ``key``
+    (room, attempt) names the prompt to other ranks of the encoder; the engine hands it on.
     """
 
     total_tokens: int
     mrope_position_delta: int
     content_hash: bytes
     inputs: Any = field(repr=False, default=None)
+    key: tuple[int, int] | None = None
 
 
 class EncoderEngine(Protocol):

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from embedwire.encode.interface import ChatPrompt, EncoderEngine, PreparedPrompt
@@ -94,7 +94,7 @@ class EncodeService:
         offer = self._reserve(room, attempt, prepared)
         with self._changed:
             self._offers[offer.key] = offer
-            self._work.append(_Work(offer, prepared))
+            self._work.append(_Work(offer, replace(prepared, key=offer.key)))
             self._changed.notify_all()
         offer.add_done_callback(partial(self._on_offer_ended, offer.key))
         return TakenUp(prepared.total_tokens, self.sender.address, prepared.content_hash)

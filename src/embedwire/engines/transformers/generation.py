@@ -124,8 +124,8 @@ class TransformersLanguage:
     def _queue(
         self, prompt: AssembledPrompt, sampling: SamplingParams, *, on_delta: Callable[[Delta], None]
     ) -> Answer:
-        if self._ranks is not None and self._ranks.error is not None:
-            raise self._ranks.error
+        if self._ranks is not None:
+            self._ranks.check()
         check_sampling(sampling)
         self._half.check(prompt)
         prompt_tokens = len(prompt.fill_ids)

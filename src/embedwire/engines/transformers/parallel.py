@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import distributed
@@ -20,10 +22,14 @@ from torch import distributed
 from embedwire.engines.transformers.sharding import Shard
 from embedwire.errors import ConfigurationError, RankError
 from embedwire.limits import RANK_START_S, RANK_STEP_S
+from embedwire.memory.layout import DTYPES
 
 _log = logging.getLogger(__name__)
 _FOR_EVER = timedelta(days=3650)
 _LOOPBACK = ("127.0.0.1", "localhost")
+_NO_ARRAYS: Mapping[str, np.ndarray] = {}
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(tuple[bytes, list[tuple[str, str, tuple[int, ...]]]])
 
 
 class TensorParallel:
@@ -66,7 +72,10 @@ class TensorParallel:
             distributed.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=self._timeout
             )
-            self._signals: Any = distributed.new_group(backend="gloo", timeout=_FOR_EVER)
+            # Followers wait here for the next step; rank 0 waits here for a follower that is not ready for one.
+            self._signals: Any = distributed.new_group(
+                backend="gloo", timeout=_FOR_EVER if rank else self._timeout
+            )
             group = distributed.new_group(backend=backend, timeout=self._timeout)
         except (RuntimeError, OSError) as error:
             raise RankError(f"rank {rank} of {size} found no group at {address}: {error}") from error
@@ -78,28 +87,42 @@ class TensorParallel:
 
     def wait_for_all(self) -> None:
         """Return when all ranks have called this, after loading their weights. Raises RankError, also after ``start_timeout_s``."""
-        try:
+        with self.in_step():
             distributed.monitored_barrier(timeout=self._start_timeout, wait_all_ranks=True)
-        except RuntimeError as error:
-            raise self.broken_by(error) from error
 
-    def send(self, message: bytes) -> None:
-        """On rank 0: hand ``message`` to each :meth:`receive` of the others. It may return before they have it."""
-        self._refuse_broken()
-        distributed.broadcast(torch.tensor([len(message)]), 0, group=self._signals)
-        self.broadcast(np.frombuffer(bytearray(message), np.uint8))
+    def send(self, message: bytes, arrays: Mapping[str, np.ndarray] = _NO_ARRAYS) -> None:
+        """On rank 0: hand a message, with arrays of dtypes that a layout knows, to each :meth:`receive` of the others."""
+        heads = [(name, array.dtype.name, array.shape) for name, array in arrays.items()]
+        body = np.frombuffer(bytearray(_ENCODER.encode((message, heads))), np.uint8)
+        distributed.broadcast(torch.tensor([len(body)]), 0, group=self._signals)
+        for array in (body, *arrays.values()):
+            distributed.broadcast(_as_bytes(np.ascontiguousarray(array)), 0)
 
-    def receive(self) -> bytes:
+    def receive(self) -> tuple[bytes, dict[str, np.ndarray]]:
         """On the other ranks: the next message. Sleeps until there is one; raises when rank 0 has ended."""
         length = torch.zeros(1, dtype=torch.int64)
         distributed.broadcast(length, 0, group=self._signals)
-        message = np.empty(int(length), np.uint8)
-        self.broadcast(message)
-        return message.tobytes()
+        body = np.empty(int(length), np.uint8)
+        distributed.broadcast(_as_bytes(body), 0)
+        message, heads = _DECODER.decode(body.data)
+        arrays = {name: np.empty(shape, DTYPES[dtype]) for name, dtype, shape in heads}
+        for array in arrays.values():
+            distributed.broadcast(_as_bytes(array), 0)
+        return message, arrays
 
-    def broadcast(self, array: np.ndarray) -> None:
-        """Overwrite a contiguous array on the other ranks with that of rank 0. Shapes and dtypes have to be equal."""
-        distributed.broadcast(torch.from_numpy(array.reshape(-1).view(np.uint8)), 0)
+    def check(self) -> None:
+        """Raise RankError when the group can not go on."""
+        if self.error is not None:
+            raise self.error
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """What is said and computed by all ranks together. Any error in it breaks the group, and is raised as RankError."""
+        self.check()
+        try:
+            yield
+        except Exception as error:
+            raise self.broken_by(error) from error
 
     def broken_by(self, error: Exception) -> RankError:
         """Remember that the group can not go on, and why. Returns what to raise."""
@@ -110,10 +133,6 @@ class TensorParallel:
             if self._on_broken is not None:
                 self._on_broken(self.error)
         return self.error
-
-    def _refuse_broken(self) -> None:
-        if self.error is not None:
-            raise self.error
 
     def close(self) -> None:
         """Leave the group, after all ranks have come here, or ``timeout_s``. No group of it may be in use. Idempotent."""
@@ -127,6 +146,10 @@ class TensorParallel:
                 _log.warning("rank %d of %d leaves alone: %s", self.rank, self.size, error)
         self._signals = self.shard.group = None  # else the others would not see that this rank is gone
         distributed.destroy_process_group()
+
+
+def _as_bytes(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))
 
 
 def _store(host: str, port: int, *, rank: int, size: int, timeout: timedelta) -> Any:

@@ -9,7 +9,7 @@ back into step with the others, so any error breaks the group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -32,13 +32,11 @@ Key = tuple[int, int]
 
 
 class _Prefill(Struct, tag=True, frozen=True):
-    """``tokens`` and ``fields`` say what arrays follow; a prompt with a key has none."""
+    """The arrays of a prompt without a key come with the call that begins it."""
 
     start: int
     end: int
     key: Key | None
-    tokens: int = 0
-    fields: tuple[str, ...] = ()
 
 
 class _Join(Struct, tag=True, frozen=True):
@@ -77,9 +75,7 @@ class LeadingRunner(ModelRunner):
         if start == 0 and prompt.key is None:
             named = {field.name: getattr(prompt, field.name) for field in self._half.layout}
             arrays = {name: array for name, array in named.items() if array is not None}
-        with self._all(_Prefill(start, end, prompt.key, len(prompt.fill_ids), tuple(arrays))):
-            for array in arrays.values():
-                self._ranks.broadcast(np.ascontiguousarray(array))
+        with self._all(_Prefill(start, end, prompt.key), arrays):
             return super().prefill(prompt, start=start, end=end)
 
     def join(self) -> None:
@@ -105,13 +101,11 @@ class LeadingRunner(ModelRunner):
             pass
 
     @contextmanager
-    def _all(self, call: _Call) -> Iterator[None]:
+    def _all(self, call: _Call, arrays: Mapping[str, np.ndarray] | None = None) -> Iterator[None]:
         """Tell the others to do what the body does here."""
-        try:
-            self._ranks.send(msgspec.msgpack.encode(call))
+        with self._ranks.in_step():
+            self._ranks.send(msgspec.msgpack.encode(call), arrays or {})
             yield
-        except Exception as error:
-            raise self._ranks.broken_by(error) from error
 
 
 class TransformersFollower:
@@ -150,17 +144,19 @@ class TransformersFollower:
     def run(self) -> None:
         """Do what rank 0 does, until it closes its engine. Raises RankError when the group breaks: end the process then."""
         decoder = msgspec.msgpack.Decoder(_Call)
-        try:
-            while not isinstance(call := decoder.decode(self._ranks.receive()), _Close):
-                self._carry_out(call)
-        except Exception as error:
-            raise self._ranks.broken_by(error) from error
+        with self._ranks.in_step():
+            while True:
+                message, arrays = self._ranks.receive()
+                call = decoder.decode(message)
+                if isinstance(call, _Close):
+                    return
+                self._carry_out(call, arrays)
 
-    def _carry_out(self, call: _Call) -> None:
+    def _carry_out(self, call: _Call, arrays: Mapping[str, Any]) -> None:
         match call:
-            case _Prefill(start=start, end=end):
+            case _Prefill(start=start, end=end, key=key):
                 if start == 0:
-                    self._prompt = self._receive(call) if call.key is None else self._find(call.key)
+                    self._prompt = AssembledPrompt(**arrays) if key is None else self._find(key)
                 assert self._prompt is not None
                 self._runner.prefill(self._prompt, start=start, end=end)
             case _Join():
@@ -173,14 +169,6 @@ class TransformersFollower:
                 self._runner.keep(rows)
             case _Decode(tokens=tokens, positions=positions):
                 self._runner.decode(tokens, positions=positions)
-
-    def _receive(self, call: _Prefill) -> AssembledPrompt:
-        arrays: dict[str, Any] = {}
-        for field in self._half.layout:
-            if field.name in call.fields:
-                arrays[field.name] = np.empty((call.tokens, *field.shape), field.numpy_dtype)
-                self._ranks.broadcast(arrays[field.name])
-        return AssembledPrompt(**arrays)
 
     def _find(self, key: Key) -> AssembledPrompt:
         if self._prompt_of is None:
