@@ -67,6 +67,9 @@ def test_an_image_goes_through_a_room(cluster: Any, chat: Any) -> None:
         "total_tokens": 2000,
         "rounds": [1024, 976],
         "bytes": 64000,
+        "wire_bytes": 64000,
+        "ranks": 1,
+        "delivery": None,
         "encode_ms": 12.5,
         "transfer_ms": 3.25,
     }
@@ -336,7 +339,7 @@ def test_bad_bodies(cluster: Any) -> None:
 def test_users_can_not_name_rooms(cluster: Any, chat: Any) -> None:
     """It would make a language server connect wherever a user likes."""
     router = cluster.add_router(cluster.add_language()[1])
-    room = {"room": 1, "attempt": 0, "control_address": "tcp://10.0.0.1:1", "encoder": "http://e"}
+    room = {"room": 1, "attempt": 0, "control_addresses": ["tcp://10.0.0.1:1"], "encoder": "http://e"}
     answer = post(router.url, chat("a") | {"embedwire_room": room})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "embedwire_room")
 

@@ -71,7 +71,7 @@ def built_encoder(model: str, settings: Settings, *, name: str) -> Iterator[Buil
             service,
             model=name,
             layout=engine.layout,
-            control_address=sender.address,
+            control_addresses=[sender.address],
             media=_media(settings),
             metrics=AppMetrics({"sender": sender.stats, "encode": service.stats}),
             registry=_link(settings),
