@@ -9,7 +9,6 @@ with the cause, and then all start anew on the same port.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
@@ -69,8 +68,6 @@ class _Group:
         self._voice = voice
         self._program = program
         self._variables = loaded.as_variables()
-        if "GLOO_SOCKET_IFNAME" not in os.environ:
-            self._variables["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks are on this host
         self._ready_at: float | None = None
         self._is_ending = False
         self._exit_code: int | None = None

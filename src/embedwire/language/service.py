@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedwire.endpoint import Received, ReceiverEndpoint, Reception
-from embedwire.errors import EmbedwireError, OverloadedError
+from embedwire.errors import EmbedwireError, OverloadedError, RankError
 from embedwire.language.assembly import assemble, report_of
 from embedwire.language.interface import (
     AssembledPrompt,
@@ -91,6 +91,10 @@ class Job:
     def _pass_on(self, delta: Delta) -> None:
         release, self._release = self._release, _nothing
         release()  # the first delta says that the prompt has been read, or never will be
+        lost = self._service.lost
+        if delta.finish_reason == "error" and lost is not None:
+            self._fail(RankError(lost))
+            return
         if delta.finish_reason is not None:
             self._service._forget(self)
         self._on_delta(delta)
@@ -116,6 +120,8 @@ class LanguageService:
         self.engine = engine
         self.receiver = receiver
         self.group = group
+        self.lost: str | None = None
+        """Why the group can not go on; None while it can."""
         self._max_jobs = max_jobs
         self._lock = threading.Lock()
         self._jobs: set[Job] = set()
@@ -129,7 +135,7 @@ class LanguageService:
         on_delta: OnDelta,
         on_error: OnError,
     ) -> Job:
-        """Answer a chat without media. Raises InvalidRequestError and OverloadedError at once."""
+        """Answer a chat without media. Raises InvalidRequestError, OverloadedError and RankError at once."""
         fill_ids = self.engine.tokenize(messages)
         job = self._remember(Job(self, on_delta=on_delta, on_error=on_error))
         try:
@@ -153,7 +159,7 @@ class LanguageService:
         """Answer a prompt whose embedding is room ``room`` of the encoder whose ranks are at ``addresses``.
 
         ``on_report`` is called once, when the embedding is whole, with how it came and the prompt's tokens; then ``on_delta``; or
-        ``on_error``, once, instead of what has not been called yet. Raises OverloadedError and UsageError at once.
+        ``on_error``, once, instead of what has not been called yet. Raises OverloadedError, RankError and UsageError at once.
         """
         job = self._remember(Job(self, on_delta=on_delta, on_error=on_error))
         try:
@@ -182,6 +188,10 @@ class LanguageService:
             reception.cancel()
         return job
 
+    def lose(self, detail: str) -> None:
+        """A rank of the group is lost: who asks from now on, and whose answer ends because of it, hears so. Harmless the second time."""
+        self.lost = self.lost or detail
+
     def stats(self) -> LanguageStats:
         """A snapshot."""
         with self._lock:
@@ -206,6 +216,8 @@ class LanguageService:
             self._wire_bytes_total += report.wire_bytes
 
     def _remember(self, job: Job) -> Job:
+        if self.lost is not None:
+            raise RankError(self.lost)
         with self._lock:
             if len(self._jobs) >= self._max_jobs:
                 raise OverloadedError(
