@@ -49,6 +49,19 @@ class Child:
         """Where it answers; known once it is ready."""
         return str(self.facts["url"])
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Its process, and where it has several ranks, theirs; known once it is ready."""
+        return (self.facts["pid"], *self.facts.get("rank_pids", ()))
+
+    @property
+    def in_words(self) -> str:
+        """What there is to know about it beside its address: how its embeddings come, or where rooms are asked for."""
+        pool = str(self.facts.get("pool") or self.facts.get("rooms_at") or "")
+        if "ranks" not in self.facts:
+            return pool
+        return f"{pool}; {self.facts['ranks']} ranks, {self.facts['delivery']}"
+
     def last_words(self) -> str:
         """The end of its log, if it has one of its own."""
         if self.log is None:

@@ -41,7 +41,12 @@ def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) 
         title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
     )
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=column in ("url", "pid"),
+        )
     return made
 
 
