@@ -7,6 +7,7 @@ child has to say. However this process dies, the children end: each reads a pipe
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 from embedwire.errors import EmbedwireError
 
 EMBEDWIRE = (sys.executable, "-m", "embedwire.cli")
+logger = logging.getLogger(__name__)
 LOG_LINES = 12
 STOP_MARGIN_S = 5.0
 """On top of the time that answers under way have: closing endpoints and engines."""
@@ -176,7 +178,11 @@ class Cluster:
         assert child.process.stdout is not None
         with child.process.stdout as lines:
             for line in lines:
-                child.facts = {**child.facts, **json.loads(line)}
+                try:
+                    child.facts = {**child.facts, **json.loads(line)}
+                except ValueError:
+                    logger.warning("%s said %r", child.name, line)
+                    continue
                 self._events.put(child)
         child.process.wait()
         self._events.put(child)

@@ -56,7 +56,9 @@ def language_rank(
 
 
 def _tell(detail: str) -> None:
-    print(json.dumps({"error": detail}), flush=True)
+    os.write(
+        sys.stdout.fileno(), json.dumps({"error": detail}).encode() + b"\n"
+    )  # one write, so that lines of threads do not mix
 
 
 class Membership:
