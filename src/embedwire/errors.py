@@ -16,7 +16,7 @@ Each class answers two questions for whoever caught it: may the same call be tri
     │   └── HandshakeError         it is another version, or has another layout
     ├── TransferError              a room ended without its embedding; ``cause`` says why
     ├── TransportError             a wire could not be set up or used
-    └── RankError                  a tensor-parallel group has lost a rank; its answers end; HTTP 503
+    └── RankError                  a tensor-parallel group has lost a rank; its answers end; HTTP 502
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ DETAIL_CHARS_MAX = 500
 
 LANES_MAX = 4096
 """Ways that one room takes at most: encoder ranks times language ranks that read from the wire."""
+RANKS_MAX = 64
+"""Ranks of one server."""
 SLOTS_MAX = 256
 """Rooms that a group of ranks agrees on in one turn; more wait for their slot. It fixes the width of the collective."""
 OPEN_ROUNDS_MAX = 16

@@ -21,7 +21,7 @@ from typing import Annotated
 import msgspec
 
 from embedwire.errors import ConfigurationError, OverloadedError
-from embedwire.limits import INCARNATION_MAX
+from embedwire.limits import INCARNATION_MAX, RANKS_MAX
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 
@@ -36,7 +36,8 @@ class Role(StrEnum):
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker says of itself. ``url`` names it; ``incarnation`` names one life of its process.
 
-    ``control_address`` is where an encoder's rooms are opened; a language server has none. Two workers can
+    ``control_addresses`` are where an encoder's rooms are opened, one a rank; a language server has none. ``readers`` is how many of a
+    language server's ranks receive from the wire. Two workers can
     serve a request together when ``model`` and ``fingerprint`` (of the layout) are equal.
     """
 
@@ -45,7 +46,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     model: Text
     fingerprint: Text
     incarnation: Annotated[int, msgspec.Meta(ge=1, le=INCARNATION_MAX)]
-    control_address: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    control_addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=RANKS_MAX)] = ()
+    readers: Annotated[int, msgspec.Meta(ge=1, le=RANKS_MAX)] = 1
 
 
 @dataclass(slots=True)

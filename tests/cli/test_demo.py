@@ -18,17 +18,24 @@ if TYPE_CHECKING:
 @pytest.mark.e2e
 @pytest.mark.model
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("family", "transport"), [("qwen3_vl", "tcp"), ("llava", "shm")])
+@pytest.mark.parametrize(
+    ("family", "transport", "ranks"), [("qwen3_vl", "tcp", 1), ("llava", "shm", 1), ("qwen3_vl", "tcp", 2)]
+)
 def test_the_divided_model_answers_as_the_undivided_one(
-    family: str, transport: str, embedwire: Run, tmp_path: Path
+    family: str, transport: str, ranks: int, embedwire: Run, tmp_path: Path
 ) -> None:
     """Scenarios 12 and 17: an embedding many times the pool arrives whole, and nothing is left granted."""
     file = tmp_path / "demo.json"
-    ended = embedwire("demo", "--family", family, "--transport", transport, "--json", file, timeout_s=200)
+    options = f"--family {family} --transport {transport} --tensor-parallel-size {ranks} --delivery replicate"
+    ended = embedwire("demo", *options.split(), "--json", file, timeout_s=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     told = json.loads(file.read_text())
     assert all(claim["holds"] for claim in told["claims"])
-    assert len(told["claims"]) == 4
+    assert len(told["claims"]) == (4 if ranks == 1 else 5)
+    assert (told["embedwire"]["ranks"], told["embedwire"]["wire_bytes"]) == (
+        ranks,
+        ranks * told["embedwire"]["bytes"],
+    )
     assert told["token_ids"] == told["undivided_token_ids"]
     assert len(told["token_ids"]) == MAX_TOKENS
     assert len(set(told["token_ids"])) > 3

@@ -266,43 +266,48 @@ def chat() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def start_stack(
-    tiny_model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Stack]]:
-    """``start_stack(encoders=1, SETTING=value, …)``: a stack whose pool is smaller than any prompt with a picture. Settings are those of
-    the command line, for all of its servers. It lives until the session ends."""
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """``start_server("language", "DIRECTORY", SETTING=value, …)``: one server, not yet ready, with settings of the command line. It lives
+    until the session ends, and has to end well."""
     started: list[Server] = []
 
-    def start(*, encoders: int = 1, **settings: Any) -> Stack:
-        logs = tmp_path_factory.mktemp("logs")
+    def start(*arguments: str, **settings: Any) -> Server:
+        log = tmp_path_factory.mktemp("log") / f"{arguments[0]}.log"
         variables = {"DTYPE": "float32", "THREADS": 1, "SHUTDOWN_S": 2, **POOL, **settings}
-
-        def server(name: str, *arguments: str) -> Server:
-            made = Server(*arguments, variables=variables, log=logs / f"{name}.log")
-            started.append(made)
-            return made
-
-        registry = server("registry", "registry")
-        registry.wait_ready()
-        variables["REGISTRY_URL"] = registry.url
-        model = [str(tiny_model_dir("qwen2_5_vl")), "--name", MODEL]
-        encoding = [server(f"encoder-{i + 1}", "encoder", *model) for i in range(encoders)]
-        stack = Stack(
-            registry=registry,
-            router=server("router", "router"),
-            encoders=encoding,
-            language=server("language", "language", *model),
-        )
-        for one in (stack.router, *encoding, stack.language):
-            one.wait_ready()
-        stack.wait_whole()
-        return stack
+        started.append(Server(*arguments, variables=variables, log=log))
+        return started[-1]
 
     yield start
     for one in started:
         one.ask_to_stop()
     codes = [(one.arguments[0], one.wait_stopped()) for one in started]
     assert not any(code for _, code in codes), codes
+
+
+@pytest.fixture(scope="session")
+def start_stack(
+    tiny_model_dir: Callable[[str], Path], start_server: Callable[..., Server]
+) -> Callable[..., Stack]:
+    """``start_stack(encoders=1, SETTING=value, …)``: a stack whose pool is smaller than any prompt with a picture. Settings are those of
+    the command line, for all of its servers. It lives until the session ends."""
+
+    def start(*, encoders: int = 1, **settings: Any) -> Stack:
+        registry = start_server("registry", **settings)
+        registry.wait_ready()
+        settings["REGISTRY_URL"] = registry.url
+        model = [str(tiny_model_dir("qwen2_5_vl")), "--name", MODEL]
+        stack = Stack(
+            registry=registry,
+            router=start_server("router", **settings),
+            encoders=[start_server("encoder", *model, **settings) for _ in range(encoders)],
+            language=start_server("language", *model, **settings),
+        )
+        for one in (stack.router, *stack.encoders, stack.language):
+            one.wait_ready()
+        stack.wait_whole()
+        return stack
+
+    return start
 
 
 @pytest.fixture(scope="session")

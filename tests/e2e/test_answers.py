@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(240)]
 KEYS = {
-    "room", "encoder", "transport", "total_tokens", "rounds", "bytes", "encode_ms", "transfer_ms", "ttft_ms",
+    "room", "encoder", "transport", "total_tokens", "rounds", "bytes", "wire_bytes", "ranks", "delivery", "encode_ms", "transfer_ms",
+    "ttft_ms",
 }  # fmt: skip
 
 Chat = Callable[..., dict[str, Any]]
@@ -64,6 +65,7 @@ def test_a_streamed_answer_is_the_same_answer(stack: Stack, chat: Chat, picture:
         assert passage["transport"] == "shm"
         assert passage["rounds"] == [64] * (passage["total_tokens"] // 64) + [passage["total_tokens"] % 64]
         assert passage["bytes"] % passage["total_tokens"] == 0
+        assert (passage["ranks"], passage["delivery"], passage["wire_bytes"]) == (1, None, passage["bytes"])
         assert min(passage[ms] for ms in ("encode_ms", "transfer_ms", "ttft_ms")) > 0
     assert whole["embedwire"]["room"] != chunks[-1]["embedwire"]["room"]
 
@@ -166,6 +168,7 @@ def test_what_is_counted(stack: Stack, chat: Chat, picture: Picture) -> None:
         assert side == len(passage["rounds"])
     for side in (encoder("sender_bytes_total"), language("receiver_bytes_total")):
         assert side == passage["bytes"]
+    assert language("language_wire_bytes_total") == passage["wire_bytes"]
     for stage in ("encode", "transfer", "ttft"):
         assert language(f"{stage}_seconds_count") == 1
     assert after[1].total("sender_sessions") == after[2].total("receiver_sessions") == 1

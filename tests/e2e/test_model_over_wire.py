@@ -78,7 +78,7 @@ class Halves:
         taken = self.encode.take_up(self.rooms, prompt)
         self.answers.generate_room(
             self.rooms,
-            taken.control_address,
+            taken.control_addresses,
             SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             on_report=answer.on_report,
             on_delta=answer.on_delta,

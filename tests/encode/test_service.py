@@ -82,7 +82,7 @@ def test_a_prompt_becomes_a_room_with_its_position_delta(
 ) -> None:
     taken = service().take_up(1, prompt(100))
     assert (taken.total_tokens, taken.content_hash) == (100, b"hash")
-    received = receiver.open(1, taken.control_address).result(DEADLINE_S)
+    received = receiver.open(1, taken.control_addresses).result(DEADLINE_S)
     assert (received.arrays["x"] == 100).all()
     assert received.aux[AUX_POSITION_DELTA] == -7
 
@@ -132,7 +132,7 @@ def test_a_fault_of_one_prompt_is_not_its_neighbours(
     one.take_up(1, prompt(10))
     assert engine.entered.acquire(timeout=DEADLINE_S)
     one.take_up(2, prompt(20))
-    address = one.take_up(3, prompt(30, "!")).control_address
+    address = one.take_up(3, prompt(30, "!")).control_addresses
     engine.gate.set()
     assert (receiver.open(2, address).result(DEADLINE_S).arrays["x"] == 20).all()
     with pytest.raises(TransferError, match="a word too loud") as failed:
@@ -146,7 +146,7 @@ def test_the_line_for_memory_is_first_come_first_served_and_bounded(
 ) -> None:
     """Three rooms of 60 tokens in memory of 100: each next one starts when the one before it is done."""
     one = service(memory_tokens=100, max_waiting=2)
-    address = one.take_up(1, prompt(60)).control_address
+    address = one.take_up(1, prompt(60)).control_addresses
     threads = [threading.Thread(target=one.take_up, args=(room, prompt(60))) for room in (2, 3)]
     for waiting, thread in enumerate(threads, 1):
         thread.start()

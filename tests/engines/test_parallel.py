@@ -118,7 +118,8 @@ def test_an_idle_rank_ends_with_rank_0(tiny_model_dir, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "address"), [(2, "127.0.0.1:1"), (-1, "127.0.0.1:1"), (0, "localhost"), (0, ":5")]
+    ("rank", "address"),
+    [(2, "127.0.0.1:1"), (-1, "127.0.0.1:1"), (2, "file:///f"), (0, "localhost"), (0, ":5"), (0, "file://f")],
 )
 def test_no_such_place_in_a_group(rank: int, address: str) -> None:
     with pytest.raises(ConfigurationError, match="not a rank of a group"):

@@ -61,7 +61,7 @@ def running(app: FastAPI, port: int = 0) -> Iterator[AppServer]:
 @dataclass
 class Taken:
     total_tokens: int
-    control_address: str
+    control_addresses: tuple[str, ...]
     content_hash: bytes
     text: str
 
@@ -79,16 +79,18 @@ class EncodeDouble:
     aborted: queue.Queue[tuple[int, int]] = field(default_factory=queue.Queue)
     rooms: dict[tuple[int, int], Taken] = field(default_factory=dict)
     prompts: list[ChatPrompt] = field(default_factory=list)
+    readers: dict[int, int] = field(default_factory=dict)
 
-    def take_up(self, room: int, prompt: ChatPrompt, *, attempt: int = 0) -> Taken:
+    def take_up(self, room: int, prompt: ChatPrompt, *, attempt: int = 0, readers: int = 1) -> Taken:
         self.entered.put(room)
+        self.readers[room] = readers
         if self.gate:
             assert self.gate.wait(WAIT_S)
         if self.fails:
             raise self.fails
         self.prompts.append(prompt)
         digest = hashlib.sha256(b"".join(prompt.media)).digest()
-        taken = Taken(2000, self.address, digest, f"saw {len(prompt.media)} {digest.hex()[:12]}")
+        taken = Taken(2000, (self.address,), digest, f"saw {len(prompt.media)} {digest.hex()[:12]}")
         self.rooms[room, attempt] = taken
         return taken
 
@@ -161,7 +163,7 @@ class LanguageDouble:
     def generate_room(
         self,
         room: int,
-        address: str,
+        addresses: Sequence[str],
         sampling: SamplingParams,
         *,
         attempt: int = 0,
@@ -169,13 +171,14 @@ class LanguageDouble:
         on_delta: Callable[[Delta], None],
         on_error: Callable[[EmbedwireError], None],
     ) -> JobDouble | None:
+        (address,) = addresses
         encoder = self.encoders[address]
         taken = encoder.rooms.pop((room, attempt), None)
         broken = encoder.breaks or (TransferError("unknown_room") if taken is None else None)
         if broken:
             threading.Thread(target=on_error, args=[broken], daemon=True).start()
             return JobDouble([], sampling, steps=None, on_delta=lambda _delta: None)
-        report = TransferReport(room, "shm", taken.total_tokens, (1024, 976), 64000, 12.5, 3.25)
+        report = TransferReport(room, "shm", taken.total_tokens, (1024, 976), 64000, 12.5, 3.25, 64000)
         return self._start(
             taken.text, sampling, on_delta=on_delta, before=lambda: on_report(report, taken.total_tokens)
         )
@@ -208,14 +211,14 @@ class Cluster:
             double,
             model=MODEL,
             layout=LAYOUT,
-            control_address=double.address,
+            control_addresses=[double.address],
             media=MediaFetcher(limits),
             **app_settings,
         )
         return double, self.run(app, port)
 
     def add_language(self, port: int = 0, **changes: Any) -> tuple[LanguageDouble, AppServer]:
-        app_settings = {k: changes.pop(k) for k in ("registry", "metrics") if k in changes}
+        app_settings = {k: changes.pop(k) for k in ("registry", "metrics", "readers") if k in changes}
         double = LanguageDouble(self.encoders, **changes)
         return double, self.run(language_app(double, model=MODEL, layout=LAYOUT, **app_settings), port)
 

@@ -30,7 +30,7 @@ def test_takes_up_a_prompt(cluster: Any, chat: Any) -> None:
     taken = double.rooms[2**63 - 1, 3]
     assert answer.json() == {
         "total_tokens": 2000,
-        "control_address": double.address,
+        "control_addresses": [double.address],
         "content_hash": taken.content_hash.hex(),
     }
     (prompt,) = double.prompts

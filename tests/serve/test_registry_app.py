@@ -52,7 +52,7 @@ def test_a_worker_registers_itself_and_says_goodbye(cluster: Any) -> None:
     (line,) = listed(registry.url)
     assert line["candidate"]
     assert line["worker"]["url"] == encoder.url
-    assert line["worker"]["control_address"] == double.address
+    assert line["worker"]["control_addresses"] == [double.address]
     assert line["worker"] == httpx.get(f"{encoder.url}/health").json()["worker"]
     encoder.stop()
     for _ in range(500):

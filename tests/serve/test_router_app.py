@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -67,6 +68,9 @@ def test_an_image_goes_through_a_room(cluster: Any, chat: Any) -> None:
         "total_tokens": 2000,
         "rounds": [1024, 976],
         "bytes": 64000,
+        "wire_bytes": 64000,
+        "ranks": 1,
+        "delivery": None,
         "encode_ms": 12.5,
         "transfer_ms": 3.25,
     }
@@ -74,6 +78,20 @@ def test_an_image_goes_through_a_room(cluster: Any, chat: Any) -> None:
     assert encoder.prompts[0].media == [b"one", b"two"]
     assert language.samplings[0].max_tokens == 5
     assert encoder.aborted.empty()
+
+
+def test_the_encoder_hears_how_many_ranks_read(cluster: Any, chat: Any) -> None:
+    """Scenario 24: behind one router a server of one rank, and one whose four ranks each receive a copy."""
+    encoder, a = cluster.add_encoder()
+    languages = {
+        server.url: readers for readers in (1, 4) for _, server in [cluster.add_language(readers=readers)]
+    }
+    for url, readers in languages.items():
+        assert httpx.get(f"{url}/health").json()["worker"]["readers"] == readers
+    router = cluster.add_router(a, *(SimpleNamespace(url=url) for url in languages))
+    answers = [post(router.url, chat("what?", b"one")) for _ in range(4)]
+    rooms = [answer.json()["embedwire"]["room"] for answer in answers]
+    assert sorted(encoder.readers[room] for room in rooms) == [1, 1, 4, 4]
 
 
 def test_the_official_client_streams(cluster: Any, chat: Any) -> None:
@@ -336,7 +354,7 @@ def test_bad_bodies(cluster: Any) -> None:
 def test_users_can_not_name_rooms(cluster: Any, chat: Any) -> None:
     """It would make a language server connect wherever a user likes."""
     router = cluster.add_router(cluster.add_language()[1])
-    room = {"room": 1, "attempt": 0, "control_address": "tcp://10.0.0.1:1", "encoder": "http://e"}
+    room = {"room": 1, "attempt": 0, "control_addresses": ["tcp://10.0.0.1:1"], "encoder": "http://e"}
     answer = post(router.url, chat("a") | {"embedwire_room": room})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "embedwire_room")
 

@@ -100,7 +100,7 @@ class Served:
         common = {"model": "tiny", "layout": LAYOUT}
         stats = {"sender": self.sender.stats, "encode": encode.stats}
         self.a = cluster.run(
-            encoder_app(encode, control_address=self.sender.address, metrics=AppMetrics(stats), **common)
+            encoder_app(encode, control_addresses=[self.sender.address], metrics=AppMetrics(stats), **common)
         )
         stats = {"receiver": self.receiver.stats, "language": answer.stats}
         self.b = cluster.run(language_app(answer, metrics=AppMetrics(stats), **common))

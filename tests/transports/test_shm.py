@@ -183,7 +183,7 @@ def test_a_sweep_between_creation_and_lock_costs_a_second_try(
             os.unlink(paths[0])
         return honest(fd, kind, at)
 
-    monkeypatch.setattr(shm, "_sweep", lambda: None)
+    monkeypatch.setattr(shm, "sweep", lambda: None)
     monkeypatch.setattr(shm, "_try_lock", swept_first)
     inbound.allocate(100)
     assert str(path_of(inbound.descriptor())) != paths[0]

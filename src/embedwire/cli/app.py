@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from embedwire.cli import ask, bench, demo, doctor, servers, show, tiny, up
+from embedwire.cli import ask, bench, demo, doctor, ranks, servers, show, tiny, up
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +29,7 @@ app.command(rich_help_panel=SERVE)(servers.registry)
 app.command(rich_help_panel=SERVE)(servers.router)
 app.command(rich_help_panel=SERVE)(servers.encoder)
 app.command(rich_help_panel=SERVE)(servers.language)
+app.command("language-rank", hidden=True)(ranks.language_rank)
 app.command(rich_help_panel=LOOK)(doctor.doctor)
 app.command(rich_help_panel=LOOK)(show.settings)
 app.add_typer(bench.app, name="bench", rich_help_panel=LOOK)

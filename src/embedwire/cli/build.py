@@ -1,6 +1,7 @@
 """Puts the pieces of a server together from settings: engine, endpoint, service, app; and takes them apart in the opposite order.
 
-Knows what each piece wants; it must not know processes or commands. Main thread. Imports an engine only when it is built.
+Knows what each piece wants; it must not know processes or commands. Main thread. Imports an engine only when it is built; ``ranks.py``
+adds what several ranks need.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from embedwire.cli.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from embedwire.cli.ranks import Membership
+    from embedwire.endpoint import ReceiverEndpoint
 
 Built = tuple["FastAPI", dict[str, Any]]
 """An app, and what its server says of itself when it is ready."""
@@ -71,7 +75,7 @@ def built_encoder(model: str, settings: Settings, *, name: str) -> Iterator[Buil
             service,
             model=name,
             layout=engine.layout,
-            control_address=sender.address,
+            control_addresses=[sender.address],
             media=_media(settings),
             metrics=AppMetrics({"sender": sender.stats, "encode": service.stats}),
             registry=_link(settings),
@@ -81,18 +85,24 @@ def built_encoder(model: str, settings: Settings, *, name: str) -> Iterator[Buil
 
 
 @contextmanager
-def built_language(model: str, settings: Settings, *, name: str) -> Iterator[Built]:
-    """A language server's app; what stands behind it is closed when the block ends."""
+def built_language(
+    model: str, settings: Settings, *, name: str, membership: Membership | None = None
+) -> Iterator[Built]:
+    """A language server's app; what stands behind it is closed when the block ends. With ``membership`` it is rank 0 of a group."""
     from embedwire.language.service import LanguageService
+    from embedwire.protocol.topology import ALONE
     from embedwire.serve.language_app import language_app
     from embedwire.serve.metrics import AppMetrics
 
+    group = membership.group if membership else ALONE
     with ExitStack() as stack:
-        engine = _language_engine(model, settings)
+        engine = _language_engine(model, settings, membership)
         stack.callback(engine.close)
-        receiver = stack.enter_context(_receiver(engine.layout, settings))
-        service = LanguageService(engine, receiver)
+        receiver = stack.enter_context(receiver_of(engine.layout, settings, membership=membership))
+        service = LanguageService(engine, receiver, group=group)
         stack.callback(service.close)
+        if membership:
+            membership.on_lost(service.lose)
         app = language_app(
             service,
             model=name,
@@ -100,10 +110,12 @@ def built_language(model: str, settings: Settings, *, name: str) -> Iterator[Bui
             metrics=AppMetrics({"receiver": receiver.stats, "language": service.stats}),
             registry=_link(settings),
             default_max_tokens=settings.default_max_tokens,
+            readers=len(group.readers),
         )
         pool = f"{settings.num_blocks} blocks of {settings.block_size} tokens"
         memory = size(settings.assembly_memory)
-        yield app, {"role": "language", "model": name, "pool": pool, "memory": memory}
+        delivery = {"delivery": group.delivery} if membership else {}
+        yield app, {"role": "language", "model": name, "pool": pool, "memory": memory} | delivery
 
 
 def _encoder_engine(model: str, settings: Settings) -> Any:
@@ -118,18 +130,19 @@ def _encoder_engine(model: str, settings: Settings) -> Any:
     )
 
 
-def _language_engine(model: str, settings: Settings) -> Any:
+def _language_engine(model: str, settings: Settings, membership: Membership | None) -> Any:
     from embedwire.engines.transformers.generation import TransformersLanguage
 
     return TransformersLanguage(
         model,
         dtype=settings.dtype,
-        device=settings.device,
+        device=membership.device if membership else settings.device,
         max_batch=settings.max_batch,
         max_waiting=settings.max_waiting,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         max_cache_tokens=settings.max_cache_tokens,
-        threads=settings.threads,
+        threads=membership.threads if membership else settings.threads,
+        tensor_parallel=membership.tensor_parallel if membership else None,
     )
 
 
@@ -146,18 +159,25 @@ def _sender(layout: Any, settings: Settings) -> Any:
     )
 
 
-def _receiver(layout: Any, settings: Settings) -> Any:
+def receiver_of(
+    layout: Any, settings: Settings, *, membership: Membership | None, on_room: Any = None
+) -> ReceiverEndpoint:
+    """The receiver of a language server, or of one rank of it."""
     from embedwire.endpoint import ReceiverEndpoint
 
+    is_dummy = membership is not None and membership.group.is_dummy(membership.rank)
     return ReceiverEndpoint(
         layout,
-        num_blocks=settings.num_blocks,
+        num_blocks=1 if is_dummy else settings.num_blocks,  # nobody writes into a dummy rank's pool
         block_size=settings.block_size,
         default_allocate_tokens=settings.default_allocate_tokens,
         assembly_bytes=settings.assembly_memory,
         host=settings.host,
         transports=settings.transports,
         limits=settings.limits,
+        seat=membership.seat if membership else None,
+        on_room=on_room,
+        on_lost=membership.lose if membership else None,
     )
 
 

@@ -7,6 +7,7 @@ child has to say. However this process dies, the children end: each reads a pipe
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -22,9 +24,13 @@ from typing import Any
 
 from embedwire.errors import EmbedwireError
 
+EMBEDWIRE = (sys.executable, "-m", "embedwire.cli")
+logger = logging.getLogger(__name__)
 LOG_LINES = 12
 STOP_MARGIN_S = 5.0
 """On top of the time that answers under way have: closing endpoints and engines."""
+CAUSE_WAIT_S = 1.0
+"""When a child says that it can not go on, the one that is to blame for that may be seen to end within this."""
 
 
 class ChildFailed(EmbedwireError):
@@ -33,11 +39,11 @@ class ChildFailed(EmbedwireError):
 
 @dataclass(slots=True)
 class Child:
-    """One server. ``facts`` are what it said when it was ready: ``url``, ``role``, ``pid`` and more."""
+    """One server. ``facts`` are what it said when it was ready: ``url``, ``role``, ``pid`` and more; ``error`` is why it can not go on."""
 
     name: str
     process: subprocess.Popen[str]
-    log: Path
+    log: Path | None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -45,28 +51,52 @@ class Child:
         """Where it answers; known once it is ready."""
         return str(self.facts["url"])
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Its process, and where it has several ranks, theirs; known once it is ready."""
+        return (self.facts["pid"], *self.facts.get("rank_pids", ()))
+
+    @property
+    def in_words(self) -> str:
+        """What there is to know about it beside its address: how its embeddings come, or where rooms are asked for."""
+        pool = str(self.facts.get("pool") or self.facts.get("rooms_at") or "")
+        if "ranks" not in self.facts:
+            return pool
+        return f"{pool}; {self.facts['ranks']} ranks, {self.facts['delivery']}"
+
     def last_words(self) -> str:
-        """The end of its log."""
+        """The end of its log, if it has one of its own."""
+        if self.log is None:
+            return ""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
         return "\n".join(f"  {self.name} | {line}" for line in lines)
 
 
 class Cluster:
-    """Children of this process. A context manager: at its end none of them is left."""
+    """Children of this process, each a run of ``program``. A context manager: at its end none of them is left. Each has a log of its own,
+    unless ``shares_log``: then they write to this process's stderr."""
 
-    def __init__(self, variables: Mapping[str, str], *, shutdown_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        variables: Mapping[str, str],
+        *,
+        shutdown_s: float = 10.0,
+        program: Sequence[str] = EMBEDWIRE,
+        shares_log: bool = False,
+    ) -> None:
         self._variables = variables
         self._shutdown_s = shutdown_s
+        self._program = program
         self._children: list[Child] = []
         self._events: SimpleQueue[Child] = SimpleQueue()
-        self._logs = tempfile.TemporaryDirectory(prefix="embedwire-logs-")
+        self._logs = None if shares_log else tempfile.TemporaryDirectory(prefix="embedwire-logs-")
 
     def start(self, name: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Child:
         """Start ``embedwire ARGUMENTS``; returns at once."""
-        log = Path(self._logs.name) / f"{name.replace(' ', '-')}.log"
-        with log.open("wb") as stderr:
+        log = Path(self._logs.name) / f"{name.replace(' ', '-')}.log" if self._logs else None
+        with log.open("wb") if log else nullcontext() as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "embedwire.cli", *arguments, "--child"],
+                [*self._program, *arguments, "--child"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -91,14 +121,30 @@ class Cluster:
                 )
 
     def watch(self, *, timeout_s: float | None = None) -> None:
-        """Wait for news of a child, for ``timeout_s`` at most. Raises ChildFailed when one has ended."""
+        """Wait for news of a child, for ``timeout_s`` at most. Raises ChildFailed when one has ended, or says that it can not go on."""
         try:
             child = self._events.get(timeout=timeout_s)
         except Empty:
             return
+        if "error" in child.facts:
+            child = self._to_blame_for(child)
+        if "error" in child.facts:
+            raise ChildFailed(f"{child.name}: {child.facts['error']}")
         status = child.process.poll()
         if status is not None:
             raise ChildFailed(f"{child.name} has ended: {_meaning(status)}\n{child.last_words()}".rstrip())
+
+    def _to_blame_for(self, complaining: Child) -> Child:
+        """Whoever ends without a word while others complain is the cause; else the first who complained."""
+        deadline_s = time.monotonic() + CAUSE_WAIT_S
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                child = self._events.get(timeout=left_s)
+            except Empty:
+                break
+            if child.process.poll() is not None and "error" not in child.facts:
+                return child
+        return complaining
 
     def stop(self) -> dict[str, int]:
         """End all within ``shutdown_s`` and a margin; returns the exit code of each, negative for one that had to be killed. Idempotent."""
@@ -124,14 +170,19 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        self._logs.cleanup()
+        if self._logs:
+            self._logs.cleanup()
 
     def _listen(self, child: Child) -> None:
-        """On a thread of its own: the child's one line, then its end."""
+        """On a thread of its own: the child's lines, then its end."""
         assert child.process.stdout is not None
         with child.process.stdout as lines:
             for line in lines:
-                child.facts = json.loads(line)
+                try:
+                    child.facts = {**child.facts, **json.loads(line)}
+                except ValueError:
+                    logger.warning("%s said %r", child.name, line)
+                    continue
                 self._events.put(child)
         child.process.wait()
         self._events.put(child)

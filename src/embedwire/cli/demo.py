@@ -25,6 +25,7 @@ from embedwire.cli.quiet import quieten
 from embedwire.cli.screen import check_writable, err, out, size, table, timeline, write_json
 from embedwire.cli.tiny import Family
 from embedwire.errors import EmbedwireError
+from embedwire.limits import RANKS_MAX
 
 NUM_BLOCKS, BLOCK_SIZE = 2, 16
 """A receive pool of 32 tokens, which three images never fit into."""
@@ -57,13 +58,19 @@ def demo(
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Of weights and embeddings.")
     ] = "float32",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, max=RANKS_MAX, help="Processes over which the language server is divided.")
+    ] = 1,
+    delivery: Annotated[
+        Literal["share", "replicate"], typer.Option(help="How the embedding gets to all of them.")
+    ] = "share",
     json: JsonFile = None,
 ) -> None:
     """Divide a model over two servers, send it three images, and prove that the answer is that of the undivided model.
 
     An encoder server and a language server each load only their half. The receive pool is far smaller than the embedding, so it
-    comes in many rounds. The answer's token ids are then compared with those of plain transformers. Works on a fresh machine,
-    without a GPU or network.
+    comes in many rounds. The answer's token ids are then compared with those of plain transformers. With --tensor-parallel-size the
+    language server is divided again. Works on a fresh machine, without a GPU or network.
 
     Exit code 0: everything held; 1: something did not, and the table says what; 2: an error, whose cause is the last line.
     """
@@ -71,7 +78,12 @@ def demo(
 
     check_writable(json)
     quieten()
-    variables = {"EMBEDWIRE_DTYPE": dtype, "EMBEDWIRE_TRANSPORT": transport}
+    variables = {
+        "EMBEDWIRE_DTYPE": dtype,
+        "EMBEDWIRE_TRANSPORT": transport,
+        "EMBEDWIRE_TENSOR_PARALLEL_SIZE": str(tensor_parallel_size),
+        "EMBEDWIRE_DELIVERY": delivery,
+    }
     with (
         tempfile.TemporaryDirectory(prefix="embedwire-demo-") as directory,
         err.status("drawing a tiny model") as status,
@@ -116,27 +128,42 @@ def _serve_and_ask(
     out.print("[bold]Each server a process of its own, each with its half of the model[/]")
     made = table("server", "url", "pid", "memory in use", "", right=("memory in use",))
     for child in stack.children:
-        resident = size(_resident_bytes(child.facts["pid"]))
-        made.add_row(
-            child.name, child.url, str(child.facts["pid"]), resident, str(child.facts.get("pool", ""))
-        )
+        resident = size(sum(_resident_bytes(pid) for pid in child.pids))
+        made.add_row(child.name, child.url, str(child.facts["pid"]), resident, child.in_words)
     out.print(made)
     status.update("asking")
     answer = _ask(stack.router.url, images)
     whole = _pool_is_whole(stack.languages[0].url)
-    segments = {segment for child in stack.children for segment in _segments(child.facts["pid"])}
+    pids = [pid for child in stack.children for pid in child.pids]
+    segments = {segment for pid in pids for segment in _segments(pid)}
     status.update("stopping the servers")
     codes = cluster.stop()
-    rounds = answer["embedwire"]["rounds"]
     return answer, [
+        *_passage_claims(answer["embedwire"]),
+        whole,
+        _ended_cleanly(codes, {*segments, *(f"/proc/{pid}" for pid in pids)}),
+    ]
+
+
+def _passage_claims(passage: Mapping[str, Any]) -> list[Claim]:
+    rounds, ranks, delivery = passage["rounds"], passage["ranks"], passage["delivery"]
+    claims = [
         Claim(
             "the embedding came in rounds",
-            len(rounds) >= ROUNDS_MIN and sum(rounds) == answer["embedwire"]["total_tokens"],
+            len(rounds) >= ROUNDS_MIN and sum(rounds) == passage["total_tokens"],
             f"{sum(rounds)} tokens through a pool of {NUM_BLOCKS * BLOCK_SIZE}, in {len(rounds)} rounds",
-        ),
-        whole,
-        _ended_cleanly(codes, segments),
+        )
     ]
+    if delivery:
+        times = ranks if delivery == "replicate" else 1
+        claims.append(
+            Claim(
+                f"{ranks} ranks read it, the wire carried it {'once' if times == 1 else 'once for each'}",
+                passage["wire_bytes"] == times * passage["bytes"],
+                f"{delivery}: {passage['wire_bytes']} bytes for an embedding of {passage['bytes']}",
+            )
+        )
+    return claims
 
 
 def _ask(url: str, images: Sequence[bytes]) -> dict[str, Any]:
@@ -177,12 +204,14 @@ def _pool_is_whole(url: str) -> Claim:
     )
 
 
-def _ended_cleanly(codes: Mapping[str, int], segments: set[str]) -> Claim:
+def _ended_cleanly(codes: Mapping[str, int], paths: set[str]) -> Claim:
     bad = [f"{name}: exit code {code}" for name, code in codes.items() if code]
-    left = [segment for segment in segments if os.path.exists(segment)]
-    detail = "; ".join([*bad, *(f"left behind: {segment}" for segment in left)])
+    left = sorted(filter(os.path.exists, paths))
+    detail = "; ".join([*bad, *(f"left behind: {path}" for path in left)])
     return Claim(
-        "all servers ended cleanly", not detail, detail or f"{len(codes)} processes, no shared memory left"
+        "all servers ended cleanly",
+        not detail,
+        detail or f"{len(codes)} servers; no process and no shared memory left",
     )
 
 

@@ -119,6 +119,20 @@ class Language(Group):
     """Longest answer to a request that names no limit."""
 
 
+class Ranks(Group):
+    """Ranks"""
+
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=limits.RANKS_MAX)] = 1
+    """Processes over which the weights of a language server are divided, each on a device of its own."""
+    delivery: Literal["auto", "share", "replicate"] = "auto"
+    """How an embedding gets to all ranks. share: once over the wire, and the ranks of a host read the same memory; replicate: each rank
+    receives a copy of its own; auto: share."""
+    rank_timeout_s: Seconds = 10.0
+    """How long the ranks wait for one of them before they give it up."""
+    on_rank_failure: Literal["restart", "exit"] = "restart"
+    """What becomes of the other ranks when one is lost: all are started anew, or the server ends."""
+
+
 class Router(Group):
     """Router"""
 
@@ -168,4 +182,6 @@ def _bounds() -> type[Group]:
 Bounds = _bounds()
 """The fields of :class:`embedwire.limits.Limits`, with its defaults and texts."""
 
-GROUPS: tuple[type[Group], ...] = (Server, Member, Engine, Wire, Encoder, Language, Router, Checks, Bounds)
+GROUPS: tuple[type[Group], ...] = (
+    Server, Member, Engine, Wire, Encoder, Language, Ranks, Router, Checks, Bounds,
+)  # fmt: skip

@@ -20,6 +20,9 @@ from embedwire.errors import ConfigurationError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+ORPHAN_MARGIN_S = 5.0
+"""A child whose parent has died ends within this, on top of the time that answers under way have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Voice:
@@ -54,14 +57,17 @@ def begin(settings: Settings, *, is_child: bool) -> None:
     logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     if is_child:
-        threading.Thread(target=_end_with_stdin, name="embedwire-stdin", daemon=True).start()
+        bound_s = settings.shutdown_s + ORPHAN_MARGIN_S
+        threading.Thread(target=_end_with_stdin, args=(bound_s,), name="embedwire-stdin", daemon=True).start()
 
 
-def _end_with_stdin() -> None:
-    """The parent holds the other end: however it dies, its children end."""
+def _end_with_stdin(bound_s: float) -> None:
+    """The parent holds the other end: however it dies, its children end, if need be without cleaning up."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(bound_s)
+    os._exit(1)
 
 
 def serve(

@@ -41,7 +41,12 @@ def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) 
         title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
     )
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=column in ("url", "pid"),
+        )
     return made
 
 
@@ -69,6 +74,11 @@ def timeline(passage: Mapping[str, Any]) -> Table:
         made.add_row("room", f"{passage['room']} from {passage['encoder']} over {passage['transport']}")
         made.add_row("tokens", f"{passage['total_tokens']} in {_counted(rounds)}")
         made.add_row("bytes", f"{passage['bytes']} ({size(passage['bytes'])})")
+        if passage["delivery"]:
+            made.add_row(
+                "ranks",
+                f"{passage['ranks']}, {passage['delivery']}: {passage['wire_bytes']} bytes over the wire",
+            )
         made.add_row("encode", milliseconds(passage["encode_ms"]))
         made.add_row("transfer", milliseconds(passage["transfer_ms"]))
     made.add_row("first token", milliseconds(passage.get("ttft_ms")))

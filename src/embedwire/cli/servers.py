@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from embedwire.cli.groups import Bounds, Checks, Encoder, Engine, Language, Member, Router, Server, Wire
+from embedwire.cli.groups import (
+    Bounds,
+    Checks,
+    Encoder,
+    Engine,
+    Language,
+    Member,
+    Ranks,
+    Router,
+    Server,
+    Wire,
+)
 from embedwire.cli.options import takes
 from embedwire.cli.process import Voice, begin, serve
 from embedwire.cli.settings import Loaded
@@ -76,16 +87,22 @@ def encoder(
         serve(app, loaded.settings, facts, voice=Voice(ready_file, child))
 
 
-@takes(Server, Member, Engine, Wire, Language, Bounds)
+@takes(Server, Member, Engine, Wire, Language, Ranks, Bounds)
 def language(
     loaded: Loaded, *, model: Model, name: Name = None, ready_file: ReadyFile = None, child: IsChild = False
 ) -> None:
     """Run a language server: the half of MODEL that reads embeddings and text, and answers.
 
-    Exit code 0: stopped by SIGTERM or Ctrl-C; 2: an error, whose cause is the last line.
+    With --tensor-parallel-size above 1 it is so many processes, which end and start together; this one watches over them. Exit code 0:
+    stopped by SIGTERM or Ctrl-C; 2: an error, whose cause is the last line.
     """
     begin(loaded.settings, is_child=child)
+    voice = Voice(ready_file, child)
+    if loaded.settings.tensor_parallel_size > 1:
+        from embedwire.cli.supervise import serve_group
+
+        serve_group(loaded, ("language-rank", model, "--name", name or model), voice=voice)
     from embedwire.cli.build import built_language
 
     with built_language(model, loaded.settings, name=name or model) as (app, facts):
-        serve(app, loaded.settings, facts, voice=Voice(ready_file, child))
+        serve(app, loaded.settings, facts, voice=voice)

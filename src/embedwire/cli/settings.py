@@ -26,6 +26,7 @@ from embedwire.cli.groups import (
     Engine,
     Language,
     Member,
+    Ranks,
     Router,
     Server,
     Wire,
@@ -42,7 +43,7 @@ WIRES: Mapping[str, tuple[str, ...] | None] = {"auto": None, "shm": ("shm",), "t
 """What each value of ``transport`` offers, best first; None: all there are."""
 
 
-class Settings(Bounds, Checks, Router, Language, Encoder, Wire, Engine, Member, Server, BaseSettings):  # type: ignore[misc,valid-type]
+class Settings(Bounds, Checks, Router, Ranks, Language, Encoder, Wire, Engine, Member, Server, BaseSettings):  # type: ignore[misc,valid-type]
     """All settings, checked. Made by :func:`load`."""
 
     model_config = SettingsConfigDict(

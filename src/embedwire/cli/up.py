@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from embedwire.cli.groups import Bounds, Checks, Encoder, Engine, Language, Router, Server, Wire
+from embedwire.cli.groups import Bounds, Checks, Encoder, Engine, Language, Ranks, Router, Server, Wire
 from embedwire.cli.options import JsonFile, takes
 from embedwire.cli.screen import check_writable, err, out, table, write_json
 from embedwire.cli.servers import Model, Name
 from embedwire.cli.settings import Loaded
 
 
-@takes(Server, Engine, Wire, Encoder, Language, Router, Checks, Bounds)
+@takes(Server, Engine, Wire, Encoder, Language, Ranks, Router, Checks, Bounds)
 def up(
     loaded: Loaded,
     *,
@@ -51,8 +51,7 @@ def up(
                 )
             made = table("server", "url", "pid", "")
             for child in stack.children:
-                extra = child.facts.get("pool") or child.facts.get("rooms_at") or ""
-                made.add_row(child.name, child.url, str(child.facts["pid"]), extra)
+                made.add_row(child.name, child.url, str(child.facts["pid"]), child.in_words)
             out.print(made)
             out.print(
                 f"Ask with: embedwire ask --url {stack.router.url} 'What is this?' IMAGE",

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,10 +31,10 @@ DEFAULT_MEMORY_WAIT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class TakenUp:
-    """A room that will be there: its length, where to ask for it, and what it is made of."""
+    """A room that will be there: its length, where to ask for it (one address a rank), and what it is made of."""
 
     total_tokens: int
-    control_address: str
+    control_addresses: tuple[str, ...]
     content_hash: bytes
 
 
@@ -84,22 +84,23 @@ class EncodeService:
         self._tower = threading.Thread(target=self._run, name="embedwire-tower", daemon=True)
         self._tower.start()
 
-    def take_up(self, room: int, prompt: ChatPrompt, *, attempt: int = 0) -> TakenUp:
-        """Prepare a prompt, reserve its memory and announce its room; the tower runs later. Blocks the calling thread.
+    def take_up(self, room: int, prompt: ChatPrompt, *, attempt: int = 0, readers: int = 1) -> TakenUp:
+        """Prepare a prompt, reserve its memory and announce its room to so many ``readers``; the tower runs later. Blocks the calling
+        thread.
 
         Raises InvalidRequestError for a prompt that can not be served, NeverFitsError when it is larger than all source memory,
         OverloadedError when the line is full or memory did not come free in time, UsageError for a room that was taken up before.
         """
         prepared = self.engine.prepare(prompt)
-        offer = self._reserve(room, attempt, prepared)
+        offer = self._reserve(partial(self._offer, RoomKey(room, attempt), prepared, readers))
         with self._changed:
             self._offers[offer.key] = offer
             self._work.append(_Work(offer, replace(prepared, key=offer.key)))
             self._changed.notify_all()
         offer.add_done_callback(partial(self._on_offer_ended, offer.key))
-        return TakenUp(prepared.total_tokens, self.sender.address, prepared.content_hash)
+        return TakenUp(prepared.total_tokens, (self.sender.address,), prepared.content_hash)
 
-    def _reserve(self, room: int, attempt: int, prepared: PreparedPrompt) -> Offer:
+    def _reserve(self, try_offer: Callable[[], Offer]) -> Offer:
         """First come, first served: only the head of the line tries, whenever a room has ended."""
         deadline = time.monotonic() + self._memory_wait_s
         me = object()
@@ -117,7 +118,7 @@ class EncodeService:
                 if self._is_closed or not is_turn:
                     raise OverloadedError(f"no source memory came free within {self._memory_wait_s:g} s")
                 try:
-                    return self._offer(room, attempt, prepared)
+                    return try_offer()
                 except OverloadedError:
                     self._wait_for_an_end(ended_before, deadline)
         finally:
@@ -125,15 +126,16 @@ class EncodeService:
                 self._line.remove(me)
                 self._changed.notify_all()
 
-    def _offer(self, room: int, attempt: int, prepared: PreparedPrompt) -> Offer:
+    def _offer(self, key: RoomKey, prepared: PreparedPrompt, readers: int) -> Offer:
         aux = [0] * (AUX_WORDS - 1)
         aux[AUX_POSITION_DELTA - 1] = prepared.mrope_position_delta
         return self.sender.offer(
-            room,
-            attempt=attempt,
+            key.room,
+            attempt=key.attempt,
             total_tokens=prepared.total_tokens,
             aux=aux,
             content_hash=prepared.content_hash,
+            readers=readers,
         )
 
     def _wait_for_an_end(self, ended_before: int, deadline: float) -> None:

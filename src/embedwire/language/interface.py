@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from embedwire.memory.layout import Layout
+from embedwire.protocol.topology import Delivery
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
@@ -93,7 +94,8 @@ class LanguageEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TransferReport:
-    """What the transfer of one room was, for the answer's ``embedwire`` object. Times in milliseconds."""
+    """What the transfer of one room was, for the answer's ``embedwire`` object. Times in milliseconds. ``bytes`` came to this rank;
+    ``wire_bytes`` to all ``ranks`` together, by ``delivery`` (None for a single rank)."""
 
     room: int
     transport: str
@@ -102,4 +104,7 @@ class TransferReport:
     bytes: int
     encode_ms: float
     transfer_ms: float
+    wire_bytes: int
+    ranks: int = 1
+    delivery: Delivery | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)

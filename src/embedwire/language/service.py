@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedwire.endpoint import Received, ReceiverEndpoint, Reception
-from embedwire.errors import EmbedwireError, OverloadedError
+from embedwire.errors import EmbedwireError, OverloadedError, RankError
 from embedwire.language.assembly import assemble, report_of
 from embedwire.language.interface import (
     AssembledPrompt,
@@ -22,6 +22,7 @@ from embedwire.language.interface import (
     SamplingParams,
     TransferReport,
 )
+from embedwire.protocol.topology import ALONE, RankGroup
 
 DEFAULT_MAX_JOBS = 512
 
@@ -32,10 +33,14 @@ OnReport = Callable[[TransferReport, int], None]
 
 @dataclass(frozen=True, slots=True)
 class LanguageStats:
-    """Jobs under way: those whose embedding is still on its way, and those with the engine."""
+    """Jobs under way: those whose embedding is still on its way, and those with the engine. ``wire_bytes_total`` of embeddings came
+    over the wire since the start, to all ``readers`` among the ``ranks`` together."""
 
     transferring: int
     generating: int
+    ranks: int
+    readers: int
+    wire_bytes_total: int
 
 
 def _nothing() -> None:
@@ -86,6 +91,10 @@ class Job:
     def _pass_on(self, delta: Delta) -> None:
         release, self._release = self._release, _nothing
         release()  # the first delta says that the prompt has been read, or never will be
+        lost = self._service.lost
+        if delta.finish_reason == "error" and lost is not None:
+            self._fail(RankError(lost))
+            return
         if delta.finish_reason is not None:
             self._service._forget(self)
         self._on_delta(delta)
@@ -98,16 +107,25 @@ class Job:
 
 class LanguageService:
     """Answers prompts with one language engine, their embeddings received at one receiver. ``max_jobs`` bounds the answers under way.
-    Thread-safe."""
+    Where engine and receiver are rank 0 of a ``group``, every rank of it gets the embeddings. Thread-safe."""
 
     def __init__(
-        self, engine: LanguageEngine, receiver: ReceiverEndpoint, *, max_jobs: int = DEFAULT_MAX_JOBS
+        self,
+        engine: LanguageEngine,
+        receiver: ReceiverEndpoint,
+        *,
+        max_jobs: int = DEFAULT_MAX_JOBS,
+        group: RankGroup = ALONE,
     ) -> None:
         self.engine = engine
         self.receiver = receiver
+        self.group = group
+        self.lost: str | None = None
+        """Why the group can not go on; None while it can."""
         self._max_jobs = max_jobs
         self._lock = threading.Lock()
         self._jobs: set[Job] = set()
+        self._wire_bytes_total = 0
 
     def generate_text(
         self,
@@ -117,7 +135,7 @@ class LanguageService:
         on_delta: OnDelta,
         on_error: OnError,
     ) -> Job:
-        """Answer a chat without media. Raises InvalidRequestError and OverloadedError at once."""
+        """Answer a chat without media. Raises InvalidRequestError, OverloadedError and RankError at once."""
         fill_ids = self.engine.tokenize(messages)
         job = self._remember(Job(self, on_delta=on_delta, on_error=on_error))
         try:
@@ -130,7 +148,7 @@ class LanguageService:
     def generate_room(
         self,
         room: int,
-        address: str,
+        addresses: str | Sequence[str],
         sampling: SamplingParams,
         *,
         attempt: int = 0,
@@ -138,14 +156,14 @@ class LanguageService:
         on_delta: OnDelta,
         on_error: OnError,
     ) -> Job:
-        """Answer a prompt whose embedding is room ``room`` of the sender at ``address``.
+        """Answer a prompt whose embedding is room ``room`` of the encoder whose ranks are at ``addresses``.
 
         ``on_report`` is called once, when the embedding is whole, with how it came and the prompt's tokens; then ``on_delta``; or
-        ``on_error``, once, instead of what has not been called yet. Raises OverloadedError and UsageError at once.
+        ``on_error``, once, instead of what has not been called yet. Raises OverloadedError, RankError and UsageError at once.
         """
         job = self._remember(Job(self, on_delta=on_delta, on_error=on_error))
         try:
-            reception = self.receiver.open(room, address, attempt=attempt)
+            reception = self.receiver.open(room, addresses, attempt=attempt)
         except EmbedwireError:
             self._forget(job)
             raise
@@ -153,8 +171,10 @@ class LanguageService:
         def on_received(ended: Future[Received]) -> None:
             try:
                 received = ended.result()
-                on_report(report_of(received), received.report.total_tokens)
-                job._submit(assemble(received), sampling, release=received.release)
+                report = report_of(received, group=self.group)
+                self._count(report)
+                on_report(report, report.total_tokens)
+                job._submit(assemble(received, group=self.group), sampling, release=received.release)
             except EmbedwireError as error:
                 job._fail(error)
             except Exception as error:
@@ -168,11 +188,21 @@ class LanguageService:
             reception.cancel()
         return job
 
+    def lose(self, detail: str) -> None:
+        """A rank of the group is lost: who asks from now on, and whose answer ends because of it, hears so. Harmless the second time."""
+        self.lost = self.lost or detail
+
     def stats(self) -> LanguageStats:
         """A snapshot."""
         with self._lock:
             generating = sum(job.is_generating for job in self._jobs)
-            return LanguageStats(transferring=len(self._jobs) - generating, generating=generating)
+            return LanguageStats(
+                transferring=len(self._jobs) - generating,
+                generating=generating,
+                ranks=self.group.size,
+                readers=len(self.group.readers),
+                wire_bytes_total=self._wire_bytes_total,
+            )
 
     def close(self) -> None:
         """Cancel every job. The engine and the receiver are the caller's to close."""
@@ -181,7 +211,13 @@ class LanguageService:
         for job in jobs:
             job.cancel()
 
+    def _count(self, report: TransferReport) -> None:
+        with self._lock:
+            self._wire_bytes_total += report.wire_bytes
+
     def _remember(self, job: Job) -> Job:
+        if self.lost is not None:
+            raise RankError(self.lost)
         with self._lock:
             if len(self._jobs) >= self._max_jobs:
                 raise OverloadedError(

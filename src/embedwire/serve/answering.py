@@ -55,7 +55,7 @@ class LanguageService(Protocol):
     def generate_room(
         self,
         room: int,
-        address: str,
+        addresses: Sequence[str],
         sampling: SamplingParams,
         *,
         attempt: int = 0,
@@ -138,7 +138,7 @@ class Answer:
             case RoomRequest(embedwire_room=ref):
                 self._job = self._service.generate_room(
                     ref.room,
-                    ref.control_address,
+                    ref.control_addresses,
                     self._sampling,
                     attempt=ref.attempt,
                     on_report=lambda report, prompt_tokens: self._put((report, prompt_tokens)),
@@ -172,6 +172,9 @@ class Answer:
             total_tokens=report.total_tokens,
             rounds=tuple(report.rounds),
             bytes=report.bytes,
+            wire_bytes=report.wire_bytes,
+            ranks=report.ranks,
+            delivery=report.delivery,
             encode_ms=round(report.encode_ms, 3),
             transfer_ms=round(report.transfer_ms, 3),
         )

@@ -73,7 +73,7 @@ class TakenUp(msgspec.Struct):
     """An encoder's answer to POST /encode."""
 
     total_tokens: int
-    control_address: str
+    control_addresses: tuple[str, ...]
 
 
 class WorkerFailed(Exception):
@@ -149,13 +149,13 @@ class Dispatch:
             encoder = self._pick(Role.ENCODER, way, fingerprint=language.fingerprint)
             stack.enter_context(self._table.loaded(encoder.url, way.media))
             way.held = encoder, attempt
-            taken = await self._encode(way, attempt, encoder)
+            taken = await self._encode(way, attempt, encoder, readers=language.readers)
             tokens += taken.total_tokens
             del body["messages"]
             body["embedwire_room"] = RoomRef(
                 room=way.room,
                 attempt=attempt,
-                control_address=taken.control_address,
+                control_addresses=taken.control_addresses,
                 encoder=encoder.url,
                 elapsed_ms=(time.monotonic() - way.began_s) * 1000,
             )
@@ -179,8 +179,13 @@ class Dispatch:
             await self._abort(way.room, encoder, attempt)
         way.held = None
 
-    async def _encode(self, way: Way, attempt: int, encoder: Worker) -> TakenUp:
-        body = {"room": way.room, "attempt": attempt, "messages": way.raw["messages"]}
+    async def _encode(self, way: Way, attempt: int, encoder: Worker, *, readers: int) -> TakenUp:
+        body = {
+            "room": way.room,
+            "attempt": attempt,
+            "readers": readers,
+            "messages": way.raw["messages"],
+        }
         async with AsyncExitStack() as stack:
             response = await self._post(encoder, "/encode", body, stack)
             try:

@@ -3,13 +3,13 @@
 Owns the internal routes and the fetching of media; it must not know the model. The service's calls block and
 run on worker threads of their own. These routes are for routers: do not let users reach them.
 
-    POST   /encode             {"room", "attempt", "messages"} → {"total_tokens", "control_address",
-    "content_hash"} DELETE /rooms/{room}       ?attempt=…  ends a room that nobody needs any more; harmless
-    when it is not there
+    POST   /encode          {"room", "attempt", "readers", "messages"} → {"total_tokens", "control_addresses", "content_hash"}
+    DELETE /rooms/{room}    ?attempt=…  ends a room that nobody needs any more; harmless when it is not there
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Protocol
 
 import anyio
@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from embedwire.encode.interface import ChatPrompt
 from embedwire.errors import InvalidRequestError
-from embedwire.limits import ROOM_MAX
+from embedwire.limits import RANKS_MAX, ROOM_MAX
 from embedwire.memory.layout import Layout
 from embedwire.registry import Role
 from embedwire.serve.exchange import Admission, read_body, unless_disconnected
@@ -36,7 +36,7 @@ class TakenUp(Protocol):
     @property
     def total_tokens(self) -> int: ...
     @property
-    def control_address(self) -> str: ...
+    def control_addresses(self) -> Sequence[str]: ...
     @property
     def content_hash(self) -> bytes: ...
 
@@ -44,13 +44,14 @@ class TakenUp(Protocol):
 class EncodeService(Protocol):
     """What this app asks of :class:`embedwire.encode.service.EncodeService`. Both calls may block."""
 
-    def take_up(self, room: int, prompt: ChatPrompt, *, attempt: int = 0) -> TakenUp: ...
+    def take_up(self, room: int, prompt: ChatPrompt, *, attempt: int = 0, readers: int = 1) -> TakenUp: ...
     def abort(self, room: int, *, attempt: int = 0, detail: str = "") -> None: ...
 
 
 class EncodeRequest(Struct, kw_only=True):
     room: Annotated[int, Meta(ge=1, le=ROOM_MAX)]
     attempt: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    readers: Annotated[int, Meta(ge=1, le=RANKS_MAX)] = 1
     messages: Annotated[list[Message], Meta(min_length=1)]
 
 
@@ -59,7 +60,7 @@ def encoder_app(
     *,
     model: str,
     layout: Layout,
-    control_address: str,
+    control_addresses: Sequence[str],
     media: MediaFetcher | None = None,
     metrics: AppMetrics | None = None,
     registry: RegistryLink | None = None,
@@ -71,7 +72,9 @@ def encoder_app(
     ``bodies_bytes_max`` together; what is more is refused with 503. A body may take a little more than a
     router's."""
     fetcher = media or MediaFetcher()
-    identity = Identity(role=Role.ENCODER, model=model, layout=layout, control_address=control_address)
+    identity = Identity(
+        role=Role.ENCODER, model=model, layout=layout, control_addresses=tuple(control_addresses)
+    )
     app = worker_app(identity, metrics or AppMetrics(), registry=registry, while_running=fetcher)
     admission = Admission(requests_max, bytes_max=bodies_bytes_max)
     threads = anyio.CapacityLimiter(requests_max)  # each may wait for memory, and must not hold up the others
@@ -80,7 +83,8 @@ def encoder_app(
         messages, urls = plain_messages(asked.messages)
         prompt = ChatPrompt(messages, await fetcher.fetch_all(urls))
         return await anyio.to_thread.run_sync(
-            lambda: service.take_up(asked.room, prompt, attempt=asked.attempt), limiter=threads
+            lambda: service.take_up(asked.room, prompt, attempt=asked.attempt, readers=asked.readers),
+            limiter=threads,
         )
 
     async def abort(room: int, attempt: int, detail: str) -> None:
@@ -99,7 +103,7 @@ def encoder_app(
         return json_response(
             {
                 "total_tokens": taken.total_tokens,
-                "control_address": taken.control_address,
+                "control_addresses": taken.control_addresses,
                 "content_hash": taken.content_hash.hex(),
             }
         )

@@ -44,11 +44,14 @@ def language_app(
     metrics: AppMetrics | None = None,
     registry: RegistryLink | None = None,
     default_max_tokens: int = 256,
+    readers: int = 1,
     body_bytes_max: int = 16 * 2**20,
 ) -> FastAPI:
-    """An app around a service. ``default_max_tokens`` holds for a request that names no limit."""
+    """An app around a service. ``default_max_tokens`` holds for a request that names no limit; ``readers`` is how many ranks of the
+    server receive from the wire."""
     metrics = metrics or AppMetrics()
-    app = worker_app(Identity(role=Role.LANGUAGE, model=model, layout=layout), metrics, registry=registry)
+    identity = Identity(role=Role.LANGUAGE, model=model, layout=layout, readers=readers)
+    app = worker_app(identity, metrics, registry=registry)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:

@@ -24,8 +24,11 @@ STAGE_BUCKETS_S = (
 LABELS = {"ended": "cause", "waiting": "queue"}
 """What the keys of a snapshot's mapping are, by the field's name; ``state`` where nothing is said here."""
 COUNTERS = frozenset(
-    {"ended", "rounds_total", "bytes_total", "frames_refused_total", "encoded_total", "failed_total"}
-)
+    {
+        "ended", "rounds_total", "bytes_total", "wire_bytes_total", "frames_refused_total", "turns_total",
+        "encoded_total", "failed_total",
+    }
+)  # fmt: skip
 """Fields of a snapshot that only rise."""
 NAMES = {"ended": "rooms_ended", "blocks_total": "blocks"}
 """Metrics with another name than the field: a gauge must not end in ``_total``."""

@@ -26,6 +26,7 @@ from msgspec import Meta, Struct
 
 from embedwire.errors import InvalidRequestError
 from embedwire.language.interface import FinishReason, SamplingParams
+from embedwire.limits import RANKS_MAX
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -117,12 +118,12 @@ class ChatRequest(Options, kw_only=True):
 
 
 class RoomRef(Struct, kw_only=True):
-    """Where the embedding of a prompt is to be had; ``elapsed_ms`` is what the router took before it
-    asked."""
+    """Where the embedding of a prompt is to be had; ``control_addresses`` has one for each rank of the encoder; ``elapsed_ms`` is what
+    the router took before it asked."""
 
     room: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     attempt: Annotated[int, Meta(ge=0, le=2**31 - 1)]
-    control_address: str
+    control_addresses: Annotated[tuple[str, ...], Meta(min_length=1, max_length=RANKS_MAX)]
     encoder: str
     elapsed_ms: float = 0.0
 
@@ -135,8 +136,9 @@ class RoomRequest(Options, kw_only=True):
 
 
 class Passage(Struct, kw_only=True):
-    """How a prompt came to the language server: the answer's ``embedwire`` object. ``rounds`` are tokens a
-    round."""
+    """How a prompt came to the language server: the answer's ``embedwire`` object. ``rounds`` are tokens a round; ``bytes`` are those of
+    the embedding, ``wire_bytes`` what the wire carried for all ``ranks`` of the language server together. ``delivery`` is null where
+    there is one rank."""
 
     room: int | None = None
     encoder: str | None = None
@@ -144,6 +146,9 @@ class Passage(Struct, kw_only=True):
     total_tokens: int | None = None
     rounds: tuple[int, ...] | None = None
     bytes: int | None = None
+    wire_bytes: int | None = None
+    ranks: int | None = None
+    delivery: str | None = None
     encode_ms: float | None = None
     transfer_ms: float | None = None
     ttft_ms: float | None = None

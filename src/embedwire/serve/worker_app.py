@@ -39,7 +39,8 @@ class Identity:
     role: Role
     model: str
     layout: Layout
-    control_address: str = ""
+    control_addresses: tuple[str, ...] = ()
+    readers: int = 1
     incarnation: int = field(default_factory=lambda: 1 + secrets.randbelow(INCARNATION_MAX))
 
     def at(self, url: str) -> Worker:
@@ -49,7 +50,8 @@ class Identity:
             model=self.model,
             fingerprint=self.layout.fingerprint,
             incarnation=self.incarnation,
-            control_address=self.control_address,
+            control_addresses=self.control_addresses,
+            readers=self.readers,
         )
 
 

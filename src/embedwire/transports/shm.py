@@ -7,7 +7,7 @@ Proof that a sender is gone comes from the kernel. A sender locks the byte ``sen
 file, far beyond its end, with a lock that belongs to the open file it maps. The kernel drops that lock when
 the last descriptor *and the last mapping* of that open file are gone, and never because the process is
 stopped. The receiver locks a byte too, so that a segment whose receiver was killed can be told from a live
-one and removed (:func:`_sweep`). ``multiprocessing.shared_memory`` is not used: its tracker removes segments
+one and removed (:func:`sweep`). ``multiprocessing.shared_memory`` is not used: its tracker removes segments
 behind their owner's back.
 """
 
@@ -76,7 +76,7 @@ class ShmInbound(Inbound):
         """See the contract. Raises TransportError when shared memory has no room for ``nbytes``."""
         if self._descriptor or self._closed or nbytes < 1:
             raise UsageError(f"allocate({nbytes}): wants at least one byte, once, before close")
-        _sweep()
+        sweep()
         nonce = secrets.token_bytes(_NONCE_BYTES)
         self._path, self._fd = _create()
         try:
@@ -248,7 +248,7 @@ def _create() -> tuple[str, int]:
         os.close(fd)  # a sweep came between creation and lock, and has removed or will remove it
 
 
-def _sweep() -> None:
+def sweep() -> None:
     """Remove segments whose receiver died without closing. Another user's, and whatever is not ours, stay."""
     for path in glob.glob(f"{_DIRECTORY}/{_NAME}"):
         with suppress(OSError):

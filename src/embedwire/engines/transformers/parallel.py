@@ -35,7 +35,8 @@ _DECODER = msgspec.msgpack.Decoder(tuple[bytes, list[tuple[str, str, tuple[int, 
 class TensorParallel:
     """This process as rank ``rank`` of ``size``. A process has one at a time, since torch has one default group.
 
-    ``address`` is ``host:port``, where rank 0 listens and the others find it; on the loopback address all their connections stay there.
+    ``address`` is where they find each other: ``host:port``, where rank 0 listens, or ``file:///path`` of a file that is not there yet.
+    With a file or the loopback address all their connections stay on this host.
     ``backend`` carries the sums of the model: ``gloo`` for CPU, ``nccl`` for CUDA, one device a rank. The constructor returns when all
     ranks are there, and raises RankError when they are not after ``start_timeout_s``. Within a step no rank waits longer than
     ``timeout_s`` for another; between steps an idle group waits without end and without work. ``on_broken`` is called once, when the group
@@ -54,9 +55,10 @@ class TensorParallel:
         on_broken: Callable[[RankError], None] | None = None,
     ) -> None:
         host, _, port = address.rpartition(":")
-        if not 0 <= rank < size or not host or not port.isdecimal():
+        is_file = address.startswith("file:///")
+        if not 0 <= rank < size or not (is_file or (host and port.isdecimal())):
             raise ConfigurationError(
-                f"rank {rank} of {size} at {address!r} is not a rank of a group at host:port"
+                f"rank {rank} of {size} at {address!r} is not a rank of a group at host:port or file:///path"
             )
         self.rank = rank
         self.size = size
@@ -65,10 +67,13 @@ class TensorParallel:
         self._timeout = timedelta(seconds=timeout_s)
         self._start_timeout = timedelta(seconds=start_timeout_s)
         self._on_broken = on_broken
-        if host in _LOOPBACK:
+        if is_file or host in _LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         try:
-            store = _store(host, int(port), rank=rank, size=size, timeout=self._start_timeout)
+            if is_file:
+                store = _file_store(address, rank=rank, size=size, timeout=self._start_timeout)
+            else:
+                store = _store(host, int(port), rank=rank, size=size, timeout=self._start_timeout)
             distributed.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=self._timeout
             )
@@ -158,3 +163,11 @@ def _store(host: str, port: int, *, rank: int, size: int, timeout: timedelta) ->
     return distributed.TCPStore(
         host, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
     )
+
+
+def _file_store(address: str, *, rank: int, size: int, timeout: timedelta) -> Any:
+    """The same without a port that somebody else could take first. All ranks are there when it returns, as with the other one."""
+    store = distributed.FileStore(address.removeprefix("file://"), size)
+    store.set(f"rank {rank}", "is here")
+    store.wait([f"rank {other}" for other in range(size)], timeout)
+    return store

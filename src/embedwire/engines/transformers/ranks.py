@@ -135,6 +135,7 @@ class TransformersFollower:
         self._half = load_language_half(
             resolve_model(model), dtype=dtype, device=device, shard=tensor_parallel.shard
         )
+        self.layout = self._half.layout
         self._runner = ModelRunner(self._half)
         self._prompt: AssembledPrompt | None = None
         self._prompt_of = prompt_of
