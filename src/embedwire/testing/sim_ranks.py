@@ -1,0 +1,169 @@
+"""Receiving ranks without wires and time: what senders say and when a turn goes on is said by hand, one event after another. One thread.
+
+For tests that want every order of events. A drain is carried out at once; a grant is answered when the test says that it has landed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from embedwire.limits import AUX_WORDS, Limits
+from embedwire.memory.allocator import BlockAllocator
+from embedwire.memory.budget import Budget
+from embedwire.protocol.actions import Drain, Failed, Finished, ReceiverAction
+from embedwire.protocol.agreement import Facts, agree, pack, unpack
+from embedwire.protocol.handshake import Offered
+from embedwire.protocol.messages import Announce, Cause, Ended, RoomKey, Status, Welcome
+from embedwire.protocol.receiver_core import ReceiverCore
+from embedwire.protocol.states import Poll
+from embedwire.protocol.topology import RankGroup
+
+End = tuple[int, Cause, str]
+"""The room, how it ended, and the words for people."""
+
+
+class Ranks:
+    """The receiving ranks of one group, each with ``blocks`` blocks of 128 tokens and memory for ``memory[rank]`` tokens of one byte."""
+
+    def __init__(
+        self,
+        group: RankGroup,
+        *,
+        senders: int = 1,
+        blocks: int = 4,
+        memory: Sequence[int] = (),
+        limits: Limits | None = None,
+    ) -> None:
+        self.group = group
+        self.addresses = [f"encoder/{sender}" for sender in range(senders)]
+        self.pools = [BlockAllocator(blocks, 128) for _ in group.hosts]
+        self.budgets = [Budget(tokens) for tokens in memory or [10_000] * group.size]
+        self.ends: list[list[End]] = [[] for _ in group.hosts]
+        self.finished: list[list[Finished]] = [[] for _ in group.hosts]
+        self.said: dict[int, Facts] = {}
+        self.agreed: dict[int, Facts] = {}
+        self.cores = [
+            ReceiverCore(
+                incarnation=100 + rank,
+                offered=Offered(("a",), 128, blocks, (("tcp", b""),), frozenset({"tcp"})),
+                blocks=self.pools[rank],
+                memory=self.budgets[rank],
+                token_bytes=1,
+                default_allocate_tokens=256,
+                limits=limits or Limits(),
+                group=group,
+                rank=rank,
+            )
+            for rank in range(group.size)
+        ]
+
+    # ------------------------------------------------------------------ what happens on one rank
+
+    def open(self, room: int, rank: int) -> None:
+        """A rank hears of a room; its senders welcome it."""
+        core = self.cores[rank]
+        self.do(rank, core.open(RoomKey(room), self.addresses, now=0.0))
+        for address, session in core.lanes.sessions.items():
+            if session.wire is None:
+                welcome = Welcome(
+                    source=self._life(address),
+                    target=core.incarnation,
+                    version=1,
+                    nonce=session.nonce,
+                    fields=("a",),
+                    wire="tcp",
+                )
+                self.do(rank, core.on_message(welcome, address, now=0.0))
+
+    def _life(self, address: str) -> int:
+        return 1000 + self.addresses.index(address)
+
+    def hear(self, rank: int, key: RoomKey, kind: type[Any], **content: Any) -> None:
+        """The sender of a lane says something."""
+        core = self.cores[rank]
+        room = core.lanes.rooms.get(key)
+        if room is None:
+            return
+        message = kind(source=self._life(room.address), target=core.incarnation, **key._asdict(), **content)
+        self.do(rank, core.on_message(message, room.address, now=0.0))
+
+    def announce(self, rank: int, key: RoomKey, total: int, *, ready: bool = True, **other: Any) -> None:
+        """A lane of a room of ``total`` tokens is announced."""
+        lane = self.cores[rank].lanes.rooms.get(key)
+        if lane is not None:
+            tokens = len(lane.lane.share(total))
+            aux = (total, *[0] * (AUX_WORDS - 1))
+            content = {"total_tokens": tokens, "aux": aux, "content_hash": b"", "ready": ready}
+            self.hear(rank, key, Announce, **(content | other))
+
+    def land(self, rank: int, key: RoomKey) -> None:
+        """Everything that a lane was granted so far lands."""
+        lane = self.cores[rank].lanes.rooms.get(key)
+        if lane is not None and lane.open_rounds:
+            number, sent = len(lane.round_sizes) - 1, lane.granted_tokens
+            self.hear(rank, key, Status, poll=Poll.TRANSFERRING, round=number, sent_tokens=sent)
+
+    def end(self, rank: int, key: RoomKey, cause: Cause) -> None:
+        """The sender ends a lane."""
+        self.hear(rank, key, Ended, cause=cause, detail="by its sender")
+
+    def abort(self, rank: int, room: int) -> None:
+        """The client of a room has gone."""
+        self.do(rank, self.cores[rank].abort(RoomKey(room), Cause.ABORTED, "gone", now=0.0))
+
+    def release(self, rank: int, room: int) -> None:
+        """The assembly of a finished room is no longer needed."""
+        self.do(rank, self.cores[rank].on_assembly_released(RoomKey(room), now=0.0))
+
+    def do(self, rank: int, actions: Sequence[ReceiverAction]) -> None:
+        """Carry out the orders that concern rooms and drains."""
+        todo = deque(actions)
+        core = self.cores[rank]
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, Drain):
+                drained = core.on_drained(action.key, action.to_token, aux=None, digests=None, now=0.0)
+                todo.extend(drained)
+            elif isinstance(action, Finished):
+                self.ends[rank].append((action.key.room, Cause.DONE, ""))
+                self.finished[rank].append(action)
+            elif isinstance(action, Failed):
+                self.ends[rank].append((action.key.room, action.cause, action.detail))
+
+    # ------------------------------------------------------------------ turns
+
+    def say(self, rank: int) -> None:
+        """A rank says its facts; when all have, all are agreed on, and wait for each rank to conclude."""
+        self.said[rank] = self.cores[rank].facts()
+        if len(self.said) == self.group.size:
+            facts = unpack(agree(map(pack, self.said.values())))
+            self.agreed = dict.fromkeys(range(self.group.size), facts)
+            self.said = {}
+
+    def conclude(self, rank: int) -> None:
+        """A rank hears what is agreed."""
+        self.do(rank, self.cores[rank].on_agreed(self.agreed.pop(rank), now=0.0))
+
+    def turn(self) -> None:
+        """A whole turn."""
+        for rank in range(self.group.size):
+            self.say(rank)
+        for rank in range(self.group.size):
+            self.conclude(rank)
+
+    def turns(self) -> int:
+        """As many as anybody wants; returns how many that were."""
+        count = 0
+        while any(core.wants_turn for core in self.cores):
+            self.turn()
+            count += 1
+            assert count < 1000, "the ranks never come to rest"
+        return count
+
+    def lanes_of(self, rank: int, room: int) -> list[RoomKey]:
+        """The lanes of a room that are alive on a rank."""
+        return [
+            key for key, lane in self.cores[rank].lanes.rooms.items() if key.room == room and lane.is_live
+        ]
