@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure, against a baseline from the same run.")
 
 DEFAULTS: tuple[tuple[int, int, tuple[int, ...]], ...] = ((16384, 4096, (2048,)), (256, 4096, ()))
-"""(tokens, bytes a token, pools in tokens): 64 MiB in one round and through an eighth of its size, and 1 MiB."""
+"""(tokens, bytes a token, pools in tokens): 64 MiB in one round and in sixteen, and 1 MiB."""
 
 
 @app.callback()
@@ -51,7 +51,7 @@ def transfer(
 ) -> None:
     """How fast does an embedding come from a sender's process into one tensor of the receiver?
 
-    Without sizes: 64 MiB in one round, the same through a pool of an eighth, and 1 MiB.
+    Without sizes: 64 MiB in one round, the same in sixteen (through a pool of an eighth, half of it a round), and 1 MiB.
 
     The baseline makes the same copies with nothing but the operating system: two copies in memory for shm; for tcp a blocking
     socket between two processes and one copy. ratio is its time over ours: 1 is as fast, more is faster. resume is our time over
