@@ -453,9 +453,12 @@ class ReceiverEndpoint(Driver):
             last = min(first + step, drain.to_token)
             rows = {name: array[row + first : row + last] for name, array in reception.arrays.items()}
             self._pool.get_buf(
-                granted.block_indices, rows, start=first - granted.start_token, tokens=last - first
+                granted.block_indices,
+                rows,
+                start=first - granted.start_token,
+                tokens=last - first,
+                sums=sums,
             )
-            sums.update(rows)
             os.sched_yield()  # to threads of messages that were put on this core, however idle the others are
         aux = self._pool.read_aux(granted.block_indices[0]) if drain.from_token == 0 else None
         digests = sums.digest() if drain.to_token == room.total_tokens else None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import xxhash
 
-from embedwire.memory.layout import Layout
+from embedwire.memory.layout import Layout, Rows
 
 
 class FieldDigests:
@@ -26,6 +26,10 @@ class FieldDigests:
         """Add the next tokens: arrays as :meth:`Layout.rows` wants them, read in place. Raises as it does."""
         for total, rows in zip(self._sums, self._layout.rows(arrays), strict=True):
             total.update(rows.reshape(-1).data)
+
+    def add(self, index: int, rows: Rows) -> None:
+        """Add the next tokens of field ``index`` alone, as bytes."""
+        self._sums[index].update(rows.data)
 
     def digest(self) -> tuple[int, ...]:
         """One unsigned 64-bit number a field, in the layout's order, over all tokens so far."""

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from embedwire.errors import ConfigurationError, UsageError
-from embedwire.limits import AUX_WORDS
+from embedwire.limits import AUX_WORDS, COPY_BYTES
+from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import Rows
 
@@ -77,9 +78,16 @@ class BlockPool:
                 np.copyto(field[slot : slot + count], source[token : token + count])
 
     def get_buf(
-        self, block_indices: Sequence[int], out: Mapping[str, np.ndarray], *, start: int = 0, tokens: int
+        self,
+        block_indices: Sequence[int],
+        out: Mapping[str, np.ndarray],
+        *,
+        start: int = 0,
+        tokens: int,
+        sums: FieldDigests | None = None,
     ) -> None:
-        """Read [start, start + tokens) into the first ``tokens`` rows of ``out``; others stay as they are."""
+        """Read [start, start + tokens) into the first ``tokens`` rows of ``out``; others stay as they are. ``sums`` grow by what has
+        come to lie there."""
         rows = self.geometry.layout.rows(out)
         if tokens > len(rows[0]):
             raise UsageError(f"{tokens} tokens do not fit into arrays of {len(rows[0])} rows")
@@ -87,9 +95,15 @@ class BlockPool:
             if not array.flags.writeable:
                 raise UsageError(f"field {name}: the array to read into is read-only")
         runs = self.geometry.runs(block_indices, start=start, tokens=tokens)
-        for field, target in zip(self._fields, rows, strict=True):
+        for index, (field, target) in enumerate(zip(self._fields, rows, strict=True)):
+            step = max(1, COPY_BYTES // target.shape[1])
             for token, slot, count in runs:
-                np.copyto(target[token : token + count], field[slot : slot + count])
+                for first in range(0, count, step):
+                    last = min(first + step, count)
+                    piece = target[token + first : token + last]
+                    np.copyto(piece, field[slot + first : slot + last])
+                    if sums is not None:
+                        sums.add(index, piece)
 
     def copy_from(
         self,

@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 
 from embedwire.errors import TransportError, UsageError
+from embedwire.limits import COPY_BYTES
 from embedwire.transports.contract import Inbound, Outbound, Outcome, RemoteRegion, Slice
 from embedwire.transports.pieces import check_sender_token, check_slice
 
@@ -162,10 +163,14 @@ class ShmRegion(RemoteRegion):
                 if self._closed or not _is_locked(self._fd, _OWNER_BYTE):
                     return Outcome.LOST
                 for piece in pieces:
-                    end = piece.offset + piece.source.nbytes
-                    np.copyto(self._bytes[piece.offset : end], np.frombuffer(piece.source, np.uint8))
+                    self._copy(np.frombuffer(piece.source, np.uint8), piece.offset)
             on_landed(number)
         return Outcome.LANDED
+
+    def _copy(self, source: np.ndarray, offset: int) -> None:
+        target = self._bytes[offset : offset + len(source)]
+        for at in range(0, len(source), COPY_BYTES):
+            np.copyto(target[at : at + COPY_BYTES], source[at : at + COPY_BYTES])
 
     def set_mark(self, ticket: int, mark: int) -> None:
         with self._copying:
