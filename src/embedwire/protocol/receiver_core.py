@@ -270,7 +270,6 @@ class ReceiverCore:
                 continue  # one that has failed here meanwhile fails everywhere in the next turn
             is_reserved = self.memory.try_reserve(room.key, need)
             assert is_reserved, "agreed free memory is there"
-            self._told_free_bytes -= need
             actions.append(Assemble(room.key, room.total_tokens))
             for key in room.lanes:
                 actions += self.lanes.admit(key, now=now)
