@@ -332,7 +332,7 @@ def test_a_lost_group_ends_every_room() -> None:
     ranks.turns()
     ranks.land(0, key(1, 0))
     ranks.say(0)
-    ranks.do(0, ranks.cores[0].on_group_lost("rank 1 is gone", now=0.0))
+    ranks.do(0, ranks.cores[0].on_group_ended(Cause.RANK_LOST, "rank 1 is gone", now=0.0))
     assert ranks.ends[0] == [(1, Cause.RANK_LOST, "rank 1 is gone"), (2, Cause.RANK_LOST, "rank 1 is gone")]
     assert not ranks.cores[0].rooms
     assert not ranks.cores[0].for_assembly

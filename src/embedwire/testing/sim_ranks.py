@@ -53,7 +53,7 @@ class Ranks:
                 memory=self.budgets[rank],
                 token_bytes=1,
                 default_allocate_tokens=256,
-                limits=limits or Limits(),
+                limits=limits or Limits(window_rounds=1),
                 group=group,
                 rank=rank,
             )
