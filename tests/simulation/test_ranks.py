@@ -399,6 +399,18 @@ def test_collectives(rooms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(group.turns) == before, "an idle group makes no turn"
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 10, 50])
+def test_rounds_cost_no_collective(rounds: int) -> None:
+    """A room takes three or four collectives, opened, ready (once or twice) and whole, however many rounds it has on each rank."""
+    world = World(limits=ONE_ROUND)
+    world.add_sender()
+    group = world.add_group(size=4, num_blocks=1)
+    transfer = world.request(1, rounds * 128)
+    world.settle()
+    assert {len(sizes) for sizes in transfer.lane_rounds.values()} == {rounds}
+    assert group.collectives in (3, 4)
+
+
 def test_rooms_beyond_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are 8 slots, and the first 8 rooms wait for their source. Those behind them get their turn all the same."""
     monkeypatch.setattr(receiver_core, "SLOTS_MAX", 8)
