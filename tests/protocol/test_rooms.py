@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from embedwire.errors import OverloadedError
@@ -227,6 +229,28 @@ def test_ranks_that_are_announced_different_totals() -> None:
         ranks.announce(rank, key(1, rank), total)
     ranks.turns()
     assert causes(ranks) == [[(1, Cause.VIOLATION)]] * 2
+
+
+def test_a_lane_is_no_news_before_the_room_is() -> None:
+    """Scenario 25: four lanes a rank become ready and whole one by one; the ranks hold three turns: opened, ready, whole."""
+    ranks = Ranks(TWO, senders=8, blocks=8)
+    turns = 0
+    for rank in (0, 1):
+        ranks.open(1, rank)
+    turns += ranks.turns()
+    for step in (
+        partial(ranks.announce, total=800, ready=False),
+        partial(ranks.announce, total=800),
+        ranks.land,
+    ):
+        lanes = [ranks.lanes_of(rank, 1) for rank in (0, 1)]
+        for i in range(4):
+            turns += ranks.turns() if i < 3 else 0
+            for rank in (0, 1):
+                step(rank, lanes[rank][i])
+        turns += ranks.turns()
+    assert turns == 3
+    assert causes(ranks) == [[(1, Cause.DONE)]] * 2
 
 
 # ---------------------------------------------------------------------- turns
