@@ -29,6 +29,7 @@ from embedwire.endpoint import ReceiverStats, SenderStats
 from embedwire.language import LanguageStats
 from embedwire.limits import Limits
 from embedwire.protocol import messages, states
+from embedwire.protocol.topology import delivery_table
 from embedwire.serve.faults import fault_of
 from embedwire.serve.metrics import AppMetrics
 from embedwire.testing.sim_link import Envelope
@@ -355,6 +356,34 @@ def bench_case() -> str:
     return ", ".join(f"`{field.name}`" for field in fields(Case)) + "."
 
 
+def lanes_table() -> str:
+    pairs = ((1, 1), (1, 4), (2, 8), (4, 4), (4, 2), (8, 2), (4, 6), (6, 4), (3, 2))
+    return table(
+        ("encoder ranks → readers", "reader ← encoder ranks", "lanes of an encoder rank, at most"),
+        delivery_table(pairs),
+    )
+
+
+def collectives_table() -> str:
+    """Counted in a simulated world: one room through a pool of one block on each of so many ranks."""
+    rows = [
+        (str(rounds), *(str(collectives(rounds, ranks)) for ranks in (2, 4, 8)), f"{rounds} more")
+        for rounds in (1, 2, 10, 50)
+    ]
+    return table(("rounds of a room", "2 ranks", "4 ranks", "8 ranks", "one a round besides would be"), rows)
+
+
+def collectives(rounds: int, ranks: int) -> int:
+    world = World(limits=Limits(window_rounds=1))
+    world.add_sender()
+    group = world.add_group(size=ranks, num_blocks=1)
+    transfer = world.request(1, rounds * 128)
+    world.settle()
+    assert transfer.is_done
+    assert len(transfer.rounds) == rounds
+    return group.collectives
+
+
 def errors_table() -> str:
     logging.getLogger("embedwire.serve.faults").disabled = True  # what it has no answer for, it logs
     rows = []
@@ -393,6 +422,8 @@ REGIONS: Mapping[str, Callable[[], str]] = {
     "metrics": metrics_list,
     "bench-case": bench_case,
     "errors": errors_table,
+    "lanes": lanes_table,
+    "collectives": collectives_table,
 }
 
 

@@ -115,7 +115,7 @@ def test_hello_then_open() -> None:
 
 
 def test_a_whole_room() -> None:
-    """Assembly, permit, grant, drain, revoke: in this order, round by round; then done."""
+    """Assembly, permit, grant, drain, revoke: in this order, round by round; then `done`, and whoever waits."""
     bench = Bench()
     bench.open()
     first = bench.announce()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from embedwire.errors import OverloadedError
 from embedwire.limits import AUX_WORDS, SLOTS_MAX, Limits
+from embedwire.protocol.actions import Permit, Revoke, Send
 from embedwire.protocol.agreement import WIDTH, pack
-from embedwire.protocol.messages import Cause, RoomKey
+from embedwire.protocol.messages import Abort, Cause, Init, RoomKey
 from embedwire.protocol.states import Poll
 from embedwire.protocol.topology import ALONE, RankGroup
 from embedwire.testing.sim_ranks import Ranks
@@ -154,6 +157,47 @@ def test_no_grant_for_a_lane_whose_room_is_over() -> None:
     assert ranks.pools[0].blocks_free == 1
 
 
+def test_the_end_of_a_room_is_not_overtaken_by_its_grant() -> None:
+    """Scenario 25: a lane ends, its block goes to another lane of the room, which ends with it: the permission is taken back after it was
+    given, and the sender hears of the grant before it hears of the end."""
+    ranks = Ranks(ALONE, senders=2, blocks=1)
+    ready(ranks, 1, total=600)
+    ranks.end(0, key(1, 0), Cause.ENCODER_FAILED)
+    orders = ranks.orders[0]
+    permit = next(i for i, a in enumerate(orders) if isinstance(a, Permit) and a.address == "encoder/1")
+    revoke = next(i for i, a in enumerate(orders) if isinstance(a, Revoke) and a.address == "encoder/1")
+    assert permit < revoke
+    told = [type(a.message) for a in orders if isinstance(a, Send) and a.address == "encoder/1"]
+    assert told[-2:] == [Init, Abort]
+    assert ranks.pools[0].blocks_free == 1
+
+
+def test_a_room_waits_for_all_its_lanes() -> None:
+    """Scenario 25: one sender is ready, the other has announced, but is not."""
+    ranks = Ranks(ALONE, senders=2)
+    ranks.open(1, 0)
+    ranks.announce(0, key(1, 0), 600)
+    ranks.announce(0, key(1, 1), 600, ready=False)
+    assert ranks.budgets[0].used_bytes == 0
+    ranks.announce(0, key(1, 1), 600)
+    assert ranks.budgets[0].used_bytes == 600
+
+
+def test_a_room_that_fails_while_it_is_admitted() -> None:
+    """Scenario 26: its sender fails on rank 1 after that rank has said that it is ready: no memory is reserved there, and all end it."""
+    ranks = Ranks(TWO)
+    ready(ranks, 1)
+    ranks.say(0)
+    ranks.say(1)
+    ranks.end(1, key(1, 1), Cause.ENCODER_FAILED)
+    ranks.conclude(0)
+    ranks.conclude(1)
+    assert [budget.used_bytes for budget in ranks.budgets] == [200, 0]
+    ranks.turns()
+    assert causes(ranks) == [[(1, Cause.ENCODER_FAILED)]] * 2
+    assert [budget.used_bytes for budget in ranks.budgets] == [0, 0]
+
+
 def test_two_lanes_become_whole() -> None:
     """Scenario 25: one lane is not enough."""
     ranks = Ranks(ALONE, senders=2)
@@ -185,6 +229,28 @@ def test_ranks_that_are_announced_different_totals() -> None:
         ranks.announce(rank, key(1, rank), total)
     ranks.turns()
     assert causes(ranks) == [[(1, Cause.VIOLATION)]] * 2
+
+
+def test_a_lane_is_no_news_before_the_room_is() -> None:
+    """Scenario 25: four lanes a rank become ready and whole one by one; the ranks hold three turns: opened, ready, whole."""
+    ranks = Ranks(TWO, senders=8, blocks=8)
+    turns = 0
+    for rank in (0, 1):
+        ranks.open(1, rank)
+    turns += ranks.turns()
+    for step in (
+        partial(ranks.announce, total=800, ready=False),
+        partial(ranks.announce, total=800),
+        ranks.land,
+    ):
+        lanes = [ranks.lanes_of(rank, 1) for rank in (0, 1)]
+        for i in range(4):
+            turns += ranks.turns() if i < 3 else 0
+            for rank in (0, 1):
+                step(rank, lanes[rank][i])
+        turns += ranks.turns()
+    assert turns == 3
+    assert causes(ranks) == [[(1, Cause.DONE)]] * 2
 
 
 # ---------------------------------------------------------------------- turns
@@ -290,7 +356,7 @@ def test_a_lost_group_ends_every_room() -> None:
     ranks.turns()
     ranks.land(0, key(1, 0))
     ranks.say(0)
-    ranks.do(0, ranks.cores[0].on_group_lost("rank 1 is gone", now=0.0))
+    ranks.do(0, ranks.cores[0].on_group_ended(Cause.RANK_LOST, "rank 1 is gone", now=0.0))
     assert ranks.ends[0] == [(1, Cause.RANK_LOST, "rank 1 is gone"), (2, Cause.RANK_LOST, "rank 1 is gone")]
     assert not ranks.cores[0].rooms
     assert not ranks.cores[0].for_assembly

@@ -13,13 +13,17 @@ from embedwire.limits import Limits
 from embedwire.memory.allocator import BlockAllocator
 from embedwire.protocol.actions import Drain
 from embedwire.protocol.admission import Admission
-from embedwire.protocol.messages import Cause, Grant, Message, Status
+from embedwire.protocol.agreement import NEUTRAL, Facts, pack, unpack
+from embedwire.protocol.messages import Announce, Cause, Grant, Init, Message, Status
 from embedwire.protocol.receiver import ReceiverTransfer
+from embedwire.protocol.receiver_core import ReceiverCore, Room
 from embedwire.protocol.receiver_lanes import ReceiverLanes
 from embedwire.protocol.sender import SenderTransfer
 from embedwire.protocol.sender_core import SenderCore
-from embedwire.protocol.states import SenderEvent, SenderState
+from embedwire.protocol.states import Poll, SenderEvent, SenderState
+from embedwire.testing import sim_group
 from embedwire.testing.sim_link import delay
+from embedwire.testing.sim_memory import TOKEN_BYTES
 from embedwire.testing.sim_receiver import ReceiverNode
 from embedwire.testing.simulation import ONE_SIDED, Weather, WireFaults, World
 
@@ -138,7 +142,50 @@ def frozen() -> None:
     world.settle()
 
 
-WORLDS = (two_rounds, losses, crowd, lease, doubt, restart, refusal, frozen)
+def ranks() -> None:
+    """Three ranks with one place for an assembly each; rank 1's first grant is late, and rank 2 reads for long."""
+    world = World()
+    world.add_sender()
+    group = world.add_group(size=3, assembly_bytes=1000 * TOKEN_BYTES, turn_s=(0.0005, 0.2))
+    group.nodes[2].setup = replace(group.nodes[2].setup, read_s=3.0)
+    late = group.nodes[1].address
+    world.link.rules.append(lambda e: (2.0,) if isinstance(e.message, Init) and e.origin == late else None)
+    transfers = [world.request(room, 1000) for room in range(1, 5)]
+    while world.step():
+        assert len({key for node in group.nodes for key in node.assemblies}) <= 1
+    world.settle()
+    assert all(t.is_done for t in transfers)
+
+
+def leaving() -> None:
+    """All ranks have said that they have all of a room when its client leaves rank 0."""
+    world = World()
+    world.add_sender()
+    group = world.add_group(size=3)
+    transfer = world.request(1, 1000)
+    world.run_until(
+        lambda: any(len(t.said) == 3 and t.said[0].rooms[0].poll is Poll.SUCCESS for t in group.turns)
+    )
+    group.abort(transfer.key)
+    world.settle()
+    assert transfer.is_done
+
+
+def dummies() -> None:
+    """Ranks 1 and 3 are dummies; rank 2 is none, though it hears of the room late."""
+    world = World()
+    world.add_sender()
+    group = world.add_group(size=4, delivery="share", hosts="aabb")
+    late = group.nodes[2].address
+    world.link.rules.append(
+        lambda e: (2.0,) if isinstance(e.message, Announce) and e.destination == late else None
+    )
+    transfer = world.request(1, 1000)
+    world.settle()
+    assert transfer.is_done
+
+
+WORLDS = (two_rounds, losses, crowd, lease, doubt, restart, refusal, frozen, ranks, leaving, dummies)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.__name__)
@@ -312,6 +359,38 @@ def a_drain_skips_what_came_late(patch: Patch) -> None:
     patch.setattr(ReceiverNode, "_drain", drain)
 
 
+def the_fastest_rank_decides(patch: Patch) -> None:
+    def by_max(packed: Any) -> list[int]:
+        said = [unpack(words) for words in packed]
+        first = said[0]
+        rooms = [max(each, key=lambda room: room.poll) for each in zip(*(f.rooms for f in said), strict=True)]
+        return pack(Facts(first.turn, min(f.free_bytes for f in said), tuple(rooms)))
+
+    patch.setattr(sim_group, "agree", by_max)
+
+
+def each_rank_admits_by_its_own_memory(patch: Patch) -> None:
+    whole = ReceiverCore._admit
+    patch.setattr(ReceiverCore, "_admit", lambda self, free_bytes, now: whole(self, self._free_bytes, now))
+
+
+def what_has_been_said_may_be_taken_back(patch: Patch) -> None:
+    whole = ReceiverCore.facts
+
+    def facts(self: ReceiverCore) -> Facts:
+        said = whole(self)
+        for room in self.rooms.values():
+            room.is_committed = False
+        return said
+
+    patch.setattr(ReceiverCore, "facts", facts)
+
+
+def who_has_seen_no_total_is_a_dummy(patch: Patch) -> None:
+    whole = Room.facts
+    patch.setattr(Room, "facts", lambda self: whole(self) if self.total_tokens else NEUTRAL)
+
+
 @pytest.mark.parametrize(
     ("fault", "world"),
     [
@@ -324,10 +403,14 @@ def a_drain_skips_what_came_late(patch: Patch) -> None:
         (the_last_round_is_told_by_the_configured_size, two_rounds),  # 7
         (a_drain_skips_what_came_late, two_rounds),  # 8
         (blocks_are_kept_while_waiting_for_more, two_rounds),  # 16
+        (who_has_seen_no_total_is_a_dummy, dummies),  # 21
+        (the_fastest_rank_decides, ranks),  # 21a
+        (each_rank_admits_by_its_own_memory, ranks),  # 22a
         (nothing_is_asked_again, losses),  # 26d
         (one_peer_may_take_the_whole_pool, frozen),  # 26f
         (blocks_are_free_at_once_on_every_wire, crowd),  # 27
         (the_end_is_told_before_writes_have_returned, crowd),  # 27
+        (what_has_been_said_may_be_taken_back, leaving),  # 27
         (quarantine_is_for_nobody, restart),  # 28
         (a_doubt_lasts_for_ever, doubt),  # 30
         (a_refusal_is_kept_secret, refusal),  # 32
@@ -339,7 +422,7 @@ def a_drain_skips_what_came_late(patch: Patch) -> None:
 def test_a_fault_put_back_is_seen(
     fault: Callable[[Patch], None], world: Callable[[], None], monkeypatch: Patch
 ) -> None:
-    """Scenarios 1 to 8, 11, 16, 26d, 26f, 27, 28, 30, 32, 33 and 34, each with its fault put back."""
+    """Scenarios 1 to 8, 11, 16, 21, 21a, 22a, 26d, 26f, 27, 28, 30, 32, 33 and 34, each with its fault put back."""
     fault(monkeypatch)
     with pytest.raises((AssertionError, EmbedwireError, KeyError)):
         world()

@@ -5,7 +5,7 @@ A rank that is alone decides at once. In a group, rooms are opened on every rank
 on rounds: a room begins when every rank's senders are ready and every rank has memory for it, it succeeds when every rank has all of it,
 and it fails when one rank says so, all in one order everywhere. So no two ranks can wait for each other, and a round costs no collective.
 
-Rank 0 opens a room when it is asked to. Its next turn message names it, and every other rank opens it before its own ``facts``.
+A turn begins with rank 0 saying which rooms it has opened since the last; every other rank opens them before its own ``facts``.
 
 Called by one driver thread (``endpoint.receiver``) or by the simulation. Every public method returns the actions that follow; the driver
 carries them out in order, and a Drain before it gives the core the next event.
@@ -57,7 +57,8 @@ class Memory(Protocol):
 @dataclass(eq=False, slots=True)
 class Room:
     """One room on one rank. ``lanes`` are those that end here: none on a dummy rank. ``landed_tokens`` is what all ranks that receive are
-    known to have; ``end`` is set once this rank knows how it ends, which the others may not know yet."""
+    known to have; ``end`` is set once this rank knows how it ends, which the others may not know yet;
+    ``told`` is the poll that they know."""
 
     key: RoomKey
     lanes: dict[RoomKey, ReceiverTransfer]
@@ -67,6 +68,7 @@ class Room:
     is_queued: bool = False
     is_admitted: bool = False
     is_committed: bool = False
+    told: Poll | None = None
     deferred: tuple[Cause, str] | None = None
     end: tuple[Cause, str] | None = None
 
@@ -212,6 +214,7 @@ class ReceiverCore:
                 )  # to the end: next time it is the others' turn
             facts = room.facts()
             room.is_committed = facts.poll is Poll.SUCCESS
+            room.told = facts.poll
             told.append(facts)
         return Facts(self.turn, self._told_free_bytes, tuple(told))
 
@@ -266,11 +269,11 @@ class ReceiverCore:
             self.for_assembly.popleft()
             free_bytes -= need
             room.is_admitted = True
+            room.told = Poll.TRANSFERRING
             if room.is_dummy or room.end is not None:
                 continue  # one that has failed here meanwhile fails everywhere in the next turn
             is_reserved = self.memory.try_reserve(room.key, need)
             assert is_reserved, "agreed free memory is there"
-            self._told_free_bytes -= need
             actions.append(Assemble(room.key, room.total_tokens))
             for key in room.lanes:
                 actions += self.lanes.admit(key, now=now)
@@ -317,9 +320,10 @@ class ReceiverCore:
         return self._follow(ended, now)
 
     def _settle(self, room: Room, now: float) -> list[LaneAction]:
-        """This rank has news of a room: alone, that decides; else the next turn does."""
+        """A lane of a room has got on: alone, that decides; else the next turn does, if it is a step of the room."""
         if self.group.size > 1:
-            self._news.add(room.key)
+            if room.facts().poll is not room.told:
+                self._news.add(room.key)
             return []
         return self._apply(room, room.facts(), now) + self._admit(self._free_bytes, now)
 

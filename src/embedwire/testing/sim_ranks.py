@@ -42,6 +42,7 @@ class Ranks:
         self.budgets = [Budget(tokens) for tokens in memory or [10_000] * group.size]
         self.ends: list[list[End]] = [[] for _ in group.hosts]
         self.finished: list[list[Finished]] = [[] for _ in group.hosts]
+        self.orders: list[list[ReceiverAction]] = [[] for _ in group.hosts]
         self.said: dict[int, Facts] = {}
         self.agreed: dict[int, Facts] = {}
         self.cores = [
@@ -52,7 +53,7 @@ class Ranks:
                 memory=self.budgets[rank],
                 token_bytes=1,
                 default_allocate_tokens=256,
-                limits=limits or Limits(),
+                limits=limits or Limits(window_rounds=1),
                 group=group,
                 rank=rank,
             )
@@ -118,11 +119,12 @@ class Ranks:
         self.do(rank, self.cores[rank].on_assembly_released(RoomKey(room), now=0.0))
 
     def do(self, rank: int, actions: Sequence[ReceiverAction]) -> None:
-        """Carry out the orders that concern rooms and drains."""
+        """Carry out the orders that concern rooms and drains; ``orders`` keeps them all."""
         todo = deque(actions)
         core = self.cores[rank]
         while todo:
             action = todo.popleft()
+            self.orders[rank].append(action)
             if isinstance(action, Drain):
                 drained = core.on_drained(action.key, action.to_token, aux=None, digests=None, now=0.0)
                 todo.extend(drained)
