@@ -82,6 +82,15 @@ def test_a_stalled_rank_ends_the_step(tiny_model_dir, tmp_path: Path) -> None:
         assert group.close() == [-signal.SIGKILL]
 
 
+def test_nobody_is_told_of_a_step_for_ever() -> None:
+    """Scenario 26: who waits to be told waits without a deadline, but not who tells. Here the other rank is not there to listen."""
+    with Group(2, timeout_s=1.0) as group:
+        with pytest.raises(RuntimeError, match="timed out"):
+            group.ranks.send(b"a step")
+        group.processes[0].kill()
+        assert group.close() == [-signal.SIGKILL]
+
+
 def test_a_rank_without_its_arrays_ends_the_group(tiny_model_dir, tmp_path: Path) -> None:
     """Nobody may go on with another prompt than the others."""
     with Group(2) as group:
