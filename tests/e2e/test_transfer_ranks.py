@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ import pytest
 
 from embedwire.bench.ranks import Ranks
 from embedwire.bench.remote import Remote
+from embedwire.errors import TransferError
 from embedwire.limits import Limits
 from embedwire.memory.layout import multimodal
 from embedwire.protocol.agreement import WIDTH
@@ -47,6 +50,7 @@ class World:
 
     def __init__(self, group: RankGroup, *, encoders: int = 1, **settings: Any) -> None:
         self.group = group
+        self.lost: set[int] = set()
         self.ranks = Ranks(
             group, LanguageRank, LAYOUT, {**POOL, "limits": LIMITS, **settings}, timeout_s=RANK_TIMEOUT_S
         )
@@ -80,20 +84,37 @@ class World:
             assert (end.cause, end.tokens, end.wrong) == ("done", tokens, ()), end
         self.ranks.all("forget", room)
 
-    def wait_idle(self, *, lost: Sequence[int] = ()) -> None:
+    @property
+    def living(self) -> list[Remote]:
+        return [remote for rank, remote in enumerate(self.ranks.remotes) if rank not in self.lost]
+
+    def lose(self, rank: int, number: signal.Signals) -> None:
+        """A rank dies, or answers no more."""
+        self.lost.add(rank)
+        self.ranks.remotes[rank].signal(number)
+
+    def wait_idle(self) -> None:
         """Nothing is held anywhere that still lives."""
-        living = [remote for rank, remote in enumerate(self.ranks.remotes) if rank not in lost]
-        for remote in (*living, *self.encoders):
+        for remote in (*self.living, *self.encoders):
             until(lambda r=remote: r.call("is_idle"), otherwise=lambda r=remote: r.call("stats"))
+
+    def pids(self) -> set[int]:
+        return {remote.process.pid for remote in (*self.ranks.remotes, *self.encoders)}
+
+    def files(self) -> set[str]:
+        """The group's directory, the socket of its turns, and all shared memory that has a name."""
+        maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in self.pids())
+        directory = self.ranks.directory
+        return {directory, f"{directory}/turns", *re.findall(r"/dev/shm/embedwire-\w+", maps)}
 
     def bytes_sent(self) -> int:
         return sum(stats.bytes_total for stats in self.tell_encoders("stats"))
 
     def close(self) -> list[int | None]:
-        for remote in self.ranks.remotes:
-            if remote.process.is_alive():
-                remote.signal(signal.SIGCONT)
-        codes = self.ranks.close()
+        """The exit codes of all that were not lost."""
+        for rank in self.lost:
+            self.ranks.remotes[rank].process.kill()
+        codes = [code for rank, code in enumerate(self.ranks.close()) if rank not in self.lost]
         for encoder in self.encoders:
             encoder.begin_close()
         return codes + [encoder.close() for encoder in self.encoders]
@@ -150,3 +171,143 @@ def test_four_ranks_resume_and_finish_together(group: RankGroup, rounds: list[tu
         ((cause, tokens, aux, _, wrong),) = settled(made.ranks.all("end", 2))
         assert (cause, tokens, aux[:2], wrong) == ("done", 2000, (2000, DELTA), ())
         made.ranks.all("forget", 2)
+
+
+def test_a_rank_whose_pool_is_taken_delays_all_and_stops_nobody() -> None:
+    """Scenarios 21a and 22: rank 1 can not take the second room, not to speak of resuming it, while the first one holds its pool. Rank 0,
+    which has all of both, has neither until rank 1 has."""
+    with world(RankGroup.on_one_host(2, delivery="replicate"), limits=ONE_AT_A_TIME) as made:
+        made.encoders[0].call("hold", 1)
+        made.offer(1, 1024)
+        made.offer(2, 2000)
+        made.open(1)
+        assert made.encoders[0].call("wait_held")
+        made.open(2)
+        first, second = made.ranks.remotes
+        until(lambda: first.call("stats").bytes_total == 3024 * LAYOUT.token_bytes)
+        until(lambda: second.call("stats").waiting["blocks"] == 1)
+        assert [made.ranks.all("is_done", room) for room in (1, 2)] == [[False, False]] * 2
+        made.encoders[0].call("let_go")
+        for room, tokens in ((1, 1024), (2, 2000)):
+            ((cause, found, _, _, wrong),) = settled(made.ranks.all("end", room))
+            assert (cause, found, wrong) == ("done", tokens, ())
+            made.ranks.all("forget", room)
+
+
+@pytest.mark.parametrize("delivery", ["replicate", "share"])
+@pytest.mark.parametrize(("encoders", "ranks"), [(1, 2), (2, 4), (4, 2)])
+def test_any_number_of_ranks_to_any_number(encoders: int, ranks: int, delivery: Any) -> None:
+    """Scenarios 24 and 25: every byte on every rank, once over the wire for each reader; a reader has a room when all of its senders
+    have sent their parts, of one room after another."""
+    group = RankGroup.on_one_host(ranks, delivery=delivery)
+    readers = len(group.readers)
+    with world(group, encoders=encoders, num_blocks=2, default_allocate_tokens=128) as made:
+        made.check(1, 1)
+        made.wait_idle()
+        before = made.bytes_sent()
+        made.check(2, 1100)
+        assert made.bytes_sent() - before == readers * 1100 * LAYOUT.token_bytes
+        for room, encoder in enumerate(made.encoders, start=3):
+            sender = room - 3
+            encoder.call("hold", *range(sender * readers, (sender + 1) * readers))
+            made.offer(room, 1100)
+            made.open(room)
+            assert encoder.call("wait_held")
+            assert made.ranks.all("is_done", room) == [False] * ranks
+            encoder.call("let_go")
+            assert {(end.cause, end.wrong) for end in made.ranks.all("end", room)} == {("done", ())}
+            made.ranks.all("forget", room)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", [1, 0])
+@pytest.mark.parametrize("delivery", ["replicate", "share"])
+def test_a_rank_is_lost_in_mid_transfer(delivery: Any, lost: int, number: signal.Signals) -> None:
+    """Scenario 26: the rooms of all others end, on the encoder too, and whatever they held comes back; then nothing can be opened."""
+    group = RankGroup.on_one_host(3, delivery=delivery)
+    with world(group) as made:
+        made.check(1, 2000)
+        made.encoders[0].call("hold", *range(len(group.readers)))
+        for room in (2, 3):
+            made.offer(room, 2000)
+            made.open(room)
+            made.ranks.all("is_done", room)
+        assert made.encoders[0].call("wait_held")
+        made.lose(lost, number)
+        made.encoders[0].call("let_go")
+        for room in (2, 3):
+            ends = [remote.call("end", room) for remote in made.living]
+            assert {end.cause for end in ends} == {"rank_lost"}, ends
+            assert f"rank {lost}" in ends[0].detail
+            assert made.encoders[0].call("end", room) in ("rank_lost", "peer_lost", "wire_failed")
+            for remote in made.living:
+                remote.call("forget", room)
+        assert [len(remote.call("losses")) for remote in made.living] == [1, 1]
+        if lost != 0:
+            with pytest.raises(TransferError, match="rank_lost"):
+                made.open(4)
+
+
+def test_fifty_rooms_at_once() -> None:
+    """Scenario 22a: far more than the pool holds, some of them given up on either side: each ends in the same way on every rank. One
+    collective a turn, of one width, on every rank alike, whatever the number of rooms."""
+    with world(RankGroup.on_one_host(4, delivery="replicate")) as made:
+        rooms, given_up = range(1, 51), {5: "rank 0", 6: "encoder", 21: "rank 0", 22: "encoder", 50: "rank 0"}
+        made.encoders[0].call("hold", *range(4))
+        for room in rooms:
+            made.offer(room, 300 + room)
+            made.open(room)
+        for room in rooms:
+            assert made.ranks.all("is_done", room) == [False] * 4
+        for room, by in given_up.items():
+            if by == "rank 0":
+                made.ranks.remotes[0].call("cancel", room)
+            else:
+                made.encoders[0].call("abort", room)
+        made.encoders[0].call("let_go")
+        for room in rooms:
+            ends = made.ranks.all("end", room)
+            causes = {end.cause for end in ends} | {made.encoders[0].call("end", room)}
+            assert causes == ({"aborted"} if room in given_up else {"done"}), (room, ends)
+            assert not any(end.wrong for end in ends)
+            assert len({(end.tokens, end.digest) for end in ends}) == 1
+            made.ranks.all("forget", room)
+        made.wait_idle()
+        until(lambda: len({len(widths) for widths in made.ranks.all("collectives")}) == 1)
+        (turns,) = {stats.turns_total for stats in made.ranks.all("stats")}
+        assert made.ranks.all("collectives") == [[WIDTH] * turns] * 4
+
+
+def test_a_slow_reader_of_a_shared_assembly_keeps_it() -> None:
+    """Scenario 26a: four ranks read one memory, which the wire has filled once. It is whole for who still reads, whatever others write
+    into theirs, the owner has let go of, and has come since; then it is gone."""
+    with world(RankGroup.on_one_host(4), assembly_bytes=2500 * LAYOUT.token_bytes) as made:
+        ends = made.move(1, 2000)
+        assert [end.bytes for end in ends] == [2000 * LAYOUT.token_bytes, 0, 0, 0]
+        assert made.bytes_sent() == 2000 * LAYOUT.token_bytes
+        owner, scribbler, *slow = made.ranks.remotes
+        (shared,) = {tuple(sorted(inodes)) for inodes in made.ranks.all("assemblies")}
+        assert len(shared) == 1
+        scribbler.call("scribble", 1)
+        owner.call("forget", 1)
+        for room in range(2, 22):
+            made.check(room, 2000)
+        assert [remote.call("end", 1) for remote in slow] == ends[2:]
+        for remote in (scribbler, *slow):
+            remote.call("forget", 1)
+        made.wait_idle()
+        until(lambda: not any(made.ranks.all("assemblies")))
+
+
+def test_starting_and_stopping_leaves_nothing() -> None:
+    """Ten times (or EMBEDWIRE_TEST_STARTS) a group of four: no process, no shared memory, no socket's file and no port is left."""
+    for number in range(int(os.environ.get("EMBEDWIRE_TEST_STARTS", "10"))):
+        with world(RankGroup.on_one_host(4)) as made:
+            made.check(number, 2000)
+            pids, files, (address,) = made.pids(), made.files(), made.addresses
+            assert len(pids) == 5
+            assert len(files) == 1 + 4 + 1
+        assert not [pid for pid in pids if psutil.pid_exists(pid)]
+        assert not [file for file in files if os.path.exists(file)]
+        host, _, port = address.removeprefix("tcp://").partition(":")
+        socket.create_server((host, int(port))).close()

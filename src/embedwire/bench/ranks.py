@@ -119,10 +119,11 @@ class Ranks:
         preload = ["embedwire.engines.gloo", "embedwire.engines.transformers.parallel"]
         self.group = group
         self._directory = tempfile.TemporaryDirectory(prefix="embedwire-ranks-")
+        self.directory = self._directory.name
         self.remotes: list[Remote] = []
         try:
             for rank in range(group.size):
-                place = Place(group, rank, self._directory.name, timeout_s)
+                place = Place(group, rank, self.directory, timeout_s)
                 self.remotes.append(
                     Remote(make, place, *args, preload=[__name__, *(preload if group.size > 1 else ())])
                 )
