@@ -1,0 +1,154 @@
+"""A language server's ranks without a model, each a process: what a room of the group is, on every rank.
+
+Owns how such ranks find each other; ``bench.transfer`` measures with them, tests move rooms between them. A rank that is alone needs
+neither Gloo nor torch, and does not import it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from embedwire.bench.remote import ANSWER_WAIT_S, Remote
+from embedwire.endpoint import ReceiverEndpoint, Reception
+from embedwire.endpoint.turns import DEFAULT_TIMEOUT_S, Seat
+from embedwire.memory.layout import Layout
+from embedwire.protocol.messages import RoomKey
+from embedwire.protocol.topology import RankGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one rank of a group is to sit. ``directory`` is empty at first, and the group's own."""
+
+    group: RankGroup
+    rank: int
+    directory: str
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+
+class Rank:
+    """One rank: a receiver whose rooms are asked for on rank 0, and are looked at on all."""
+
+    def __init__(self, place: Place, layout: Layout, settings: dict[str, Any]) -> None:
+        self._lock = threading.Lock()
+        self._rooms: dict[RoomKey, Future[Reception]] = {}
+        self._arrived_s: dict[RoomKey, float] = {}
+        self.layout = layout
+        self.lost: list[str] = []
+        with ExitStack() as stack:
+            seat = _seat(place, stack) if place.group.size > 1 else None
+            heard = None if place.rank == 0 else self._heard
+            self.endpoint = stack.enter_context(
+                ReceiverEndpoint(layout, seat=seat, on_room=heard, on_lost=self.lost.append, **settings)
+            )
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Rank:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._rooms.clear()
+        self._stack.close()
+
+    def open(self, room: int, addresses: Sequence[str], attempt: int = 0) -> float:
+        """On rank 0: ask for a room. When that was, on the clock of all processes of this host, in seconds."""
+        began_s = time.perf_counter()
+        self._heard(self.endpoint.open(room, addresses, attempt=attempt))
+        return began_s
+
+    def _heard(self, reception: Reception) -> None:
+        reception.add_done_callback(self._note)
+        self._at(reception.key).set_result(reception)
+
+    def _note(self, ended: Future[Any]) -> None:
+        assert isinstance(ended, Reception)
+        self._arrived_s[ended.key] = time.perf_counter()
+
+    def _at(self, key: RoomKey) -> Future[Reception]:
+        with self._lock:
+            return self._rooms.setdefault(key, Future())
+
+    def reception(self, room: int, attempt: int = 0) -> Reception:
+        """This rank's end of a room, as soon as it has heard of it."""
+        return self._at(RoomKey(room, attempt)).result(ANSWER_WAIT_S)
+
+    def forget(self, room: int, attempt: int = 0) -> float:
+        """Hold a room that has ended no longer. When it had ended, in seconds on the clock of :meth:`open`."""
+        key = RoomKey(room, attempt)
+        with self._lock:
+            del self._rooms[key]
+        return self._arrived_s.pop(key)
+
+
+def _seat(place: Place, stack: ExitStack) -> Seat:
+    import torch
+
+    from embedwire.engines.gloo import GlooCollective
+    from embedwire.engines.transformers.parallel import TensorParallel
+
+    torch.set_num_threads(1)
+    joined = TensorParallel(
+        place.rank,
+        size=place.group.size,
+        address=f"file://{place.directory}/store",
+        timeout_s=place.timeout_s,
+    )
+    stack.callback(joined.close)
+    collective = GlooCollective(joined.new_gloo_group())
+    return Seat(place.group, place.rank, f"ipc://{place.directory}/turns", collective, place.timeout_s)
+
+
+class Ranks:
+    """The processes of all ranks of a group, in a directory of their own. ``make(place, …)`` is a :class:`Rank` of some kind."""
+
+    def __init__(
+        self,
+        group: RankGroup,
+        make: Callable[..., Rank],
+        *args: Any,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """Returns when all are there. Raises what any of them raised."""
+        preload = ["embedwire.engines.gloo", "embedwire.engines.transformers.parallel"]
+        self.group = group
+        self._directory = tempfile.TemporaryDirectory(prefix="embedwire-ranks-")
+        self.directory = self._directory.name
+        self.remotes: list[Remote] = []
+        try:
+            for rank in range(group.size):
+                place = Place(group, rank, self.directory, timeout_s)
+                self.remotes.append(
+                    Remote(make, place, *args, preload=[__name__, *(preload if group.size > 1 else ())])
+                )
+            for remote in self.remotes:
+                remote.answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def all(self, method: str, *args: Any, **more: Any) -> list[Any]:
+        """The same call on every rank at once, and their answers."""
+        for remote in self.remotes:
+            remote.tell(method, *args, **more)
+        return [remote.answer() for remote in self.remotes]
+
+    def close(self) -> list[int | None]:
+        """End them together. Their exit codes."""
+        for remote in self.remotes:
+            remote.begin_close()
+        codes = [remote.close() for remote in self.remotes]
+        self._directory.cleanup()
+        return codes
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
