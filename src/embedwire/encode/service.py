@@ -94,7 +94,7 @@ class EncodeService:
         offer = self._reserve(room, attempt, prepared)
         with self._changed:
             self._offers[offer.key] = offer
-            self._work.append(_Work(offer, replace(prepared, key=offer.key)))
+            self._work.append(_Work(offer, replace(prepared, key=offer.key[:2])))
             self._changed.notify_all()
         offer.add_done_callback(partial(self._on_offer_ended, offer.key))
         return TakenUp(prepared.total_tokens, self.sender.address, prepared.content_hash)
