@@ -27,6 +27,7 @@ class CountingEncoder:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.keys: list[tuple[int, ...] | None] = []
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
@@ -39,6 +40,7 @@ class CountingEncoder:
 
     def encode(self, batch: Sequence[PreparedPrompt]) -> Sequence[Mapping[str, np.ndarray]]:
         self.batches.append([p.total_tokens for p in batch])
+        self.keys += [p.key for p in batch]
         self.entered.release()
         assert self.gate.wait(DEADLINE_S)
         if any("!" in p.inputs for p in batch):
@@ -121,6 +123,9 @@ def test_prompts_that_wait_for_the_tower_run_in_one_batch(
     for _ in range(2):
         assert engine.entered.acquire(timeout=DEADLINE_S)
     assert engine.batches == [[10], [60, 60], [60]]
+    assert [len(key) for key in engine.keys] == [2] * 4, (
+        "room and attempt, by which other ranks know the prompt"
+    )
 
 
 def test_a_fault_of_one_prompt_is_not_its_neighbours(

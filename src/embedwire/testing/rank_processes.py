@@ -151,7 +151,9 @@ class EncoderRank:
         """Where receivers ask for rooms."""
         return self._endpoint.address
 
-    def offer(self, room: int, tokens: int, *, readers: int, attempt: int = 0, aux: Sequence[int] = ()) -> None:
+    def offer(
+        self, room: int, tokens: int, *, readers: int, attempt: int = 0, aux: Sequence[int] = ()
+    ) -> None:
         """Offer a room with its payload."""
         offer = self._endpoint.offer(room, total_tokens=tokens, readers=readers, attempt=attempt, aux=aux)
         offer.fill(payload(self.layout, tokens, room=room))
