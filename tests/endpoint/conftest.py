@@ -118,7 +118,7 @@ def _is_idle_receiver(receiver: ReceiverEndpoint) -> bool:
     held = (*stats.rooms.values(), *stats.waiting.values(), stats.memory_reserved_bytes)
     if any(held) or stats.blocks_free != stats.blocks_total:
         return False
-    receiver.call(receiver._blocks.check)
+    receiver.call(receiver._landing.blocks.check)
     return True
 
 

@@ -7,7 +7,6 @@ drains blocks into assemblies.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import time
 import weakref
@@ -18,10 +17,12 @@ from types import TracebackType
 import zmq
 
 from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
+from embedwire.endpoint.landing import Landing
 from embedwire.endpoint.member import GroupMember, OnLost, OnRoom
 from embedwire.endpoint.reception import Arrays, MakeAssembly, Received, Reception
 from embedwire.endpoint.stats import ReceiveReport, ReceiverStats
 from embedwire.endpoint.turns import Seat
+from embedwire.endpoint.watch import Watch
 from embedwire.errors import (
     ConfigurationError,
     EmbedwireError,
@@ -36,15 +37,11 @@ from embedwire.limits import (
     DEFAULT_LIMITS,
     DEFAULT_NUM_BLOCKS,
     MESSAGE_BYTES_MAX,
-    SLICE_BYTES,
     TOKENS_MAX,
     Limits,
 )
-from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.budget import Budget
-from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import Layout
-from embedwire.memory.pool import BlockPool
 from embedwire.protocol import messages
 from embedwire.protocol.actions import (
     Address,
@@ -59,20 +56,13 @@ from embedwire.protocol.actions import (
     Revoke,
     Send,
 )
-from embedwire.protocol.handshake import Offered
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.receiver import ReceiverTransfer
 from embedwire.protocol.receiver_core import ReceiverCore, Room
 from embedwire.protocol.topology import ALONE
-from embedwire.transports import open_inbound
-from embedwire.transports.contract import Inbound
 
 logger = logging.getLogger(__name__)
 
-WATCH_S = 0.0025
-"""For this long after a grant and after each drain a wire's marks are looked at; then the room waits for a status."""
-NAP_S = 20e-6
-"""The sleep between two looks. It is a sleep and no spinning: the writer may have been put on the same core."""
 PROOF_POLL_S = 0.5
 """How often to look whether a peer that may still write to quarantined blocks is gone."""
 
@@ -109,30 +99,14 @@ class ReceiverEndpoint(Driver):
             )
         self.layout = layout
         self.limits = limits
-        self._geometry = PoolGeometry(layout, block_size, num_blocks)
-        self._blocks = BlockAllocator(num_blocks, block_size)
         self._budget = Budget(assembly_bytes)
-        self._inbounds = {name: open_inbound(name, host=host) for name in chosen(transports)}
-        first, *others = self._inbounds.values()
-        try:
-            region = first.allocate(self._geometry.region_bytes)
-            for inbound in others:
-                inbound.register(region)
-        except BaseException:
-            for inbound in self._inbounds.values():
-                inbound.close()
-            raise
-        self._pool = BlockPool(self._geometry, region)
+        self._landing = Landing(
+            layout, num_blocks=num_blocks, block_size=block_size, transports=chosen(transports), host=host
+        )
         self._core = ReceiverCore(
             incarnation=secrets.randbelow(2**62 - 1) + 1,
-            offered=Offered(
-                fields=layout.describe(),
-                block_size=block_size,
-                num_blocks=num_blocks,
-                wires=tuple((name, inbound.descriptor()) for name, inbound in self._inbounds.items()),
-                fenced=frozenset(name for name, inbound in self._inbounds.items() if inbound.is_fenced),
-            ),
-            blocks=self._blocks,
+            offered=self._landing.offered(),
+            blocks=self._landing.blocks,
             memory=self._budget,
             token_bytes=layout.token_bytes,
             default_allocate_tokens=default_allocate_tokens,
@@ -149,7 +123,7 @@ class ReceiverEndpoint(Driver):
         self._rounds_total = self._bytes_total = self._frames_refused = 0
         self._proof_at = 0.0
         self._member: GroupMember | None = None
-        self._watched: dict[RoomKey, float] = {}
+        self._watch = Watch()
         self._thread.start()
         if seat is not None and seat.group.size > 1:
             self._join(seat, on_room, on_lost)
@@ -241,7 +215,7 @@ class ReceiverEndpoint(Driver):
         return self.call(self._stats)
 
     def _stats(self) -> ReceiverStats:
-        admission = self._core.admission
+        admission, blocks = self._core.admission, self._landing.blocks
         return ReceiverStats(
             rooms=Counter(room.state.value for room in self._core.lanes.rooms.values()),
             ended=dict(self._ended),
@@ -249,10 +223,10 @@ class ReceiverEndpoint(Driver):
             sessions=len(self._core.lanes.sessions),
             rounds_total=self._rounds_total,
             bytes_total=self._bytes_total,
-            blocks_total=self._blocks.blocks_total,
-            blocks_free=self._blocks.blocks_free,
-            blocks_granted=self._blocks.blocks_granted,
-            blocks_quarantined=self._blocks.blocks_quarantined,
+            blocks_total=blocks.blocks_total,
+            blocks_free=blocks.blocks_free,
+            blocks_granted=blocks.blocks_granted,
+            blocks_quarantined=blocks.blocks_quarantined,
             memory_reserved_bytes=self._budget.used_bytes,
             memory_limit_bytes=self._budget.limit_bytes,
             frames_refused_total=self._frames_refused,
@@ -265,9 +239,7 @@ class ReceiverEndpoint(Driver):
         self.post(lambda: self.carry_out(self._core.close(now=time.monotonic())))
         self.call(self._stop)
         self._thread.join()
-        del self._pool  # its views have to be gone before the region is unmapped
-        for inbound in reversed(self._inbounds.values()):
-            inbound.close()
+        self._landing.close()
 
     def __enter__(self) -> ReceiverEndpoint:
         return self
@@ -308,7 +280,7 @@ class ReceiverEndpoint(Driver):
         self._connect(address)
 
     def _next_due(self) -> float | None:
-        if self._watched:
+        if self._watch:
             return 0.0
         due = self._core.next_due()
         return due if not self._core.suspects else min(due or self._proof_at, self._proof_at)
@@ -321,44 +293,24 @@ class ReceiverEndpoint(Driver):
         if now >= self._proof_at and (suspects := self._core.suspects):
             self._proof_at = now + PROOF_POLL_S
             for incarnation in suspects:
-                if all(inbound.is_gone(incarnation) for inbound in self._inbounds.values()):
+                if self._landing.is_gone(incarnation):
                     self.carry_out(self._core.on_peer_gone(incarnation, now=now))
 
     def _look(self, now: float) -> None:
         """Take from the wire's marks what has landed in the rooms that are watched."""
         was_news = False
-        for key, until in list(self._watched.items()):
-            room, inbound = self._core.lanes.rooms.get(key), self._inbound_of(key)
-            if room is None or inbound is None or not room.open_rounds or now >= until:
-                del self._watched[key]
-            elif actions := self._core.on_landed(key, self._marked(room, inbound), now=now):
+        for key in self._watch.keys(now):
+            room = self._core.lanes.rooms.get(key)
+            if room is None or not room.open_rounds:
+                self._watch.end(key)
+            elif actions := self._core.on_landed(key, self._watch.landed(room), now=now):
                 was_news = True
                 self.carry_out(actions)
-        if self._watched and not was_news:
-            time.sleep(NAP_S)
+        if self._watch and not was_news:
+            self._watch.nap()
 
-    def _watch(self, key: RoomKey) -> None:
-        """Something may land soon: for a moment, look rather than wait to be told."""
-        inbound = self._inbound_of(key)
-        if inbound is not None and inbound.has_marks:
-            self._watched[key] = time.monotonic() + WATCH_S
-
-    def _inbound_of(self, key: RoomKey) -> Inbound | None:
-        """The wire that a room comes over, as long as there is a session."""
-        room = self._core.lanes.rooms.get(key)
-        return (
-            None if room is None else self._inbounds.get(self._core.lanes.sessions[room.address].wire or "")
-        )
-
-    @staticmethod
-    def _marked(room: ReceiverTransfer, inbound: Inbound) -> int:
-        """The contiguous landed prefix of a room, as the marks under its open grants show it."""
-        landed = room.landed_tokens
-        for granted in room.open_rounds:
-            if landed < granted.start_token:
-                break
-            landed = max(landed, granted.start_token + min(inbound.mark(granted.ticket), granted.tokens))
-        return landed
+    def _begin_watch(self, room: ReceiverTransfer) -> None:
+        self._watch.begin(room.key, self._landing.wire(self._core.lanes.sessions[room.address].wire))
 
     def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
         address = next(a for a, s in self._sockets.items() if s is socket)
@@ -385,15 +337,12 @@ class ReceiverEndpoint(Driver):
         match action:
             case Send(address, message):
                 self._say(address, message)
-                if isinstance(message, messages.Grant):
-                    self._watch(message.key)
+                if isinstance(message, messages.Grant) and message.key in self._core.lanes.rooms:
+                    self._begin_watch(self._core.lanes.rooms[message.key])
             case Permit(_, granted):
-                spans = self._geometry.grant_spans(granted.block_indices)
-                for inbound in self._inbounds.values():
-                    inbound.permit(granted.ticket, spans)
+                self._landing.permit(granted)
             case Revoke(_, ticket):
-                for inbound in self._inbounds.values():
-                    inbound.revoke(ticket)
+                self._landing.revoke(ticket)
             case Assemble(key, total_tokens):
                 self._assemble(key, total_tokens)
             case Drain():
@@ -401,8 +350,9 @@ class ReceiverEndpoint(Driver):
                     self._drain(action)
                 except Exception as error:
                     detail = f"not drained: {type(error).__name__}: {error}"
+                    failed = action.key.of_room
                     self._pending.extend(
-                        self._core.abort(action.key, Cause.WIRE_FAILED, detail, now=time.monotonic())
+                        self._core.abort(failed, Cause.WIRE_FAILED, detail, now=time.monotonic())
                     )
                     raise
             case Finished(key, room):
@@ -446,28 +396,17 @@ class ReceiverEndpoint(Driver):
         room = self._core.lanes.rooms.get(drain.key)
         if room is None or not room.is_live:
             return  # it failed meanwhile; its blocks may be somebody else's
-        reception, granted = self._receptions[drain.key.of_room], drain.round
-        row, sums = room.first_row, reception.sums[drain.key]
-        step = max(1, SLICE_BYTES // self.layout.token_bytes)
-        for first in range(drain.from_token, drain.to_token, step):
-            last = min(first + step, drain.to_token)
-            rows = {name: array[row + first : row + last] for name, array in reception.arrays.items()}
-            self._pool.get_buf(
-                granted.block_indices,
-                rows,
-                start=first - granted.start_token,
-                tokens=last - first,
-                sums=sums,
-            )
-            os.sched_yield()  # to threads of messages that were put on this core, however idle the others are
-        aux = self._pool.read_aux(granted.block_indices[0]) if drain.from_token == 0 else None
+        reception = self._receptions[drain.key.of_room]
+        sums = reception.sums[drain.key]
+        aux = self._landing.drain(drain, reception.arrays, sums, row=room.first_row)
         digests = sums.digest() if drain.to_token == room.total_tokens else None
-        self._rounds_total += drain.to_token == granted.end_token
+        self._rounds_total += drain.to_token == drain.round.end_token
         self._bytes_total += (drain.to_token - drain.from_token) * self.layout.token_bytes
         now = time.monotonic()
         actions = self._core.on_drained(drain.key, drain.to_token, aux=aux, digests=digests, now=now)
         self._pending.extendleft(reversed(actions))  # a grant goes out before the next drain: both sides work
-        self._watch(drain.key)
+        if room.open_rounds:
+            self._begin_watch(room)
 
     def _finish(self, room: Room) -> None:
         if self._member is not None:

@@ -1,0 +1,57 @@
+"""Which rooms may have news in the wire's marks, and for how long to look for it. The driver's thread.
+
+Over a wire with marks a receiver sees what has landed without a message. Looking costs a core, so it looks only where something is
+likely to land soon, for a moment, and sleeps between two looks.
+"""
+
+from __future__ import annotations
+
+import time
+
+from embedwire.protocol.messages import RoomKey
+from embedwire.protocol.receiver import ReceiverTransfer
+from embedwire.transports.contract import Inbound
+
+WATCH_S = 0.0025
+"""How long to look after a grant or a drain; a status tells of what comes later."""
+NAP_S = 20e-6
+"""The sleep between two looks. It is a sleep and no spinning: the writer may have been put on the same core."""
+
+
+class Watch:
+    """Rooms that are looked at, each until its time is over."""
+
+    def __init__(self) -> None:
+        self._until: dict[RoomKey, tuple[Inbound, float]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._until)
+
+    def begin(self, key: RoomKey, inbound: Inbound | None) -> None:
+        """Something may land soon, over this wire."""
+        if inbound is not None and inbound.has_marks:
+            self._until[key] = inbound, time.monotonic() + WATCH_S
+
+    def end(self, key: RoomKey) -> None:
+        """The room is over, or holds no grant."""
+        self._until.pop(key, None)
+
+    def keys(self, now: float) -> list[RoomKey]:
+        """Whom to look at."""
+        self._until = {key: (inbound, until) for key, (inbound, until) in self._until.items() if now < until}
+        return list(self._until)
+
+    def landed(self, room: ReceiverTransfer) -> int:
+        """The contiguous landed prefix of a room, as the marks under its open grants show it, in tokens."""
+        inbound, _ = self._until[room.key]
+        landed = room.landed_tokens
+        for granted in room.open_rounds:
+            if landed < granted.start_token:
+                break
+            landed = max(landed, granted.start_token + min(inbound.mark(granted.ticket), granted.tokens))
+        return landed
+
+    @staticmethod
+    def nap() -> None:
+        """Until the next look."""
+        time.sleep(NAP_S)
