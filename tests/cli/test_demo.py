@@ -10,6 +10,7 @@ import pytest
 
 from embedwire.cli import demo
 from embedwire.cli.demo import BLOCK_SIZE, MAX_TOKENS, NUM_BLOCKS
+from embedwire.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
@@ -40,7 +41,7 @@ def test_the_divided_model_answers_as_the_undivided_one(
     assert len(told["token_ids"]) == MAX_TOKENS
     assert len(set(told["token_ids"])) > 3
     assert told["embedwire"]["transport"] == transport
-    assert max(told["embedwire"]["rounds"]) == NUM_BLOCKS * BLOCK_SIZE
+    assert max(told["embedwire"]["rounds"]) == NUM_BLOCKS // DEFAULT_LIMITS.window_rounds * BLOCK_SIZE
     assert "Gibberish" in ended.stdout
 
 
