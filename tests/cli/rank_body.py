@@ -55,7 +55,7 @@ def move(rank: int, directory: Path) -> None:
 
     from embedwire import Field, Layout, SenderEndpoint
     from embedwire.cli.build import receiver_of
-    from embedwire.cli.ranks import Membership
+    from embedwire.cli.membership import Membership
 
     settings, layout = load().settings, Layout("ITEM", (Field("embeddings", "float32", (8,)),))
     expected = np.arange(500 * 8, dtype=np.float32).reshape(500, 8)

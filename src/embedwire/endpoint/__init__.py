@@ -4,6 +4,7 @@ driver.py    the thread, its poll and its tasks
 sender.py    SenderEndpoint     offer.py      one room on its way out
 receiver.py  ReceiverEndpoint   reception.py  one room on its way in
 writer.py    one thread a receiver, which moves the bytes
+sender_group.py   the senders of several encoder ranks
 stats.py     snapshots and reports
 """
 
