@@ -1,17 +1,20 @@
 """A group without a model, for tests of what watches over it: ``rank_body.py MODE`` is the supervisor, with ``--rank`` it is a rank.
 
-Modes: ``well`` serves; ``loads`` never becomes ready; ``refuses`` says why it can not start; ``fickle`` loses rank 1 once it is ready.
+Modes: ``well`` serves; ``loads`` never becomes ready; ``refuses`` says why it can not start; ``fickle`` loses rank 1 once it is ready;
+``moves`` is ready when every rank has received a room.
 SIGUSR1 lets a rank say that the group is lost.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import sys
 import threading
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from embedwire.cli import cluster, supervise
@@ -33,6 +36,9 @@ def be_rank(mode: str, rank: int, directory: Path) -> None:
     if mode == "refuses":
         say(error="there is no model")
         sys.exit(2)
+    if mode == "moves":
+        move(rank, directory)
+        return
     if mode == "loads":
         print("loading", file=sys.stderr, flush=True)
         threading.Event().wait()
@@ -41,6 +47,43 @@ def be_rank(mode: str, rank: int, directory: Path) -> None:
     if mode == "fickle" and rank == 1:
         sys.exit(3)
     threading.Event().wait()
+
+
+def move(rank: int, directory: Path) -> None:
+    """A rank of a language server without its model: endpoints, turns, and the groups of torch."""
+    import numpy as np
+
+    from embedwire import Field, Layout, SenderEndpoint
+    from embedwire.cli.build import receiver_of
+    from embedwire.cli.membership import Membership
+
+    settings, layout = load().settings, Layout("ITEM", (Field("embeddings", "float32", (8,)),))
+    expected = np.arange(500 * 8, dtype=np.float32).reshape(500, 8)
+    received: SimpleQueue[Any] = SimpleQueue()
+
+    def segments() -> list[str]:
+        return re.findall(r"/dev/shm/embedwire-\w+", Path("/proc/self/maps").read_text())
+
+    with (
+        Membership(settings, rank=rank, directory=directory) as membership,
+        receiver_of(layout, settings, membership=membership, on_room=received.put) as receiver,
+    ):
+        if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            assert np.array_equal(received.get(timeout=30).result(30).arrays["embeddings"], expected)
+            say(role="test", segments=segments())
+            membership.tensor_parallel.receive()
+            return
+        with SenderEndpoint(layout) as sender:
+            readers = len(membership.group.readers)
+            sender.offer(7, total_tokens=500, readers=readers).fill({"embeddings": expected})
+            room = receiver.open(7, sender.address).result(30)
+            assert np.array_equal(room.arrays["embeddings"], expected)
+            say(role="test", url="http://127.0.0.1:1", segments=segments())
+            try:
+                threading.Event().wait()
+            finally:
+                membership.tensor_parallel.send(b"the end")
 
 
 def be_supervisor(mode: str) -> None:

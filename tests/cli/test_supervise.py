@@ -16,6 +16,8 @@ import pytest
 
 BODY = Path(__file__).with_name("rank_body.py")
 RANKS = 4
+LIVES = int(os.environ.get("GROUP_LIVES", "2"))
+"""How often a group is started and stopped where each time costs seconds."""
 ENDS_WITHIN_S = 30
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -170,3 +172,17 @@ def test_a_stopped_rank_does_not_hold_up_the_end(start: Any) -> None:
     os.kill(facts["rank_pids"][1], signal.SIGSTOP)
     assert group.end(signal.SIGTERM) == (0, [])
     assert group.left(*facts["rank_pids"]) == []
+
+
+@pytest.mark.model
+@pytest.mark.timeout(60 + 20 * LIVES)
+@pytest.mark.parametrize("delivery", ["share", "replicate"])
+def test_groups_come_and_go_and_leave_nothing(start: Any, delivery: str) -> None:
+    """All but the model: every rank has received a room. No rank is aborted at its end, and nobody says a word."""
+    for _ in range(LIVES):
+        group = start("moves", delivery=delivery, num_blocks="2", block_size="16")
+        facts = group.ready()
+        assert len(facts["segments"]) >= 1
+        assert group.end(signal.SIGTERM) == (0, [])
+        assert group.left(*facts["rank_pids"]) == []
+        assert not any(os.path.exists(path) for path in facts["segments"])

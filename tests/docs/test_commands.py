@@ -27,6 +27,7 @@ NOT_RUN = {
     r"make \w+.*": "each verb sets up the environment first; that it is a verb is checked",
     r"pip install .*": "downloads packages",
     r"embedwire (up|registry|encoder|language|router)( .*)?": "runs until it is stopped; tests/cli does",
+    r"embedwire demo .*": "loads torch in five processes and more; tests/cli does",
     r"embedwire ask .*": "needs running servers; tests/cli does",
     r"embedwire bench transfer": "takes a minute; a smaller one is run",
     r"python -m pytest .*": "tests do not run tests; that its paths exist is checked",

@@ -14,12 +14,15 @@ import httpx
 import psutil
 import pytest
 
+from embedwire.protocol.topology import lanes_of_sender
+
 if TYPE_CHECKING:
     from tests.e2e.conftest import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(300)]
 WAIT_S = 120
 TOKENS = 32
+ENCODER_RANKS = 2
 GROUPS = {"share": 2, "replicate": 4}
 """Ranks of each of the two servers, by delivery."""
 
@@ -29,12 +32,14 @@ Picture = Callable[..., bytes]
 
 
 class Fleet:
-    """An encoder and two language servers of several ranks. ``routers`` has one for each, and ``"both"``."""
+    """An encoder of two ranks and two language servers of several. ``routers`` has one for each of these, and ``"both"``."""
 
     def __init__(self, start_server: Callable[..., Server], model: str) -> None:
         named = (model, "--name", "tiny")
         common = {"ASSEMBLY_MEMORY": "2MiB", "RANK_TIMEOUT_S": 6, "CHECK_INTERVAL_S": 0.3}
-        self.encoder = start_server("encoder", *named)
+        self.encoder = start_server(
+            "encoder", *named, TENSOR_PARALLEL_SIZE=ENCODER_RANKS, THREADS=2, **common
+        )
         self.languages = {
             delivery: start_server(
                 "language", *named, TENSOR_PARALLEL_SIZE=ranks, DELIVERY=delivery, THREADS=ranks, **common
@@ -78,10 +83,10 @@ class Fleet:
         """Of one rank's process."""
         return int(self.languages[name].facts["rank_pids"][rank])
 
-    def known(self, name: str) -> int:
-        """To how many language servers a router would send requests."""
+    def known(self, name: str, role: str = "language") -> int:
+        """To how many servers of that role a router would send requests."""
         health = self.client.get(f"{self.routers[name].url}/health").raise_for_status().json()
-        return int(health["workers"]["language"])
+        return int(health["workers"][role])
 
     def wait_restarted(self, name: str, wait_until: Any) -> None:
         """Until all ranks of a server have started anew, at the same address, and the routers send requests there again."""
@@ -140,7 +145,8 @@ def expected(tiny_model_dir: Callable[[str], Path]) -> Callable[..., list[int]]:
 def test_it_is_the_answer_of_the_undivided_model(
     fleet: Fleet, name: str, pictures: int, chat: Chat, picture: Picture, expected: Any
 ) -> None:
-    """Scenarios 21 and 24: one encoder rank to two and to four language ranks, streamed or not; the pool is too small for every picture."""
+    """Scenarios 21, 24 and 25: two encoder ranks to two and to four language ranks, streamed or not; the pool is too small for every
+    picture."""
     drawn = [picture(280, 224, seed=seed) for seed in range(pictures)]
     body = chat("What are these?", *drawn, max_tokens=TOKENS)
     answers = [fleet.ask(name, body | {"stream": stream}) for stream in (False, True)]
@@ -166,7 +172,12 @@ def test_what_the_wire_carries(
         )
     )
     assert (passage["ranks"], passage["delivery"]) == (GROUPS[name], name)
-    assert passage["wire_bytes"] == times * passage["bytes"] == sent == received
+    assert passage["wire_bytes"] == times * passage["bytes"] == received
+    token_bytes, lanes = (
+        passage["bytes"] // passage["total_tokens"],
+        lanes_of_sender(0, senders=2, readers=times),
+    )
+    assert sent == token_bytes * sum(len(lane.share(passage["total_tokens"])) for lane in lanes) < received
     metrics = servers[1].metrics()
     assert (metrics.total("language_ranks"), metrics.total("language_readers")) == (GROUPS[name], times)
 
@@ -229,3 +240,15 @@ def test_another_server_takes_over_what_had_no_token_yet(
     assert {answer["ranks"] for answer in answers} == {GROUPS["replicate"]}
     assert all(answer["ids"] == before["ids"] for answer in answers)
     fleet.wait_restarted("share", wait_until)
+
+
+def test_a_killed_rank_of_the_encoder(fleet: Fleet, chat: Chat, picture: Picture, wait_until: Any) -> None:
+    """Scenario 28: all ranks of the encoder start anew at the same address, and serve as before."""
+    body, encoder = chat("What are these?", picture(280, 224), picture(140, 112)), fleet.encoder
+    before, url = fleet.ask("share", body), encoder.url
+    os.kill(encoder.facts["rank_pids"][1], signal.SIGKILL)
+    encoder.wait_ready()
+    assert encoder.url == url
+    wait_until(lambda: fleet.known("share", "encoder"))
+    assert fleet.ask("share", body)["ids"] == before["ids"]
+    assert "embedwire: rank 1 has ended: killed by signal 9; all ranks start anew" in encoder.log.read_text()

@@ -1,7 +1,7 @@
 """Puts the pieces of a server together from settings: engine, endpoint, service, app; and takes them apart in the opposite order.
 
 Knows what each piece wants; it must not know processes or commands. Main thread. Imports an engine only when it is built; ``ranks.py``
-adds what several ranks need.
+uses the pieces for servers of several ranks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from embedwire.cli.settings import Settings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from embedwire.cli.ranks import Membership
-    from embedwire.endpoint import ReceiverEndpoint
+    from embedwire.cli.membership import Membership
+    from embedwire.endpoint import ReceiverEndpoint, SenderEndpoint
+    from embedwire.engines.transformers.encoder import TransformersEncoder
+    from embedwire.memory.layout import Layout
 
 Built = tuple["FastAPI", dict[str, Any]]
 """An app, and what its server says of itself when it is ready."""
@@ -58,15 +60,19 @@ def build_router(settings: Settings) -> Built:
 
 
 @contextmanager
-def built_encoder(model: str, settings: Settings, *, name: str) -> Iterator[Built]:
-    """An encoder server's app; what stands behind it is closed when the block ends."""
+def built_encoder(
+    model: str, settings: Settings, *, name: str, membership: Membership | None = None
+) -> Iterator[Built]:
+    """An encoder server's app; what stands behind it is closed when the block ends. With ``membership`` it is rank 0 of a group."""
     from embedwire.encode import EncodeService
     from embedwire.serve.encoder_app import encoder_app
     from embedwire.serve.metrics import AppMetrics
 
-    engine = _encoder_engine(model, settings)
     with ExitStack() as stack:
-        sender = stack.enter_context(_sender(engine.layout, settings))
+        engine = encoder_engine(model, settings, membership)
+        stack.callback(engine.close)
+        endpoint = stack.enter_context(sender_of(engine.layout, settings, membership))
+        sender = stack.enter_context(membership.leading(endpoint)) if membership else endpoint
         service = EncodeService(
             engine, sender, batch_tokens=settings.batch_tokens, memory_wait_s=settings.memory_wait_s
         )
@@ -75,13 +81,16 @@ def built_encoder(model: str, settings: Settings, *, name: str) -> Iterator[Buil
             service,
             model=name,
             layout=engine.layout,
-            control_addresses=[sender.address],
+            control_addresses=sender.addresses,
             media=_media(settings),
-            metrics=AppMetrics({"sender": sender.stats, "encode": service.stats}),
+            metrics=AppMetrics({"sender": endpoint.stats, "encode": service.stats}),
             registry=_link(settings),
         )
         memory = size(settings.source_memory)
-        yield app, {"role": "encoder", "model": name, "rooms_at": sender.address, "memory": memory}
+        yield (
+            app,
+            {"role": "encoder", "model": name, "rooms_at": ", ".join(sender.addresses), "memory": memory},
+        )
 
 
 @contextmanager
@@ -118,15 +127,20 @@ def built_language(
         yield app, {"role": "language", "model": name, "pool": pool, "memory": memory} | delivery
 
 
-def _encoder_engine(model: str, settings: Settings) -> Any:
+def encoder_engine(model: str, settings: Settings, membership: Membership | None) -> TransformersEncoder:
+    """The encode half of a model, or one rank's."""
     import torch
 
     from embedwire.engines.transformers.encoder import TransformersEncoder
 
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if threads := membership.threads if membership else settings.threads:
+        torch.set_num_threads(threads)
     return TransformersEncoder(
-        model, dtype=settings.dtype, device=settings.device, max_image_pixels=settings.max_pixels
+        model,
+        dtype=settings.dtype,
+        device=membership.device if membership else settings.device,
+        max_image_pixels=settings.max_pixels,
+        tensor_parallel=membership.tensor_parallel if membership else None,
     )
 
 
@@ -146,13 +160,17 @@ def _language_engine(model: str, settings: Settings, membership: Membership | No
     )
 
 
-def _sender(layout: Any, settings: Settings) -> Any:
+def sender_of(layout: Layout, settings: Settings, membership: Membership | None) -> SenderEndpoint:
+    """The sender of an encoder, or of one rank of it."""
     from embedwire.endpoint import SenderEndpoint
 
+    rank = membership.rank if membership else 0
     return SenderEndpoint(
         layout,
         host=settings.host,
-        port=settings.control_port,
+        port=settings.control_port and settings.control_port + rank,
+        rank=rank,
+        ranks=membership.group.size if membership else 1,
         memory_bytes=settings.source_memory,
         transports=settings.transports,
         limits=settings.limits,
@@ -160,7 +178,7 @@ def _sender(layout: Any, settings: Settings) -> Any:
 
 
 def receiver_of(
-    layout: Any, settings: Settings, *, membership: Membership | None, on_room: Any = None
+    layout: Layout, settings: Settings, *, membership: Membership | None, on_room: Any = None
 ) -> ReceiverEndpoint:
     """The receiver of a language server, or of one rank of it."""
     from embedwire.endpoint import ReceiverEndpoint
@@ -175,7 +193,7 @@ def receiver_of(
         host=settings.host,
         transports=settings.transports,
         limits=settings.limits,
-        seat=membership.seat if membership else None,
+        seat=membership.take_seat() if membership else None,
         on_room=on_room,
         on_lost=membership.lose if membership else None,
     )

@@ -59,10 +59,9 @@ class Child:
     @property
     def in_words(self) -> str:
         """What there is to know about it beside its address: how its embeddings come, or where rooms are asked for."""
-        pool = str(self.facts.get("pool") or self.facts.get("rooms_at") or "")
-        if "ranks" not in self.facts:
-            return pool
-        return f"{pool}; {self.facts['ranks']} ranks, {self.facts['delivery']}"
+        ranks = f"{self.facts['ranks']} ranks" if "ranks" in self.facts else None
+        known = (self.facts.get("pool"), self.facts.get("rooms_at"), ranks, self.facts.get("delivery"))
+        return ", ".join(filter(None, known))
 
     def last_words(self) -> str:
         """The end of its log, if it has one of its own."""

@@ -61,6 +61,9 @@ def demo(
     tensor_parallel_size: Annotated[
         int, typer.Option(min=1, max=RANKS_MAX, help="Processes over which the language server is divided.")
     ] = 1,
+    encoder_tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, max=RANKS_MAX, help="Processes over which an encoder is divided.")
+    ] = 1,
     delivery: Annotated[
         Literal["share", "replicate"], typer.Option(help="How the embedding gets to all of them.")
     ] = "share",
@@ -70,7 +73,8 @@ def demo(
 
     An encoder server and a language server each load only their half. The receive pool is far smaller than the embedding, so it
     comes in many rounds. The answer's token ids are then compared with those of plain transformers. With --tensor-parallel-size the
-    language server is divided again. Works on a fresh machine, without a GPU or network.
+    language server is divided again, and with --encoder-tensor-parallel-size the encoder. Works on a fresh machine, without a GPU
+    or network.
 
     Exit code 0: everything held; 1: something did not, and the table says what; 2: an error, whose cause is the last line.
     """
@@ -91,7 +95,9 @@ def demo(
         name = model or _tiny_model(Path(directory) / family, family)
         images = [_picture(number, *pixels) for number, pixels in enumerate(IMAGE_SIZES)]
         with Cluster(variables) as cluster:
-            answer, claims = _serve_and_ask(cluster, name, images, status)
+            answer, claims = _serve_and_ask(
+                cluster, name, images, status, encoder_ranks=encoder_tensor_parallel_size
+            )
         status.update("asking the undivided model, in a process of its own")
         expected = _undivided_ids(name, images, dtype=dtype)
     ids = answer["choices"][0]["token_ids"]
@@ -119,12 +125,19 @@ def _tiny_model(directory: Path, family: Family) -> str:
 
 
 def _serve_and_ask(
-    cluster: Any, model: str, images: Sequence[bytes], status: Status
+    cluster: Any, model: str, images: Sequence[bytes], status: Status, *, encoder_ranks: int
 ) -> tuple[dict[str, Any], list[Claim]]:
     from embedwire.cli.stack import start_stack
 
     pool = {"EMBEDWIRE_NUM_BLOCKS": str(NUM_BLOCKS), "EMBEDWIRE_BLOCK_SIZE": str(BLOCK_SIZE)}
-    stack = start_stack(cluster, model, name="demo", language_variables=pool, on_step=status.update)
+    stack = start_stack(
+        cluster,
+        model,
+        name="demo",
+        encoder_ranks=encoder_ranks,
+        language_variables=pool,
+        on_step=status.update,
+    )
     out.print("[bold]Each server a process of its own, each with its half of the model[/]")
     made = table("server", "url", "pid", "memory in use", "", right=("memory in use",))
     for child in stack.children:

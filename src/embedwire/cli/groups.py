@@ -77,7 +77,7 @@ class Encoder(Group):
     """Encoder"""
 
     control_port: Port = 0
-    """Port at which receivers ask for rooms; 0 takes a free one."""
+    """Port at which receivers ask for rooms, and of several ranks the first; 0 takes free ones."""
     source_memory: Size = ByteSize(limits.DEFAULT_SOURCE_BYTES)
     """Memory for embeddings that nobody has fetched yet."""
     max_pixels: Count = 64 * 2**20
@@ -123,10 +123,11 @@ class Ranks(Group):
     """Ranks"""
 
     tensor_parallel_size: Annotated[int, Field(ge=1, le=limits.RANKS_MAX)] = 1
-    """Processes over which the weights of a language server are divided, each on a device of its own."""
+    """Processes of one server, each on a device of its own: the weights of a language server are divided over them, or the images of a
+    prompt at an encoder."""
     delivery: Literal["auto", "share", "replicate"] = "auto"
-    """How an embedding gets to all ranks. share: once over the wire, and the ranks of a host read the same memory; replicate: each rank
-    receives a copy of its own; auto: share."""
+    """How an embedding gets to all ranks of a language server. share: once over the wire, and the ranks of a host read the same memory;
+    replicate: each rank receives a copy of its own; auto: share."""
     rank_timeout_s: Seconds = 10.0
     """How long the ranks wait for one of them before they give it up."""
     on_rank_failure: Literal["restart", "exit"] = "restart"

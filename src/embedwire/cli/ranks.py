@@ -1,115 +1,111 @@
-"""``embedwire language-rank``: one process of a language server that has several. Started by ``supervise.py``, and by nobody else.
+"""``embedwire encoder-rank`` and ``language-rank``: one process of a server that has several. Started by ``supervise.py`` alone.
 
-Owns how a rank joins its group, and how it tells its supervisor that it can not go on. Main thread; a loss is heard of on any thread.
+Owns what a rank does from its start to its end; ``membership.py`` knows how it is joined to the others. Main thread.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedwire.cli.groups import Bounds, Engine, Language, Member, Ranks, Server, Wire
+from embedwire.cli.build import Built
+from embedwire.cli.groups import Bounds, Encoder, Engine, Language, Member, Ranks, Server, Wire
+from embedwire.cli.membership import Membership, tell
 from embedwire.cli.options import takes
 from embedwire.cli.process import Voice, begin, serve
 from embedwire.cli.servers import IsChild, Model
 from embedwire.cli.settings import Loaded, Settings
 from embedwire.errors import EmbedwireError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from embedwire.endpoint.sender_group import FollowingSender
+
+GivenName = Annotated[str, typer.Option("--name")]
+Rank = Annotated[int, typer.Option("--rank")]
+Directory = Annotated[Path, typer.Option("--group-dir")]
+
+
+@takes(Server, Member, Engine, Wire, Encoder, Ranks, Bounds)
+def encoder_rank(
+    loaded: Loaded, *, model: Model, name: GivenName, rank: Rank, group_dir: Directory, child: IsChild = False
+) -> None:
+    """Run one rank of an encoder server. Exit code 0: stopped; 2: an error, which the supervisor says."""
+    from embedwire.cli.build import built_encoder
+
+    with _member(loaded.settings, rank=rank, directory=group_dir, is_child=child) as member:
+        if rank:
+            _follow(_encoding(model, loaded.settings, member), rank=rank, is_child=child)
+        else:
+            _lead(built_encoder(model, loaded.settings, name=name, membership=member), loaded, is_child=child)
+
 
 @takes(Server, Member, Engine, Wire, Language, Ranks, Bounds)
 def language_rank(
-    loaded: Loaded,
-    *,
-    model: Model,
-    name: Annotated[str, typer.Option()],
-    rank: Annotated[int, typer.Option()],
-    group_dir: Annotated[Path, typer.Option()],
-    child: IsChild = False,
+    loaded: Loaded, *, model: Model, name: GivenName, rank: Rank, group_dir: Directory, child: IsChild = False
 ) -> None:
     """Run one rank of a language server. Exit code 0: stopped; 2: an error, which the supervisor says."""
-    settings, voice = loaded.settings, Voice(None, child)
-    begin(settings, is_child=child)
-    try:
-        with Membership(settings, rank=rank, directory=group_dir) as membership:
-            if rank == 0:
-                from embedwire.cli.build import built_language
+    from embedwire.cli.build import built_language
 
-                with built_language(model, settings, name=name, membership=membership) as (app, facts):
-                    serve(app, settings, facts, voice=voice)
-            else:
-                with _built_follower(model, settings, membership) as follower:
-                    for number in (signal.SIGINT, signal.SIGTERM):
-                        signal.signal(number, signal.SIG_IGN)  # it ends with rank 0
-                    voice.say({"role": "language rank", "rank": rank})
-                    follower.run()
-    except EmbedwireError as error:
-        _tell(str(error))
-        sys.exit(2)
-
-
-def _tell(detail: str) -> None:
-    os.write(
-        sys.stdout.fileno(), json.dumps({"error": detail}).encode() + b"\n"
-    )  # one write, so that lines of threads do not mix
-
-
-class Membership:
-    """This process's part in the group of ranks that ``directory`` belongs to. The block around it ends when all have left."""
-
-    def __init__(self, settings: Settings, *, rank: int, directory: Path) -> None:
-        """Returns when all ranks are there. Raises RankError."""
-        from embedwire.endpoint.turns import Seat
-        from embedwire.engines.gloo import GlooCollective
-        from embedwire.engines.transformers.parallel import TensorParallel
-        from embedwire.protocol.topology import RankGroup
-
-        size, on_cuda = settings.tensor_parallel_size, settings.device.startswith("cuda")
-        self.rank = rank
-        self.group = RankGroup.on_one_host(
-            size, delivery="share" if settings.delivery == "auto" else settings.delivery
-        )
-        self.device = f"cuda:{rank}" if on_cuda else settings.device
-        self.threads = max(1, (settings.threads or len(os.sched_getaffinity(0))) // size)
-        self._on_lost: list[Callable[[str], None]] = []
-        self.tensor_parallel = TensorParallel(
-            rank,
-            size=size,
-            address=f"file://{directory}/store",
-            backend="nccl" if on_cuda else "gloo",
-            timeout_s=settings.rank_timeout_s,
-            on_broken=lambda error: self.lose(str(error)),
-        )
-        collective = GlooCollective(self.tensor_parallel.new_gloo_group())
-        self.seat = Seat(self.group, rank, f"ipc://{directory}/turns", collective, settings.rank_timeout_s)
-
-    def on_lost(self, callback: Callable[[str], None]) -> None:
-        """To be called with the reason when the group can not go on, on any thread; it must not block."""
-        self._on_lost.append(callback)
-
-    def lose(self, detail: str) -> None:
-        """The group can not go on: whoever waits for it hears so, and then the supervisor, which ends it."""
-        for callback in self._on_lost:
-            callback(detail)
-        _tell(detail)
-
-    def __enter__(self) -> Membership:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.tensor_parallel.close()
+    with _member(loaded.settings, rank=rank, directory=group_dir, is_child=child) as member:
+        if rank:
+            _follow(_reading(model, loaded.settings, member), rank=rank, is_child=child)
+        else:
+            _lead(
+                built_language(model, loaded.settings, name=name, membership=member), loaded, is_child=child
+            )
 
 
 @contextmanager
-def _built_follower(model: str, settings: Settings, membership: Membership) -> Iterator[Any]:
-    """A rank other than 0, with its own receiver."""
+def _member(settings: Settings, *, rank: int, directory: Path, is_child: bool) -> Iterator[Membership]:
+    begin(settings, is_child=is_child)
+    try:
+        with Membership(settings, rank=rank, directory=directory) as membership:
+            yield membership
+    except EmbedwireError as error:
+        tell(str(error))
+        sys.exit(2)
+
+
+def _lead(building: AbstractContextManager[Built], loaded: Loaded, *, is_child: bool) -> None:
+    with building as (app, facts):
+        serve(app, loaded.settings, facts, voice=Voice(None, is_child))
+
+
+def _follow(building: AbstractContextManager[Callable[[], None]], *, rank: int, is_child: bool) -> None:
+    with building as run:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it ends with rank 0
+        Voice(None, is_child).say({"role": "rank", "rank": rank})
+        run()
+
+
+@contextmanager
+def _encoding(model: str, settings: Settings, member: Membership) -> Iterator[Callable[[], None]]:
+    """What another rank of an encoder does: its share of the images, and its part of every room."""
+    from embedwire.cli.build import encoder_engine, sender_of
+
+    engine = encoder_engine(model, settings, member)
+    with sender_of(engine.layout, settings, member) as endpoint, member.following(endpoint) as sender:
+        yield lambda: engine.follow(partial(_fill, sender))
+
+
+def _fill(sender: FollowingSender, key: tuple[int, int] | None, arrays: Mapping[str, np.ndarray]) -> None:
+    assert key is not None, "a service names all its prompts"
+    sender.fill(key, arrays)
+
+
+@contextmanager
+def _reading(model: str, settings: Settings, member: Membership) -> Iterator[Callable[[], None]]:
+    """What another rank of a language server does: the steps of rank 0, with arrays of its own."""
     from embedwire.cli.build import receiver_of
     from embedwire.engines.transformers.ranks import TransformersFollower
     from embedwire.language.arrivals import Arrivals
@@ -117,12 +113,12 @@ def _built_follower(model: str, settings: Settings, membership: Membership) -> I
     arrivals = Arrivals(timeout_s=settings.rank_timeout_s)
     follower = TransformersFollower(
         model,
-        tensor_parallel=membership.tensor_parallel,
+        tensor_parallel=member.tensor_parallel,
         dtype=settings.dtype,
-        device=membership.device,
-        threads=membership.threads,
+        device=member.device,
+        threads=member.threads,
         prompt_of=arrivals.prompt_of,
         on_read=arrivals.forget,
     )
-    with receiver_of(follower.layout, settings, membership=membership, on_room=arrivals.enter):
-        yield follower
+    with receiver_of(follower.layout, settings, membership=member, on_room=arrivals.enter):
+        yield follower.run

@@ -72,19 +72,25 @@ def router(loaded: Loaded, *, ready_file: ReadyFile = None, child: IsChild = Fal
     serve(app, loaded.settings, facts, voice=Voice(ready_file, child), port=loaded.public_port)
 
 
-@takes(Server, Member, Engine, Wire, Encoder, Bounds)
+@takes(Server, Member, Engine, Wire, Encoder, Ranks, Bounds)
 def encoder(
     loaded: Loaded, *, model: Model, name: Name = None, ready_file: ReadyFile = None, child: IsChild = False
 ) -> None:
     """Run an encoder server: the half of MODEL that turns images into embeddings, and sends them.
 
+    With --tensor-parallel-size above 1 it is so many processes, which share out the images of each prompt; this one watches over them.
     Exit code 0: stopped by SIGTERM or Ctrl-C; 2: an error, whose cause is the last line.
     """
     begin(loaded.settings, is_child=child)
+    voice = Voice(ready_file, child)
+    if loaded.settings.tensor_parallel_size > 1:
+        from embedwire.cli.supervise import serve_group
+
+        serve_group(loaded, ("encoder-rank", model, "--name", name or model), voice=voice)
     from embedwire.cli.build import built_encoder
 
     with built_encoder(model, loaded.settings, name=name or model) as (app, facts):
-        serve(app, loaded.settings, facts, voice=Voice(ready_file, child))
+        serve(app, loaded.settings, facts, voice=voice)
 
 
 @takes(Server, Member, Engine, Wire, Language, Ranks, Bounds)

@@ -38,11 +38,14 @@ def start_stack(
     name: str | None = None,
     encoders: int = 1,
     languages: int = 1,
+    encoder_ranks: int = 1,
     language_variables: Mapping[str, str] | None = None,
     router_port: int = 0,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Stack:
-    """Start everything and wait until the router can send requests to every worker. Raises ChildFailed with the cause."""
+    """Start everything and wait until the router can send requests to every worker. Each encoder is ``encoder_ranks`` processes; the
+    settings say how many a language server is. Raises ChildFailed with the cause.
+    """
     anywhere = {f"{PREFIX}PORT": "0", f"{PREFIX}CONTROL_PORT": "0"}  # a port can be had by one process only
     on_step("starting the registry")
     registry = cluster.start("registry", "registry", variables=anywhere)
@@ -50,8 +53,10 @@ def start_stack(
     member = anywhere | {f"{PREFIX}REGISTRY_URL": registry.url}
     named = ["--name", name] if name else []
     on_step(f"loading the model: {encoders} × its encode half, {languages} × its language half")
+    ranks = {f"{PREFIX}TENSOR_PARALLEL_SIZE": str(encoder_ranks)}
     encoding = [
-        cluster.start(f"encoder {i + 1}", "encoder", model, *named, variables=member) for i in range(encoders)
+        cluster.start(f"encoder {i + 1}", "encoder", model, *named, variables=member | ranks)
+        for i in range(encoders)
     ]
     reading = [
         cluster.start(

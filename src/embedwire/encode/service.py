@@ -18,6 +18,7 @@ from functools import partial
 
 from embedwire.encode.interface import ChatPrompt, EncoderEngine, PreparedPrompt
 from embedwire.endpoint import Offer, SenderEndpoint, SendReport
+from embedwire.endpoint.sender_group import LeadingSender
 from embedwire.errors import OverloadedError
 from embedwire.limits import AUX_POSITION_DELTA, AUX_WORDS
 from embedwire.protocol.messages import RoomKey
@@ -55,7 +56,7 @@ class _Work:
 
 
 class EncodeService:
-    """Takes up prompts for one encoder engine and offers their rooms at one sender.
+    """Takes up prompts for one encoder engine and offers their rooms at one sender, or at those of all its ranks.
 
     ``max_waiting`` bounds how many callers may be in line for memory, ``memory_wait_s`` how long each is; ``batch_tokens``
     bounds the tokens of one tower run (one prompt always runs, however long). Thread-safe.
@@ -64,7 +65,7 @@ class EncodeService:
     def __init__(
         self,
         engine: EncoderEngine,
-        sender: SenderEndpoint,
+        sender: SenderEndpoint | LeadingSender,
         *,
         max_waiting: int = DEFAULT_MAX_WAITING,
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
@@ -98,7 +99,7 @@ class EncodeService:
             self._work.append(_Work(offer, replace(prepared, key=(room, attempt))))
             self._changed.notify_all()
         offer.add_done_callback(partial(self._on_offer_ended, offer.key))
-        return TakenUp(prepared.total_tokens, (self.sender.address,), prepared.content_hash)
+        return TakenUp(prepared.total_tokens, self.sender.addresses, prepared.content_hash)
 
     def _reserve(self, try_offer: Callable[[], Offer]) -> Offer:
         """First come, first served: only the head of the line tries, whenever a room has ended."""

@@ -100,6 +100,11 @@ class SenderEndpoint(Driver):
         self.address = self._bind(f"tcp://{host}:{port or '*'}")
         self._thread.start()
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where its rooms are asked for."""
+        return (self.address,)
+
     def _bind(self, address: str) -> str:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)

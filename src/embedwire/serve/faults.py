@@ -92,7 +92,7 @@ def fault_of(error: BaseException) -> Fault:
         case OverloadedError():
             return overloaded(str(error), retry_after_s=error.retry_after_s)
         case RankError() | TransferError(cause=Cause.RANK_LOST):
-            message = f"a rank of the language server was lost: {error}"
+            message = f"a rank of the server was lost: {error}"
             return Fault(status=502, type="server_error", code=Cause.RANK_LOST.value, message=message)
         case NeverFitsError():
             return Fault(status=413, type="invalid_request_error", code="never_fits", message=str(error))

@@ -90,6 +90,13 @@ class TensorParallel:
         """A process group over all ranks for another use, and for another thread. All ranks ask for their groups in the same order."""
         return distributed.new_group(backend="gloo", timeout=self._timeout)
 
+    def gather(self, text: str) -> list[str]:
+        """What each rank says, in order of ranks. All ranks call this together, while no step is under way. Raises RankError."""
+        said: list[str] = [""] * self.size
+        with self.in_step():
+            distributed.all_gather_object(said, text)
+        return said
+
     def wait_for_all(self) -> None:
         """Return when all ranks have called this, after loading their weights. Raises RankError, also after ``start_timeout_s``."""
         with self.in_step():

@@ -1,0 +1,172 @@
+"""The senders of one encoder's ranks, which offer the same rooms, each to send its part.
+
+Rank 0 decides what is offered; its ``LeadingSender`` tells the others, whose ``FollowingSender`` offers the same. Rooms end on each rank by
+themselves, since a receiver that loses one part gives up the others. Any thread; a following sender brings one of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+import zmq
+
+from embedwire.endpoint.driver import Driver
+from embedwire.endpoint.offer import Offer
+from embedwire.endpoint.sender import SenderEndpoint
+from embedwire.errors import EmbedwireError, OverloadedError
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[int, int]
+"""Room and attempt."""
+
+
+class _Offered(msgspec.Struct, frozen=True, array_like=True):
+    room: int
+    attempt: int
+    total_tokens: int
+    aux: tuple[int, ...]
+    content_hash: bytes
+    readers: int
+
+    @property
+    def key(self) -> Key:
+        return self.room, self.attempt
+
+
+_decode = msgspec.msgpack.Decoder(_Offered).decode
+
+
+class LeadingSender:
+    """Rank 0's. ``addresses`` are the control addresses of all ranks in order, ``others`` where the following senders listen."""
+
+    def __init__(self, endpoint: SenderEndpoint, *, addresses: Sequence[str], others: Sequence[str]) -> None:
+        self.addresses = tuple(addresses)
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._context = zmq.Context()
+        self._sockets = [self._context.socket(zmq.PUSH) for _ in others]
+        for socket, address in zip(self._sockets, others, strict=True):
+            socket.setsockopt(zmq.SNDHWM, 0)  # the rooms that may be offered at a time are bounded
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(address)
+
+    def offer(
+        self,
+        room: int,
+        *,
+        total_tokens: int,
+        attempt: int = 0,
+        aux: Sequence[int] = (),
+        content_hash: bytes = b"",
+        readers: int = 1,
+    ) -> Offer:
+        """As :meth:`SenderEndpoint.offer`, on all ranks. What it returns is this rank's."""
+        offer = self._endpoint.offer(
+            room,
+            total_tokens=total_tokens,
+            attempt=attempt,
+            aux=aux,
+            content_hash=content_hash,
+            readers=readers,
+        )
+        frame = msgspec.msgpack.encode(
+            _Offered(room, attempt, total_tokens, tuple(aux), content_hash, readers)
+        )
+        with self._lock:
+            for socket in self._sockets:
+                socket.send(frame)
+        return offer
+
+    def __enter__(self) -> LeadingSender:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._context.destroy(linger=0)
+
+
+class FollowingSender(Driver):
+    """Another rank's: offers at ``endpoint`` what it hears of at ``address`` (``ipc://``), in order.
+
+    A room waits for memory that rooms before it still hold here, for ``memory_wait_s`` at most, as it did on rank 0.
+    """
+
+    def __init__(self, endpoint: SenderEndpoint, *, address: str, memory_wait_s: float) -> None:
+        super().__init__("embedwire-offers")
+        self._endpoint = endpoint
+        self._memory_wait_s = memory_wait_s
+        self._line: deque[tuple[_Offered, float]] = deque()
+        self._changed = threading.Condition()
+        self._offers: OrderedDict[Key, Offer | None] = OrderedDict()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(address)
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._thread.start()
+
+    def fill(self, key: Key, arrays: Mapping[str, np.ndarray]) -> None:
+        """The source of a room is ready; waits until the room is offered here. Harmless for one that is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._offers, 2 * self._memory_wait_s)
+            offer = self._offers.pop(key, None)
+        if offer is not None:
+            offer.fill(arrays)
+
+    def _close(self) -> None:
+        self.call(self._stop)
+        self._thread.join()
+
+    def __enter__(self) -> FollowingSender:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the driver's thread
+
+    def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
+        until = time.monotonic() + self._memory_wait_s
+        self._line.extend((_decode(frame[-1]), until) for frame in frames)
+
+    def _next_due(self) -> float | None:
+        return self._line[0][1] if self._line else None
+
+    def _on_time(self, now: float) -> None:
+        """After every turn, so also when a room has ended."""
+        while self._line:
+            offered, until = self._line[0]
+            offer: Offer | None = None
+            try:
+                offer = self._offer(offered)
+            except OverloadedError as error:
+                if now < until:
+                    return
+                logger.warning("room %d is not offered here: %s", offered.room, error)
+            except EmbedwireError as error:
+                logger.warning("room %d is not offered here: %s", offered.room, error)
+            self._line.popleft()
+            with self._changed:
+                self._offers[offered.key] = offer
+                if (
+                    len(self._offers) > self._endpoint.limits.rooms_max
+                ):  # rooms that were over before their turn in the tower
+                    self._offers.popitem(last=False)
+                self._changed.notify_all()
+
+    def _offer(self, offered: _Offered) -> Offer:
+        offer = self._endpoint.offer(
+            offered.room,
+            total_tokens=offered.total_tokens,
+            attempt=offered.attempt,
+            aux=offered.aux,
+            content_hash=offered.content_hash,
+            readers=offered.readers,
+        )
+        offer.add_done_callback(lambda _: self.post(lambda: None))
+        return offer
