@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +40,38 @@ def test_a_wrong_byte_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> N
         measure(Subject(transport="shm", tokens=8, token_bytes=64, pools_tokens=()), repeat=1)
 
 
+@pytest.mark.parametrize("delivery", ["share", "replicate"])
+def test_ranks_are_measured_beside_one(delivery: Any) -> None:
+    """Every rank's bytes are looked at; a group of ranks stands beside one rank, in the same run."""
+    subject = Subject(
+        transport="shm",
+        tokens=40,
+        token_bytes=64,
+        pools_tokens=(16,),
+        block_size=4,
+        ranks=2,
+        delivery=delivery,
+    )
+    ticks: Counter[str] = Counter()
+    cases = measure(subject, repeat=1, on_progress=lambda: ticks.update(["tick"]))
+    assert ticks["tick"] == steps(subject, repeat=1) == 3 * (1 + 2 * 2)
+    for case in cases:
+        assert (case.ranks, case.delivery, case.bytes) == (2, delivery, 40 * 64)
+        assert case.one_rank_median_s is not None
+        assert case.ranks_ratio == case.one_rank_median_s / case.median_s
+    assert [case.rounds for case in cases] == [1, 5]
+
+
+def test_one_rank_needs_no_torch() -> None:
+    """Where there is no group, no model library is loaded."""
+    code = (
+        "import sys; from embedwire.bench.transfer import Subject, measure;"
+        "measure(Subject(transport='shm', tokens=8, token_bytes=64, pools_tokens=()), repeat=1);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
 def test_payloads_of_rooms_differ_in_every_word() -> None:
     payload = Payload(4, 64)
     first = payload.fill(1).copy()
@@ -48,7 +83,14 @@ def test_payloads_of_rooms_differ_in_every_word() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"transport": "pigeon"}, {"tokens": 0}, {"token_bytes": 12}, {"pools_tokens": (0,)}, {"block_size": 0}],
+    [
+        {"transport": "pigeon"},
+        {"tokens": 0},
+        {"token_bytes": 12},
+        {"pools_tokens": (0,)},
+        {"block_size": 0},
+        {"ranks": 0},
+    ],
 )
 def test_a_subject_that_can_not_be_measured_is_refused(wrong: dict[str, object]) -> None:
     fine: dict[str, object] = {"transport": "shm", "tokens": 8, "token_bytes": 64, "pools_tokens": ()}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CASE_FIELDS = {
     "transport", "tokens", "token_bytes", "bytes", "pool_tokens", "window_rounds", "rounds", "repeat", "median_s", "best_s",
     "baseline", "baseline_median_s", "ratio", "one_round_median_s", "resume_cost",
+    "ranks", "delivery", "one_rank_median_s", "ranks_ratio",
 }  # fmt: skip
 
 

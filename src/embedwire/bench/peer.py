@@ -41,9 +41,10 @@ class Peer:
         self.stream = socket.create_connection((HOST, ready.stream_port))
         self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def prepare(self, room: int, *, is_offered: bool) -> None:
-        """Fill the source with the room's payload, and offer it unless only the stream is going to be read. Returns when that is done."""
-        self._pipe.send((room, is_offered))
+    def prepare(self, room: int, *, readers: int) -> None:
+        """Fill the source with the room's payload, and offer it to so many ranks; 0 when only the stream is going to be read. Returns when
+        that is done."""
+        self._pipe.send((room, readers))
         self._answer()
 
     def _answer(self) -> object:
@@ -92,15 +93,15 @@ def _serve(pipe: Connection, stream: socket.socket, sender: SenderEndpoint, payl
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     offer = None
     while True:
-        room, is_offered = pipe.recv()
+        room, readers = pipe.recv()
         if offer is not None:
             offer.result(ANSWER_WAIT_S)  # the source must not change before the room before has ended
             offer = None
         rows = payload.fill(room)
-        if is_offered:
-            offer = sender.offer(room, total_tokens=len(rows))
+        if readers:
+            offer = sender.offer(room, total_tokens=len(rows), readers=readers)
             offer.fill({"embeddings": rows})
             sender.stats()  # behind the fill in the driver's queue: it is done when this returns
         pipe.send(None)
-        if not is_offered and stream.recv(1):
+        if not readers and stream.recv(1):
             stream.sendall(rows.data)

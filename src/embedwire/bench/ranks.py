@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from embedwire.bench.payload import Payload
 from embedwire.bench.remote import ANSWER_WAIT_S, Remote
 from embedwire.endpoint import ReceiverEndpoint, Reception
 from embedwire.endpoint.turns import DEFAULT_TIMEOUT_S, Seat
@@ -39,7 +40,7 @@ class Rank:
     def __init__(self, place: Place, layout: Layout, settings: dict[str, Any]) -> None:
         self._lock = threading.Lock()
         self._rooms: dict[RoomKey, Future[Reception]] = {}
-        self._arrived_s: dict[RoomKey, float] = {}
+        self.place = place
         self.layout = layout
         self.lost: list[str] = []
         with ExitStack() as stack:
@@ -57,19 +58,12 @@ class Rank:
         self._rooms.clear()
         self._stack.close()
 
-    def open(self, room: int, addresses: Sequence[str], attempt: int = 0) -> float:
-        """On rank 0: ask for a room. When that was, on the clock of all processes of this host, in seconds."""
-        began_s = time.perf_counter()
+    def open(self, room: int, addresses: Sequence[str], attempt: int = 0) -> None:
+        """On rank 0: ask for a room."""
         self._heard(self.endpoint.open(room, addresses, attempt=attempt))
-        return began_s
 
     def _heard(self, reception: Reception) -> None:
-        reception.add_done_callback(self._note)
         self._at(reception.key).set_result(reception)
-
-    def _note(self, ended: Future[Any]) -> None:
-        assert isinstance(ended, Reception)
-        self._arrived_s[ended.key] = time.perf_counter()
 
     def _at(self, key: RoomKey) -> Future[Reception]:
         with self._lock:
@@ -79,12 +73,43 @@ class Rank:
         """This rank's end of a room, as soon as it has heard of it."""
         return self._at(RoomKey(room, attempt)).result(ANSWER_WAIT_S)
 
-    def forget(self, room: int, attempt: int = 0) -> float:
-        """Hold a room that has ended no longer. When it had ended, in seconds on the clock of :meth:`open`."""
-        key = RoomKey(room, attempt)
+    def forget(self, room: int, attempt: int = 0) -> None:
+        """Hold a room that has ended no longer."""
         with self._lock:
-            del self._rooms[key]
-        return self._arrived_s.pop(key)
+            del self._rooms[RoomKey(room, attempt)]
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A room's way to one rank: when it was asked for (on rank 0) and when it was there, on the clock of all processes of this host.
+    ``rounds`` are tokens a round, none on a dummy rank."""
+
+    began_s: float
+    arrived_s: float
+    rounds: tuple[int, ...]
+
+
+class TimedRank(Rank):
+    """A rank whose rooms hold ``bench.payload``, in fresh memory each time."""
+
+    def __init__(self, place: Place, layout: Layout, tokens: int, settings: dict[str, Any]) -> None:
+        self._expected = Payload(tokens, layout.token_bytes)
+        super().__init__(place, layout, settings)
+
+    def receive(self, room: int, addresses: Sequence[str]) -> Passage:
+        """Ask for a room, on rank 0, and wait until it is here."""
+        began_s = time.perf_counter()
+        if self.place.rank == 0:
+            self.open(room, addresses)
+        received = self.reception(room).result(ANSWER_WAIT_S)
+        return Passage(began_s, time.perf_counter(), received.report.rounds)
+
+    def is_right(self, room: int) -> bool:
+        """Whether every byte has arrived. The room is held no longer."""
+        self._expected.fill(room)
+        is_right = self._expected.equals(self.reception(room).result().arrays["embeddings"])
+        self.forget(room)
+        return is_right
 
 
 def _seat(place: Place, stack: ExitStack) -> Seat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +12,7 @@ from rich.progress import Progress
 from embedwire.cli.options import JsonFile
 from embedwire.cli.screen import check_writable, err, out, size, table, write_json
 from embedwire.limits import DEFAULT_LIMITS
+from embedwire.protocol.topology import Delivery
 
 if TYPE_CHECKING:
     from embedwire.bench.transfer import Case, Subject
@@ -46,6 +47,13 @@ def transfer(
     window: Annotated[
         int, typer.Option(min=1, help="Rounds of one embedding that may be open at a time.")
     ] = DEFAULT_LIMITS.window_rounds,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(help="Ranks of the language side, each a process; may be repeated [1]."),
+    ] = None,
+    delivery: Annotated[
+        Delivery, typer.Option(help="How ranks get it: share (once a host) or replicate (once each).")
+    ] = "share",
     repeat: Annotated[int, typer.Option(help="Measured transfers a case, after two to warm up.")] = 9,
     json: JsonFile = None,
 ) -> None:
@@ -55,7 +63,8 @@ def transfer(
 
     The baseline makes the same copies with nothing but the operating system: two copies in memory for shm; for tcp a blocking
     socket between two processes and one copy. ratio is its time over ours: 1 is as fast, more is faster. resume is our time over
-    that of the same embedding in one round. Everything is warmed up, measured in turns, and checked byte for byte.
+    that of the same embedding in one round. With --ranks, ranks is the time to one rank over that to all of them, both into fresh
+    memory: 1 says that the others cost nothing. Everything is warmed up, measured in turns, and checked byte for byte.
 
     Run it on an idle machine with two cores or more: ours overlaps two processes, so whatever else runs costs it more than the
     baseline. Exit code 0: measured, whatever the numbers; 2: not measured, with the cause.
@@ -64,7 +73,11 @@ def transfer(
     from embedwire.bench.transfer import measure, steps
 
     check_writable(json)
-    wanted = _subjects(transport or ("shm", "tcp"), tokens, token_bytes, pool_tokens, window)
+    wanted = [
+        replace(subject, ranks=size, delivery=delivery)
+        for size in ranks or (1,)
+        for subject in _subjects(transport or ("shm", "tcp"), tokens, token_bytes, pool_tokens, window)
+    ]
     host = this_host()
     out.print(
         f"{host.cpu}, {host.cores} cores, {size(host.memory_bytes)}, load {host.load_1m}, Python {host.python}"
@@ -99,7 +112,8 @@ def _subjects(
 
 def _show(cases: Sequence[Case]) -> None:
     numbers = ("size", "tokens", "pool", "rounds", "median", "GiB/s", "baseline", "ratio", "resume")
-    made = table("wire", *numbers, right=numbers)
+    with_ranks = ("ranks",) if any(case.ranks > 1 for case in cases) else ()
+    made = table("wire", *numbers, *with_ranks, right=(*numbers, *with_ranks))
     for case in cases:
         made.add_row(
             case.transport,
@@ -112,5 +126,10 @@ def _show(cases: Sequence[Case]) -> None:
             f"{case.baseline_median_s * 1000:.2f} ms",
             f"{case.ratio:.2f}",
             "" if case.resume_cost is None else f"{case.resume_cost:.2f}",
+            *(_ranks(case) for _ in with_ranks),
         )
     out.print(made)
+
+
+def _ranks(case: Case) -> str:
+    return "1" if case.ranks_ratio is None else f"{case.ranks} {case.delivery}: {case.ranks_ratio:.2f}"

@@ -2,7 +2,8 @@
 
 Rank 0 holds a turn when a rank has news: it says which rooms were opened since, every rank opens them and answers that it is there, and
 only then all enter one collective. So an idle group sleeps, a rank that does not answer is found and named before anybody waits in a
-collective for it, and no rank can be in another turn than the rest. It knows the protocol's facts, not rooms or memory: those are its
+collective for it, and no rank can be in another turn than the rest. The connections themselves tell when a process dies or stops: the
+others lose rank 0 by that, and rank 0 holds a turn to see who it was. It knows the protocol's facts, not rooms or memory: those are its
 member's (``endpoint.member``), which works on the driver's thread.
 
     rank r → rank 0                                    rank 0 → rank r
@@ -177,6 +178,7 @@ class Turns(Driver):
         self._is_ended = False
         self._facts: Facts | None = None
         self._socket = self._context.socket(zmq.ROUTER if self._is_leader else zmq.DEALER)
+        self._disconnected = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._connect()
         self._thread.start()
         if not self._is_leader:
@@ -184,6 +186,9 @@ class Turns(Driver):
 
     def _connect(self) -> None:
         self._socket.setsockopt(zmq.LINGER, 200)
+        beat_ms = max(1, int(self._seat.timeout_s * 250))
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, beat_ms)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * beat_ms)
         try:
             if self._is_leader:
                 self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -194,7 +199,8 @@ class Turns(Driver):
         except zmq.ZMQError as error:
             self._free()
             raise TransportError(f"turns at {self._seat.address}: {error}") from error
-        self._poller.register(self._socket, zmq.POLLIN)
+        for socket in (self._socket, self._disconnected):
+            self._poller.register(socket, zmq.POLLIN)
 
     # ------------------------------------------------------------------ from the member; any thread
 
@@ -227,6 +233,9 @@ class Turns(Driver):
     # ------------------------------------------------------------------ the turns' thread
 
     def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
+        if socket is self._disconnected:
+            self._on_disconnected()
+            return
         for *_, frame in frames:
             if self._is_ended:
                 return
@@ -234,6 +243,14 @@ class Turns(Driver):
                 self._hear_rank(_decode_rank(frame))
             else:
                 self._hear_leader(_decode_leader(frame))
+
+    def _on_disconnected(self) -> None:
+        """A process at the other end is gone, or has not run for a while."""
+        self._on_frames(self._socket, self._read_all(self._socket))  # it may have taken its leave
+        if self._is_leader:
+            self._wants_turn = True
+        else:
+            self._end("rank 0 is gone, or does not answer", is_lost=True)
 
     def _on_time(self, now: float) -> None:
         if self._is_leader and self._wants_turn and not self._is_ended:

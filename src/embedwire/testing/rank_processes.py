@@ -53,7 +53,7 @@ class LanguageRank(Rank):
             self.widths.append(len(words))
             return real(collective, words)
 
-        GlooCollective.all_reduce_min = counted  # type: ignore[method-assign]
+        GlooCollective.all_reduce_min = counted  # type: ignore[assignment,method-assign]
         super().__init__(place, layout, settings)
 
     def end(self, room: int, attempt: int = 0) -> End:
@@ -138,14 +138,14 @@ class EncoderRank:
         """Let a write wait before any of its slices, as long as its lane is held."""
         real = WriteJob.slices
 
-        def slices(job: WriteJob) -> Iterator[list[Piece]]:
+        def slices(job: WriteJob) -> Iterator[Sequence[Piece]]:
             for pieces in real(job):
                 if job.write.key.lane in self._held:
                     self._reached.set()
                     self._go.wait(PATIENCE_S)
                 yield pieces
 
-        WriteJob.slices = slices  # type: ignore[method-assign]
+        WriteJob.slices = slices  # type: ignore[assignment,method-assign]
 
     def address(self) -> str:
         """Where receivers ask for rooms."""
