@@ -5,6 +5,7 @@ Owns what a rank does from its start to its end; ``membership.py`` knows how it 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from embedwire.cli.options import takes
 from embedwire.cli.process import Voice, begin, serve
 from embedwire.cli.servers import IsChild, Model
 from embedwire.cli.settings import Loaded, Settings
-from embedwire.errors import EmbedwireError
+from embedwire.errors import EmbedwireError, RankError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +86,12 @@ def _follow(building: AbstractContextManager[Callable[[], None]], *, rank: int, 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # it ends with rank 0
         Voice(None, is_child).say({"role": "rank", "rank": rank})
-        run()
+        try:
+            run()
+        except RankError:
+            os._exit(
+                2
+            )  # it has told why; were it to leave the turns in order, that would look like the cause
 
 
 @contextmanager
