@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from embedwire.cli import cluster, supervise
+from embedwire.cli import supervise
 from embedwire.cli.process import Voice, begin
 from embedwire.cli.settings import load
 from embedwire.errors import EmbedwireError
@@ -89,7 +89,7 @@ def move(rank: int, directory: Path) -> None:
 def be_supervisor(mode: str) -> None:
     if mode == "fickle":
         supervise.PAUSE_MIN_S = 0.0
-    cluster.STOP_MARGIN_S = 1.0
+    supervise.STOP_MARGIN_S = 1.0
     loaded = load()
     begin(loaded.settings, is_child=False)
     try:

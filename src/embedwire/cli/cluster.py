@@ -80,11 +80,12 @@ class Cluster:
         variables: Mapping[str, str],
         *,
         shutdown_s: float = 10.0,
+        margin_s: float = STOP_MARGIN_S,
         program: Sequence[str] = EMBEDWIRE,
         shares_log: bool = False,
     ) -> None:
         self._variables = variables
-        self._shutdown_s = shutdown_s
+        self._stop_s = shutdown_s + margin_s
         self._program = program
         self._children: list[Child] = []
         self._events: SimpleQueue[Child] = SimpleQueue()
@@ -146,8 +147,8 @@ class Cluster:
         return complaining
 
     def stop(self) -> dict[str, int]:
-        """End all within ``shutdown_s`` and a margin; returns the exit code of each, negative for one that had to be killed. Idempotent."""
-        deadline_s = time.monotonic() + self._shutdown_s + STOP_MARGIN_S
+        """End all within ``shutdown_s`` and ``margin_s``; returns exit codes, negative for one that had to be killed. Idempotent."""
+        deadline_s = time.monotonic() + self._stop_s
         codes = {}
         for child in reversed(self._children):
             child.process.terminate()

@@ -20,8 +20,9 @@ from embedwire.errors import ConfigurationError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-ORPHAN_MARGIN_S = 5.0
-"""A child whose parent has died ends within this, on top of the time that answers under way have."""
+ORPHAN_MARGIN_S = 10.0
+"""A child whose parent has died ends within this, on top of the time that answers under way have. Longer than it takes to end children
+of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ from embedwire.cli.settings import PREFIX, Loaded
 
 READY_S = 600.0
 """Loading a large model takes minutes."""
+STOP_MARGIN_S = 3.0
+"""As in ``cluster.py``, and less than there: who started this process ends it later than it ends its ranks."""
 FAILURES_MAX = 5
 """A group that fails so often in a row is given up."""
 STABLE_S = 60.0
@@ -86,6 +88,7 @@ class _Group:
         cluster = Cluster(
             self._variables,
             shutdown_s=self._settings.shutdown_s,
+            margin_s=STOP_MARGIN_S,
             program=self._program,
             shares_log=True,
         )
