@@ -1,6 +1,6 @@
 """A group without a model, for tests of what watches over it: ``rank_body.py MODE`` is the supervisor, with ``--rank`` it is a rank.
 
-Modes: ``well`` serves; ``loads`` never becomes ready; ``refuses`` says why it can not start; ``fickle`` loses rank 1 once it is ready;
+Modes: ``well`` serves; ``loads`` never becomes ready; ``refuses`` says why it can not start;
 ``moves`` is ready when every rank has received a room.
 SIGUSR1 lets a rank say that the group is lost.
 """
@@ -44,8 +44,6 @@ def be_rank(mode: str, rank: int, directory: Path) -> None:
         threading.Event().wait()
     server = socket.create_server(("127.0.0.1", settings.port if rank == 0 else 0))
     say(**facts, url=f"http://127.0.0.1:{server.getsockname()[1]}")
-    if mode == "fickle" and rank == 1:
-        sys.exit(3)
     threading.Event().wait()
 
 
@@ -87,8 +85,7 @@ def move(rank: int, directory: Path) -> None:
 
 
 def be_supervisor(mode: str) -> None:
-    if mode == "fickle":
-        supervise.PAUSE_MIN_S = 0.0
+    supervise.PAUSE_MIN_S = 0.0
     supervise.STOP_MARGIN_S = 1.0
     loaded = load()
     begin(loaded.settings, is_child=False)
