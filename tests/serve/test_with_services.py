@@ -20,6 +20,7 @@ from embedwire.encode.service import EncodeService
 from embedwire.endpoint import ReceiverEndpoint, SenderEndpoint
 from embedwire.language.interface import AssembledPrompt, Delta, SamplingParams
 from embedwire.language.service import LanguageService
+from embedwire.limits import Limits
 from embedwire.memory.layout import multimodal
 from embedwire.serve.encoder_app import encoder_app
 from embedwire.serve.language_app import language_app
@@ -118,7 +119,8 @@ class Served:
 
 @pytest.fixture
 def served(cluster: Any) -> Served:
-    return Served(cluster, num_blocks=4, block_size=32, default_allocate_tokens=128)
+    limits = Limits(window_rounds=1)
+    return Served(cluster, num_blocks=4, block_size=32, default_allocate_tokens=128, limits=limits)
 
 
 def test_an_image_arrives_whole_and_the_answer_says_how(served: Served, chat: Any) -> None:
