@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from embedwire.endpoint.reception import Arrays, Reception
-from embedwire.endpoint.turns import Mapped, Opened, Seat, Turns
+from embedwire.endpoint.turns import Aside, Left, Mapped, Opened, Seat, Turns
 from embedwire.errors import TransferError, UsageError
-from embedwire.memory.shared import Handle, SharedAssembly, attach
+from embedwire.memory.shared import Handle, Segment, SpareSegments, attach
 from embedwire.protocol.agreement import Facts
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.receiver_core import ReceiverCore, Room
@@ -49,13 +49,14 @@ class GroupMember:
         self._asked: list[Opened] = []
         self._is_turn_asked = False
         self._ended_as: str | None = None
-        self._shared: dict[RoomKey, SharedAssembly] = {}
-        self._unsaid: list[Mapped] = []
-        self._retired: dict[RoomKey, SharedAssembly] = {}
-        self._let_go: set[RoomKey] = set()
+        self._segments: dict[RoomKey, Segment] = {}
+        self._readers: dict[RoomKey, set[int]] = {}
+        self._spares = SpareSegments()
+        self._unsaid = Aside()
         self._handles: dict[RoomKey, Handle] = {}
         self.turns_total = 0
-        self.shares = any(seat.group.source_of(rank) == seat.rank != rank for rank in range(seat.group.size))
+        self._here = {rank for rank in range(seat.group.size) if seat.group.source_of(rank) == seat.rank}
+        self.shares = len(self._here) > 1
         """Whether other ranks read the assemblies made here."""
         self._turns = Turns(seat, self)
 
@@ -83,7 +84,7 @@ class GroupMember:
         """See whether there is something that no turn has heard."""
         if self._is_turn_asked or self._ended_as is not None:
             return
-        if self._core.wants_turn or self._asked or self._let_go:
+        if self._core.wants_turn or self._asked:
             self._is_turn_asked = True  # until the next turn, which may come for another reason
             self._turns.want()
 
@@ -91,30 +92,40 @@ class GroupMember:
         """An assembly that other ranks of this host will read, too."""
         announced = next(iter(self._core.rooms[key].lanes.values())).announced
         assert announced is not None
-        shared = SharedAssembly(self._endpoint.layout, total_tokens, aux=announced.aux)
-        self._shared[key] = shared
-        self._unsaid.append(Mapped(key.room, key.attempt, self._seat.rank, shared.handle))
-        return shared.give_away()
+        if key in self._segments:
+            raise UsageError("another rank still reads this room from the last time that it was received")
+        layout = self._endpoint.layout
+        segment = self._spares.take(layout, total_tokens, spare_bytes=self._endpoint.memory_free_bytes)
+        self._segments[key] = segment
+        arrays, handle = segment.assemble(layout, total_tokens, aux=announced.aux)
+        self._unsaid += Aside(made=(Mapped(key.room, key.attempt, self._seat.rank, handle),))
+        return arrays
 
     def finish(self, room: Room) -> None:
         """A room is whole on every rank."""
-        shared = self._shared.pop(room.key, None)
-        if shared is not None:
-            self._retired[room.key] = shared  # the others map it now; that they have shows in the next turn
+        if room.key in self._segments:
+            self._readers[room.key] = set(self._here)
         if room.is_dummy:
             arrays, aux = attach(self._handles.pop(room.key), self._endpoint.layout)
             self._endpoint.deliver(room, arrays, aux)
 
-    def let_go(self, key: RoomKey) -> None:
-        """Nobody reads a room here any more. Its memory goes when others can no longer want to map it, which takes a turn."""
-        if key in self._retired:
-            self._let_go.add(key)
+    def left(self, key: RoomKey) -> None:
+        """There is no array of a room here any more. Those who share its memory hear so in the next turn, whatever that is for."""
+        if self.shares or self._core.is_dummy:
+            self._unsaid += Aside(left=(Left(key.room, key.attempt, self._seat.rank),))
+
+    def _has_left(self, key: RoomKey, rank: int) -> None:
+        """The last reader leaves memory that may be another room's."""
+        readers = self._readers.get(key, set())
+        readers.discard(rank)
+        if key in self._readers and not readers:
+            del self._readers[key]
+            self._spares.keep(self._segments.pop(key))
 
     def fail(self, key: RoomKey) -> None:
         """A room has ended without its embedding."""
-        shared = self._shared.pop(key, None)
-        if shared is not None:
-            shared.close()
+        if key in self._segments and key not in self._readers:
+            self._segments.pop(key).close()
         self._handles.pop(key, None)
 
     def close(self) -> None:
@@ -134,11 +145,11 @@ class GroupMember:
         """The last turn that this rank has said its facts in."""
         return self._core.turn
 
-    def facts(self) -> tuple[Facts, tuple[Mapped, ...]]:
+    def facts(self) -> tuple[Facts, Aside]:
         return self._on_driver(self._facts)
 
-    def conclude(self, agreed: Facts, assemblies: Sequence[Mapped]) -> None:
-        self._on_driver(lambda: self._conclude(agreed, assemblies))
+    def conclude(self, agreed: Facts, aside: Aside) -> None:
+        self._on_driver(lambda: self._conclude(agreed, aside))
 
     def group_ended(self, detail: str, *, is_lost: bool) -> None:
         self._endpoint.post(lambda: self._end(detail, is_lost=is_lost))
@@ -161,20 +172,18 @@ class GroupMember:
             if self._on_room is not None:
                 self._on_room(reception)
 
-    def _facts(self) -> tuple[Facts, tuple[Mapped, ...]]:
+    def _facts(self) -> tuple[Facts, Aside]:
         self._is_turn_asked = False
-        self._let_go.clear()
-        unsaid, self._unsaid = tuple(self._unsaid), []
+        unsaid, self._unsaid = self._unsaid, Aside()
         return self._core.facts(), unsaid
 
-    def _conclude(self, agreed: Facts, assemblies: Sequence[Mapped]) -> None:
-        """All ranks have concluded the turn before: what they mapped in it they hold."""
+    def _conclude(self, agreed: Facts, aside: Aside) -> None:
         self.turns_total += 1
-        for shared in self._retired.values():
-            shared.close()
-        self._retired.clear()
+        for left in aside.left:
+            if left.rank in self._here:
+                self._has_left(left.key, left.rank)
         source = self._seat.group.source_of(self._seat.rank)
-        for mapped in assemblies:
+        for mapped in aside.made:
             if mapped.rank == source != self._seat.rank:
                 self._handles[mapped.key] = mapped.handle
         self._endpoint.carry_out(self._core.on_agreed(agreed, now=time.monotonic()))
@@ -188,5 +197,9 @@ class GroupMember:
             self._endpoint.give_up(opened.key, cause, detail)
         self._asked = []
         self._endpoint.carry_out(self._core.on_group_ended(cause, detail, now=time.monotonic()))
+        self._spares.close()
+        while self._segments:
+            self._segments.popitem()[1].close()
+        self._readers.clear()
         if is_lost and self._on_lost is not None:
             self._on_lost(detail)

@@ -421,7 +421,7 @@ class ReceiverEndpoint(Driver):
         key = room.key
         reception = self._receptions.pop(key)
         received = Received(key.room, key.attempt, arrays, aux, self._report(room), self._release_once(key))
-        self._release_with_arrays(arrays, received._release)
+        self._release_with_arrays(arrays, lambda: self._leave(key))
         self._ended[Cause.DONE.value] += 1
         reception.arrays = {}
         reception.set_result(received)
@@ -453,9 +453,22 @@ class ReceiverEndpoint(Driver):
         return release
 
     def _let_go(self, key: RoomKey) -> None:
-        if self._member is not None:
-            self._member.let_go(key)
         self.carry_out(self._core.on_assembly_released(key, now=time.monotonic()))
+
+    def _leave(self, key: RoomKey) -> None:
+        """The last array of a room is gone."""
+
+        def leave() -> None:
+            if self._member is not None:
+                self._member.left(key)
+            self._let_go(key)
+
+        self.post(leave)
+
+    @property
+    def memory_free_bytes(self) -> int:
+        """Of assemblies. On the driver's thread."""
+        return self._budget.limit_bytes - self._budget.used_bytes
 
     @staticmethod
     def _release_with_arrays(arrays: Arrays, release: Callable[[], None]) -> None:

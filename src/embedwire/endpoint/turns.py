@@ -8,7 +8,7 @@ member's (``endpoint.member``), which works on the driver's thread.
 
     rank r → rank 0                                    rank 0 → rank r
     join      I am here                                turn   the next one begins; rooms that were opened
-    news      I want a turn                            go     all are there: enter the collective; assemblies made
+    news      I want a turn                            go     all are there: enter the collective; assemblies made and left
     present   I have opened them; assemblies made      end    the group is closed, or lost
     leave     I close, or have failed; why
 """
@@ -89,6 +89,28 @@ class Mapped(Struct, frozen=True, array_like=True):
         return RoomKey(self.room, self.attempt)
 
 
+class Left(Struct, frozen=True, array_like=True):
+    """Rank ``rank`` has no array of a room any more."""
+
+    room: int
+    attempt: int
+    rank: int
+
+    @property
+    def key(self) -> RoomKey:
+        return RoomKey(self.room, self.attempt)
+
+
+class Aside(Struct, frozen=True, array_like=True):
+    """What ranks tell each other in a turn beside the facts: assemblies made since the last one, and assemblies left."""
+
+    made: tuple[Mapped, ...] = ()
+    left: tuple[Left, ...] = ()
+
+    def __add__(self, other: Aside) -> Aside:
+        return Aside(self.made + other.made, self.left + other.left)
+
+
 class _Said(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
     rank: int
 
@@ -103,7 +125,7 @@ class _News(_Said, frozen=True, tag="news"):
 
 class _Present(_Said, frozen=True, tag="present"):
     turn: int
-    assemblies: tuple[Mapped, ...]
+    aside: Aside
 
 
 class _Leave(_Said, frozen=True, tag="leave"):
@@ -116,7 +138,7 @@ class _Turn(Struct, frozen=True, tag_field="type", tag="turn"):
 
 
 class _Go(Struct, frozen=True, tag_field="type", tag="go"):
-    assemblies: tuple[Mapped, ...]
+    aside: Aside
 
 
 class _End(Struct, frozen=True, tag_field="type", tag="end"):
@@ -146,11 +168,11 @@ class Member(Protocol):
         """On the others: open the same, in this order."""
         ...
 
-    def facts(self) -> tuple[Facts, tuple[Mapped, ...]]:
-        """What this rank says in the turn that begins, and the assemblies that it has made since the last."""
+    def facts(self) -> tuple[Facts, Aside]:
+        """What this rank says in the turn that begins."""
         ...
 
-    def conclude(self, agreed: Facts, assemblies: Sequence[Mapped]) -> None:
+    def conclude(self, agreed: Facts, aside: Aside) -> None:
         """What all have said; whatever succeeds now has its assembly among those made in this turn or before."""
         ...
 
@@ -281,8 +303,8 @@ class Turns(Driver):
         match said:
             case _Turn(number, opened):
                 self._guarded(lambda: self._prepare(number, opened))
-            case _Go(assemblies):
-                self._guarded(lambda: self._go(assemblies))
+            case _Go(aside):
+                self._guarded(lambda: self._go(aside))
             case _End(detail, is_lost):
                 self._finish(detail, is_lost=is_lost)
 
@@ -299,15 +321,15 @@ class Turns(Driver):
     def _hold(self) -> None:
         """Rank 0's turn."""
         opened = self._member.open_here()
-        facts, assemblies = self._member.facts()
+        facts, aside = self._member.facts()
         self._tell_ranks(_Turn(facts.turn, opened))
-        assemblies += self._await_present(facts.turn)
-        self._tell_ranks(_Go(assemblies))
-        self._reduce(facts, assemblies)
+        aside += self._await_present(facts.turn)
+        self._tell_ranks(_Go(aside))
+        self._reduce(facts, aside)
 
-    def _await_present(self, number: int) -> tuple[Mapped, ...]:
+    def _await_present(self, number: int) -> Aside:
         missing = set(self._others)
-        assemblies: tuple[Mapped, ...] = ()
+        aside = Aside()
         until = time.monotonic() + self._seat.timeout_s
         while missing:
             left_s = until - time.monotonic()
@@ -318,31 +340,31 @@ class Turns(Driver):
             said = _decode_rank(self._socket.recv_multipart()[-1])
             if isinstance(said, _Present) and said.turn == number:
                 missing.discard(said.rank)
-                assemblies += said.assemblies
+                aside += said.aside
             else:
                 self._hear_rank(said)
                 if self._is_ended:
                     raise RankLost("the group has ended")
-        return assemblies
+        return aside
 
     def _prepare(self, number: int, opened: Sequence[Opened]) -> None:
         """The turn of every other rank, up to its collective."""
         self._member.open_as_told(opened)
-        facts, assemblies = self._member.facts()
+        facts, aside = self._member.facts()
         if facts.turn != number:
             raise RankLost(f"rank {self._seat.rank} is at turn {facts.turn}, rank 0 at {number}")
         self._facts = facts
-        self._tell_leader(_Present(self._seat.rank, number, assemblies))
+        self._tell_leader(_Present(self._seat.rank, number, aside))
 
-    def _go(self, assemblies: Sequence[Mapped]) -> None:
+    def _go(self, aside: Aside) -> None:
         facts, self._facts = self._facts, None
         if facts is None:
             raise RankLost(f"rank {self._seat.rank} was not in the turn that rank 0 began")
-        self._reduce(facts, assemblies)
+        self._reduce(facts, aside)
 
-    def _reduce(self, facts: Facts, assemblies: Sequence[Mapped]) -> None:
+    def _reduce(self, facts: Facts, aside: Aside) -> None:
         agreed = unpack(self._seat.collective.all_reduce_min(pack(facts)))
-        self._member.conclude(agreed, assemblies)
+        self._member.conclude(agreed, aside)
 
     def _tell_ranks(self, told: _FromLeader) -> None:
         frame = msgspec.msgpack.encode(told)

@@ -1,8 +1,8 @@
-"""An assembly that several processes of one host read: one copy of a room for all ranks there.
+"""Assemblies that several processes of one host read: one copy of a room for all ranks there.
 
-The owner creates it and drains into it; others attach by the handle, once the room is whole. It is anonymous memory (``memfd``), so nothing
-is left behind when a process dies, and its pages are never used for another room: who still reads does so safely, whatever the owner has
-released. It begins with a page that holds the aux row. Any thread, one at a time.
+The owner creates one and drains into it; others attach by the handle, once the room is whole. It is anonymous memory (``memfd``), so
+nothing is left behind when a process dies. It begins with a page that holds the aux row. The kernel takes several times as long to hand
+out its pages as it takes to fill them, so a segment that no process reads any more is kept for another room. Any thread, one at a time.
 """
 
 from __future__ import annotations
@@ -31,32 +31,60 @@ class Handle(msgspec.Struct, frozen=True, array_like=True):
     fingerprint: str
 
 
-class SharedAssembly:
-    """The owner's end of it. ``handle`` is for the others."""
+class Segment:
+    """The owner's end of it: room for assemblies of up to ``nbytes`` bytes, one after the other."""
 
-    def __init__(self, layout: Layout, tokens: int, *, aux: Sequence[int]) -> None:
-        """Raises TransportError when there is no memory for it. ``aux`` is for those who heard no announcement."""
-        nbytes = mmap.PAGESIZE + _offsets(layout, tokens)[-1]
+    def __init__(self, nbytes: int) -> None:
+        """Raises TransportError when there is no memory for it."""
         try:
             self._fd = os.memfd_create("embedwire-assembly", os.MFD_CLOEXEC)
             os.truncate(self._fd, nbytes)
-            memory = mmap.mmap(self._fd, nbytes)
+            self._memory = mmap.mmap(self._fd, nbytes)
         except OSError as error:
             raise TransportError(f"no shared assembly of {nbytes} bytes: {error}") from error
-        memory[:AUX_BYTES] = pack_aux(aux)
-        self._arrays: Mapping[str, np.ndarray] = _views(layout, tokens, memory)
-        self.handle = Handle(os.getpid(), self._fd, tokens, layout.fingerprint)
+        self.nbytes = nbytes
 
-    def give_away(self) -> Mapping[str, np.ndarray]:
-        """The arrays (tokens, *field.shape) by field name, once; this object no longer holds them, and others can still attach."""
-        arrays, self._arrays = self._arrays, {}
-        return arrays
+    def assemble(
+        self, layout: Layout, tokens: int, *, aux: Sequence[int]
+    ) -> tuple[Mapping[str, np.ndarray], Handle]:
+        """Arrays (tokens, *field.shape) by field name, and how others find them. The ones before must be gone, in every process.
+        ``aux`` is for those who heard no announcement."""
+        self._memory[:AUX_BYTES] = pack_aux(aux)
+        handle = Handle(os.getpid(), self._fd, tokens, layout.fingerprint)
+        return _views(layout, tokens, self._memory), handle
 
     def close(self) -> None:
         """Nobody attaches any more. Memory goes with the last array over it, on either side. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class SpareSegments:
+    """Segments that no process reads. Those kept and those in use, by their tokens, are never more than the bytes that rooms may take."""
+
+    def __init__(self) -> None:
+        self._spares: list[Segment] = []
+
+    def take(self, layout: Layout, tokens: int, *, spare_bytes: int) -> Segment:
+        """One for so many tokens: a spare one of at most twice its size, else a new one. Of the others ``spare_bytes`` may stay."""
+        nbytes = mmap.PAGESIZE + _offsets(layout, tokens)[-1]
+        fitting = [spare for spare in self._spares if nbytes <= spare.nbytes <= 2 * nbytes]
+        taken = min(fitting, key=lambda spare: spare.nbytes, default=None)
+        if taken is not None:
+            self._spares.remove(taken)
+        while sum(spare.nbytes for spare in self._spares) > spare_bytes:
+            self._spares.pop(0).close()
+        return taken or Segment(nbytes)
+
+    def keep(self, segment: Segment) -> None:
+        """One that no process reads any more."""
+        self._spares.append(segment)
+
+    def close(self) -> None:
+        """Keep none."""
+        while self._spares:
+            self._spares.pop().close()
 
 
 def attach(handle: Handle, layout: Layout) -> tuple[Mapping[str, np.ndarray], tuple[int, ...]]:
