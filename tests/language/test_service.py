@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from embedwire.endpoint import ReceiverEndpoint, SenderEndpoint
-from embedwire.errors import InvalidRequestError, OverloadedError
+from embedwire.errors import InvalidRequestError, OverloadedError, RankError
 from embedwire.language import AssembledPrompt, Delta, Job, LanguageService, SamplingParams, TransferReport
+from embedwire.limits import Limits
 from embedwire.memory.layout import multimodal
 
 LAYOUT = multimodal(8, dtype="bfloat16", deepstack_levels=2)
@@ -86,7 +87,7 @@ class Rig:
     def __init__(self, **more: int) -> None:
         self.engine = SteppedEngine()
         self.sender = SenderEndpoint(LAYOUT)
-        self.receiver = ReceiverEndpoint(LAYOUT, num_blocks=4, block_size=8)
+        self.receiver = ReceiverEndpoint(LAYOUT, num_blocks=4, block_size=8, limits=Limits(window_rounds=1))
         self.service = LanguageService(self.engine, self.receiver, **more)
 
     def offer(self, room: int, tokens: int) -> dict[str, np.ndarray]:
@@ -198,3 +199,21 @@ def test_answers_under_way_are_bounded() -> None:
     with pytest.raises(OverloadedError):
         rig.ask(2, Listener())
     rig.close()
+
+
+def test_an_answer_that_ends_because_a_rank_is_lost_says_so(rig: Rig) -> None:
+    """Scenario 26: under way or new, text or room; an error of the engine alone stays what it is."""
+    before, during = Listener(), Listener()
+    for listener in (before, during):
+        rig.service.generate_text([], SAMPLING, on_delta=listener.on_delta, on_error=listener.on_error)
+    first, second = rig.engine.generations
+    first.on_delta(Delta(finish_reason="error", error="its own"))
+    rig.service.lose("rank 2 has ended")
+    rig.service.lose("rank 0 is closed")
+    second.on_delta(Delta(finish_reason="error", error="a consequence"))
+    assert (before.errors, before.deltas[-1].error) == ([], "its own")
+    assert ([str(error) for error in during.errors], during.deltas) == (["rank 2 has ended"], [])
+    assert isinstance(during.errors[0], RankError)
+    with pytest.raises(RankError, match="rank 2 has ended"):
+        rig.ask(1, Listener())
+    assert rig.service.stats().generating == 0
