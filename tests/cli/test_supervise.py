@@ -188,3 +188,15 @@ def test_groups_come_and_go_and_leave_nothing(start: Any, delivery: str) -> None
         assert group.end(signal.SIGTERM) == (0, [])
         assert group.left(*facts["rank_pids"]) == []
         assert not any(os.path.exists(path) for path in facts["segments"])
+
+
+@pytest.mark.model
+def test_ranks_clean_up_when_their_supervisor_is_killed(start: Any) -> None:
+    """Scenario 28: the directory in which they met, and their shared memory."""
+    group = start("moves", num_blocks="2", block_size="16")
+    facts = group.ready()
+    ranks = [psutil.Process(pid) for pid in facts["rank_pids"]]
+    group.end(signal.SIGKILL)
+    gone, alive = psutil.wait_procs(ranks, timeout=ENDS_WITHIN_S)
+    assert (len(gone), alive, group.left()) == (RANKS, [], [])
+    assert not any(os.path.exists(path) for path in facts["segments"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,3 +102,7 @@ class Membership:
 
     def __exit__(self, *raised: object) -> None:
         self.tensor_parallel.close()
+        if self.rank == 0:
+            shutil.rmtree(
+                self._directory, ignore_errors=True
+            )  # nobody else is left to do it when the supervisor was killed
