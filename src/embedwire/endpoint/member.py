@@ -145,7 +145,10 @@ class GroupMember:
         """The last turn that this rank has said its facts in."""
         return self._core.turn
 
-    def facts(self) -> tuple[Facts, Aside]:
+    def aside(self) -> Aside:
+        return self._on_driver(self._aside)
+
+    def facts(self) -> Facts:
         return self._on_driver(self._facts)
 
     def conclude(self, agreed: Facts, aside: Aside) -> None:
@@ -172,10 +175,13 @@ class GroupMember:
             if self._on_room is not None:
                 self._on_room(reception)
 
-    def _facts(self) -> tuple[Facts, Aside]:
-        self._is_turn_asked = False
+    def _aside(self) -> Aside:
         unsaid, self._unsaid = self._unsaid, Aside()
-        return self._core.facts(), unsaid
+        return unsaid
+
+    def _facts(self) -> Facts:
+        self._is_turn_asked = False
+        return self._core.facts()
 
     def _conclude(self, agreed: Facts, aside: Aside) -> None:
         self.turns_total += 1

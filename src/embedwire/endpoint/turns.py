@@ -168,8 +168,12 @@ class Member(Protocol):
         """On the others: open the same, in this order."""
         ...
 
-    def facts(self) -> tuple[Facts, Aside]:
+    def aside(self) -> Aside:
         """What this rank says in the turn that begins."""
+        ...
+
+    def facts(self) -> Facts:
+        """And what it says in the collective: all that it knows by now of the rooms that are open when the turn begins."""
         ...
 
     def conclude(self, agreed: Facts, aside: Aside) -> None:
@@ -198,7 +202,7 @@ class Turns(Driver):
         self._join_until = time.monotonic() + JOIN_TIMEOUT_S
         self._wants_turn = False
         self._is_ended = False
-        self._facts: Facts | None = None
+        self._is_promised = False
         self._socket = self._context.socket(zmq.ROUTER if self._is_leader else zmq.DEALER)
         self._disconnected = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._connect()
@@ -247,7 +251,7 @@ class Turns(Driver):
     def _leave(self) -> None:
         """After the turn that this rank has promised to be in: the others may be in its collective already."""
         until = time.monotonic() + self._seat.timeout_s
-        while self._facts is not None and not self._is_ended and (left_s := until - time.monotonic()) > 0:
+        while self._is_promised and not self._is_ended and (left_s := until - time.monotonic()) > 0:
             if self._socket.poll(math.ceil(left_s * 1000), zmq.POLLIN):
                 self._on_frames(self._socket, self._read_all(self._socket))
         self._end(f"rank {self._seat.rank} is shutting down", is_lost=False)
@@ -321,11 +325,11 @@ class Turns(Driver):
     def _hold(self) -> None:
         """Rank 0's turn."""
         opened = self._member.open_here()
-        facts, aside = self._member.facts()
-        self._tell_ranks(_Turn(facts.turn, opened))
-        aside += self._await_present(facts.turn)
+        number = self._member.turn + 1
+        self._tell_ranks(_Turn(number, opened))
+        aside = self._member.aside() + self._await_present(number)
         self._tell_ranks(_Go(aside))
-        self._reduce(facts, aside)
+        self._reduce(aside)
 
     def _await_present(self, number: int) -> Aside:
         missing = set(self._others)
@@ -350,20 +354,20 @@ class Turns(Driver):
     def _prepare(self, number: int, opened: Sequence[Opened]) -> None:
         """The turn of every other rank, up to its collective."""
         self._member.open_as_told(opened)
-        facts, aside = self._member.facts()
-        if facts.turn != number:
-            raise RankLost(f"rank {self._seat.rank} is at turn {facts.turn}, rank 0 at {number}")
-        self._facts = facts
-        self._tell_leader(_Present(self._seat.rank, number, aside))
+        if number != self._member.turn + 1:
+            raise RankLost(f"rank {self._seat.rank} is at turn {self._member.turn + 1}, rank 0 at {number}")
+        self._is_promised = True
+        self._tell_leader(_Present(self._seat.rank, number, self._member.aside()))
 
     def _go(self, aside: Aside) -> None:
-        facts, self._facts = self._facts, None
-        if facts is None:
+        if not self._is_promised:
             raise RankLost(f"rank {self._seat.rank} was not in the turn that rank 0 began")
-        self._reduce(facts, aside)
+        self._is_promised = False
+        self._reduce(aside)
 
-    def _reduce(self, facts: Facts, aside: Aside) -> None:
-        agreed = unpack(self._seat.collective.all_reduce_min(pack(facts)))
+    def _reduce(self, aside: Aside) -> None:
+        """Facts are taken as late as can be: what has come in since the turn began needs no other one."""
+        agreed = unpack(self._seat.collective.all_reduce_min(pack(self._member.facts())))
         self._member.conclude(agreed, aside)
 
     def _tell_ranks(self, told: _FromLeader) -> None:

@@ -13,14 +13,20 @@ from torch import distributed
 
 
 class GlooCollective:
-    """An ``endpoint.turns.Collective`` over one Gloo group of all ranks. The group is its maker's to destroy."""
+    """An ``endpoint.turns.Collective`` over one Gloo group of all ranks. The group is its maker's to destroy.
+
+    All tell all, and each finds the minimum by itself: one step, where Gloo's reduction takes two for each further rank, one after the
+    other. For so few numbers the steps are what takes time.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = group
 
     def all_reduce_min(self, words: Sequence[int]) -> list[int]:
         """Raises RuntimeError when a rank is gone, or did not take part within the group's timeout."""
-        tensor = torch.tensor(words, dtype=torch.int64)
-        distributed.all_reduce(tensor, op=distributed.ReduceOp.MIN, group=self._group)
-        agreed: list[int] = tensor.tolist()
+        ranks = distributed.get_world_size(self._group)
+        ours = torch.tensor(words, dtype=torch.int64).repeat(ranks)
+        everybodys = torch.empty_like(ours)
+        distributed.all_to_all_single(everybodys, ours, group=self._group)
+        agreed: list[int] = everybodys.view(ranks, -1).amin(0).tolist()
         return agreed
