@@ -72,16 +72,17 @@ class Group:
             return self.receptions.setdefault((room, rank), Future())
 
     def rest(self) -> None:
-        """Wait until no rank holds anything, and all have concluded the same turns."""
+        """Wait until no rank holds anything, and no turn is under way or asked for."""
         self.receptions.clear()
         self.stage.wait_idle()
         members = [rank._member for rank in self.ranks]
-        self.stage.until(
-            lambda: (
-                not any(m._is_turn_asked for m in members)
-                and len({turn for m in members for turn in (m.turn, m.turns_total)}) == 1
-            )
-        )
+
+        def is_quiet() -> bool:
+            before = {turn for member in members for turn in (member.turn, member.turns_total)}
+            threading.Event().wait(0.1)  # for what is on its way between the ranks
+            return len(before) == 1 and before == {member.turns_total for member in members}
+
+        self.stage.until(is_quiet)
 
     def offer(self, room: int, tokens: int, **more: Any) -> list[Any]:
         readers = len(self.group.readers)
@@ -104,6 +105,23 @@ def make_group(stage: Any, tmp_path: Path) -> Iterator[Callable[..., Group]]:
     yield make
     for group in made:
         group.receptions.clear()  # and the arrays with them
+
+
+def test_where_one_rank_alone_receives_there_is_no_collective(
+    make_group: Callable[..., Group], stage: Any
+) -> None:
+    """What rank 0 says is what all would agree on, so it decides, success and failure alike; the others hear of it in the turn."""
+    made = make_group(RankGroup.on_one_host(3))
+    made.offer(7, 100)
+    for reception in made.open(7):
+        stage.check(reception, 100)
+    made.ranks[0]._budget.limit_bytes = 1000
+    made.offer(8, 100)
+    assert {stage.failure_of(reception).cause for reception in made.open(8)} == {"never_fits"}
+    del reception
+    made.rest()
+    assert made.ranks[1].stats().turns_total > 0
+    assert made.meeting.widths == []
 
 
 @pytest.mark.parametrize("delivery", ["replicate", "share"])

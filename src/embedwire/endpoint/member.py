@@ -148,6 +148,9 @@ class GroupMember:
     def aside(self) -> Aside:
         return self._on_driver(self._aside)
 
+    def silence(self) -> Facts | None:
+        return self._on_driver(lambda: self._facts() if self._core.is_silent else None)
+
     def facts(self) -> Facts:
         return self._on_driver(self._facts)
 

@@ -3,12 +3,13 @@
 Rank 0 holds a turn when a rank has news: it says which rooms were opened since, every rank opens them and answers that it is there, and
 only then all enter one collective. So an idle group sleeps, a rank that does not answer is found and named before anybody waits in a
 collective for it, and no rank can be in another turn than the rest. The connections themselves tell when a process dies or stops: the
-others lose rank 0 by that, and rank 0 holds a turn to see who it was. It knows the protocol's facts, not rooms or memory: those are its
-member's (``endpoint.member``), which works on the driver's thread.
+others lose rank 0 by that, and rank 0 holds a turn to see who it was. Where no other rank has anything to say, as where rank 0 alone
+receives, what it says is what all would agree on: it travels with ``go``, and there is no collective. It knows the protocol's facts, not
+rooms or memory: those are its member's (``endpoint.member``), which works on the driver's thread.
 
     rank r → rank 0                                    rank 0 → rank r
     join      I am here                                turn   the next one begins; rooms that were opened
-    news      I want a turn                            go     all are there: enter the collective; assemblies made and left
+    news      I want a turn                            go     all are there: enter the collective, or what is agreed; assemblies
     present   I have opened them; assemblies made      end    the group is closed, or lost
     leave     I close, or have failed; why
 """
@@ -126,6 +127,7 @@ class _News(_Said, frozen=True, tag="news"):
 class _Present(_Said, frozen=True, tag="present"):
     turn: int
     aside: Aside
+    is_silent: bool
 
 
 class _Leave(_Said, frozen=True, tag="leave"):
@@ -139,6 +141,7 @@ class _Turn(Struct, frozen=True, tag_field="type", tag="turn"):
 
 class _Go(Struct, frozen=True, tag_field="type", tag="go"):
     aside: Aside
+    words: tuple[int, ...] = ()
 
 
 class _End(Struct, frozen=True, tag_field="type", tag="end"):
@@ -172,8 +175,12 @@ class Member(Protocol):
         """What this rank says in the turn that begins."""
         ...
 
+    def silence(self) -> Facts | None:
+        """What this rank says in the collective, if that is nothing: a dummy rank to which nothing has happened."""
+        ...
+
     def facts(self) -> Facts:
-        """And what it says in the collective: all that it knows by now of the rooms that are open when the turn begins."""
+        """What it says in the collective else: all that it knows by now of the rooms that are open when the turn begins."""
         ...
 
     def conclude(self, agreed: Facts, aside: Aside) -> None:
@@ -203,6 +210,7 @@ class Turns(Driver):
         self._wants_turn = False
         self._is_ended = False
         self._is_promised = False
+        self._silence: Facts | None = None
         self._socket = self._context.socket(zmq.ROUTER if self._is_leader else zmq.DEALER)
         self._disconnected = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._connect()
@@ -307,8 +315,8 @@ class Turns(Driver):
         match said:
             case _Turn(number, opened):
                 self._guarded(lambda: self._prepare(number, opened))
-            case _Go(aside):
-                self._guarded(lambda: self._go(aside))
+            case _Go(aside, words):
+                self._guarded(lambda: self._go(aside, words))
             case _End(detail, is_lost):
                 self._finish(detail, is_lost=is_lost)
 
@@ -327,13 +335,20 @@ class Turns(Driver):
         opened = self._member.open_here()
         number = self._member.turn + 1
         self._tell_ranks(_Turn(number, opened))
-        aside = self._member.aside() + self._await_present(number)
-        self._tell_ranks(_Go(aside))
-        self._reduce(aside)
+        others, are_silent = self._await_present(number)
+        aside = self._member.aside() + others
+        if are_silent:
+            words = pack(self._member.facts())
+            self._tell_ranks(_Go(aside, tuple(words)))
+            self._member.conclude(unpack(words), aside)
+        else:
+            self._tell_ranks(_Go(aside))
+            self._reduce(self._member.facts(), aside)
 
-    def _await_present(self, number: int) -> Aside:
+    def _await_present(self, number: int) -> tuple[Aside, bool]:
+        """What the others say beside, and whether none of them has more to say."""
         missing = set(self._others)
-        aside = Aside()
+        aside, are_silent = Aside(), True
         until = time.monotonic() + self._seat.timeout_s
         while missing:
             left_s = until - time.monotonic()
@@ -345,11 +360,12 @@ class Turns(Driver):
             if isinstance(said, _Present) and said.turn == number:
                 missing.discard(said.rank)
                 aside += said.aside
+                are_silent &= said.is_silent
             else:
                 self._hear_rank(said)
                 if self._is_ended:
                     raise RankLost("the group has ended")
-        return aside
+        return aside, are_silent
 
     def _prepare(self, number: int, opened: Sequence[Opened]) -> None:
         """The turn of every other rank, up to its collective."""
@@ -357,18 +373,21 @@ class Turns(Driver):
         if number != self._member.turn + 1:
             raise RankLost(f"rank {self._seat.rank} is at turn {self._member.turn + 1}, rank 0 at {number}")
         self._is_promised = True
-        self._tell_leader(_Present(self._seat.rank, number, self._member.aside()))
+        self._silence = self._member.silence()
+        is_silent = self._silence is not None
+        self._tell_leader(_Present(self._seat.rank, number, self._member.aside(), is_silent))
 
-    def _go(self, aside: Aside) -> None:
+    def _go(self, aside: Aside, words: Sequence[int]) -> None:
         if not self._is_promised:
             raise RankLost(f"rank {self._seat.rank} was not in the turn that rank 0 began")
         self._is_promised = False
-        self._reduce(aside)
+        if words:
+            self._member.conclude(unpack(words), aside)
+        else:  # facts are taken as late as can be: what has come in since the turn began needs no other one
+            self._reduce(self._silence or self._member.facts(), aside)
 
-    def _reduce(self, aside: Aside) -> None:
-        """Facts are taken as late as can be: what has come in since the turn began needs no other one."""
-        agreed = unpack(self._seat.collective.all_reduce_min(pack(self._member.facts())))
-        self._member.conclude(agreed, aside)
+    def _reduce(self, facts: Facts, aside: Aside) -> None:
+        self._member.conclude(unpack(self._seat.collective.all_reduce_min(pack(facts))), aside)
 
     def _tell_ranks(self, told: _FromLeader) -> None:
         frame = msgspec.msgpack.encode(told)

@@ -194,6 +194,11 @@ class ReceiverCore:
     # ------------------------------------------------------------------ turns
 
     @property
+    def is_silent(self) -> bool:
+        """Whether this rank's facts change no minimum: it is a dummy rank, and no room has failed here."""
+        return self.is_dummy and all(room.end is None for room in self.rooms.values())
+
+    @property
     def wants_turn(self) -> bool:
         """Whether this rank has something to say: news of a room, or of memory that a room waits for."""
         return bool(self._news) or (
