@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedwire.endpoint import ReceiverEndpoint, Reception, SenderEndpoint
+from embedwire.endpoint import ReceiverEndpoint, Reception, SenderEndpoint, member
 from embedwire.endpoint.turns import Seat
-from embedwire.errors import TransferError, UsageError
+from embedwire.errors import TransferError, TransportError, UsageError
 from embedwire.protocol.agreement import WIDTH, agree
 from embedwire.protocol.topology import RankGroup
 from embedwire.testing.payload import payload
@@ -247,6 +247,24 @@ def test_a_rank_that_does_not_answer_is_named(make_group: Callable[..., Group], 
     go_on.set()
     assert failure.cause == "rank_lost"
     assert "rank 1 did not answer" in failure.detail
+
+
+def test_a_rank_that_can_not_map_an_assembly_is_lost(
+    make_group: Callable[..., Group], stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others have the room already: it fails on that rank, and the group ends."""
+
+    def attach(*_: Any) -> Any:
+        raise TransportError("injected")
+
+    monkeypatch.setattr(member, "attach", attach)
+    made = make_group(RankGroup.on_one_host(2))
+    made.offer(7, 100)
+    first, second = made.open(7)
+    stage.check(first, 100)
+    failure = stage.failure_of(second)
+    assert (failure.cause, failure.detail) == ("rank_lost", "injected")
+    stage.until(lambda: len(made.lost) == 2)
 
 
 def test_where_rooms_may_be_opened(make_group: Callable[..., Group], stage: Any) -> None:

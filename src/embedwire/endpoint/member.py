@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from embedwire.endpoint.reception import Arrays, Reception
 from embedwire.endpoint.turns import Aside, Left, Mapped, Opened, Seat, Turns
-from embedwire.errors import TransferError, UsageError
+from embedwire.errors import EmbedwireError, TransferError, UsageError
 from embedwire.memory.shared import Handle, Segment, SpareSegments, attach
 from embedwire.protocol.agreement import Facts
 from embedwire.protocol.messages import Cause, RoomKey
@@ -106,7 +106,11 @@ class GroupMember:
         if room.key in self._segments:
             self._readers[room.key] = set(self._here)
         if room.is_dummy:
-            arrays, aux = attach(self._handles.pop(room.key), self._endpoint.layout)
+            try:
+                arrays, aux = attach(self._handles.pop(room.key), self._endpoint.layout)
+            except EmbedwireError as error:  # the others have it: this rank can not go on with them
+                self._endpoint.give_up(room.key, Cause.RANK_LOST, str(error))
+                raise
             self._endpoint.deliver(room, arrays, aux)
 
     def left(self, key: RoomKey) -> None:

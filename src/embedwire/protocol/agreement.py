@@ -10,7 +10,8 @@ elementwise minimum over all ranks is what everybody goes by:
     landed_tokens                 MIN over the ranks that receive data
     cause                         the same one on every rank, whoever failed first
 
-A dummy rank contributes what changes no minimum. Where a rank is alone, its own facts are the agreed ones and no collective takes place.
+A dummy rank contributes what changes no minimum. Where a rank is alone, or no other has anything to say, its own facts are the agreed
+ones and no collective takes place.
 """
 
 from __future__ import annotations
