@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import io
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+# Who starts the tests in the background may have them ignore Ctrl-C; the servers that they start and interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
