@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from embedwire.endpoint.reception import Arrays, Reception
-from embedwire.endpoint.turns import Aside, Left, Mapped, Opened, Seat, Turns
+from embedwire.endpoint.turn_messages import Aside, Left, Mapped, Opened
+from embedwire.endpoint.turns import Seat, Turns
 from embedwire.errors import EmbedwireError, TransferError, UsageError
 from embedwire.memory.shared import Handle, Segment, SpareSegments, attach
 from embedwire.protocol.agreement import Facts

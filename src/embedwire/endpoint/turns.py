@@ -6,12 +6,6 @@ collective for it, and no rank can be in another turn than the rest. The connect
 others lose rank 0 by that, and rank 0 holds a turn to see who it was. Where no other rank has anything to say, as where rank 0 alone
 receives, what it says is what all would agree on: it travels with ``go``, and there is no collective. It knows the protocol's facts, not
 rooms or memory: those are its member's (``endpoint.member``), which works on the driver's thread.
-
-    rank r → rank 0                                    rank 0 → rank r
-    join      I am here                                turn   the next one begins; rooms that were opened
-    news      I want a turn                            go     all are there: enter the collective, or what is agreed; assemblies
-    present   I have opened them; assemblies made      end    the group is closed, or lost
-    leave     I close, or have failed; why
 """
 
 from __future__ import annotations
@@ -21,17 +15,29 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import msgspec
 import zmq
-from msgspec import Struct
 
 from embedwire.endpoint.driver import Driver
+from embedwire.endpoint.turn_messages import (
+    Aside,
+    End,
+    FromLeader,
+    FromRank,
+    Go,
+    Join,
+    Leave,
+    News,
+    Opened,
+    Present,
+    Turn,
+    decode_of_leader,
+    decode_of_rank,
+)
 from embedwire.errors import ConfigurationError, TransportError
-from embedwire.memory.shared import Handle
 from embedwire.protocol.agreement import Facts, pack, unpack
-from embedwire.protocol.messages import RoomKey
 from embedwire.protocol.topology import RankGroup
 
 logger = logging.getLogger(__name__)
@@ -63,96 +69,6 @@ class Seat:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.group.size:
             raise ConfigurationError(f"rank {self.rank} of {self.group.size}; ranks count from 0")
-
-
-class Opened(Struct, frozen=True, array_like=True):
-    """A room that rank 0 was asked for: ``addresses`` of each encoder rank."""
-
-    room: int
-    attempt: int
-    addresses: tuple[str, ...]
-
-    @property
-    def key(self) -> RoomKey:
-        return RoomKey(self.room, self.attempt)
-
-
-class Mapped(Struct, frozen=True, array_like=True):
-    """The assembly of a room on the host of ``rank``, for the dummy ranks there."""
-
-    room: int
-    attempt: int
-    rank: int
-    handle: Handle
-
-    @property
-    def key(self) -> RoomKey:
-        return RoomKey(self.room, self.attempt)
-
-
-class Left(Struct, frozen=True, array_like=True):
-    """Rank ``rank`` has no array of a room any more."""
-
-    room: int
-    attempt: int
-    rank: int
-
-    @property
-    def key(self) -> RoomKey:
-        return RoomKey(self.room, self.attempt)
-
-
-class Aside(Struct, frozen=True, array_like=True):
-    """What ranks tell each other in a turn beside the facts: assemblies made since the last one, and assemblies left."""
-
-    made: tuple[Mapped, ...] = ()
-    left: tuple[Left, ...] = ()
-
-    def __add__(self, other: Aside) -> Aside:
-        return Aside(self.made + other.made, self.left + other.left)
-
-
-class _Said(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
-    rank: int
-
-
-class _Join(_Said, frozen=True, tag="join"):
-    pass
-
-
-class _News(_Said, frozen=True, tag="news"):
-    turn: int
-
-
-class _Present(_Said, frozen=True, tag="present"):
-    turn: int
-    aside: Aside
-    is_silent: bool
-
-
-class _Leave(_Said, frozen=True, tag="leave"):
-    detail: str
-
-
-class _Turn(Struct, frozen=True, tag_field="type", tag="turn"):
-    number: int
-    opened: tuple[Opened, ...]
-
-
-class _Go(Struct, frozen=True, tag_field="type", tag="go"):
-    aside: Aside
-    words: tuple[int, ...] = ()
-
-
-class _End(Struct, frozen=True, tag_field="type", tag="end"):
-    detail: str
-    is_lost: bool
-
-
-_FromRank: TypeAlias = _Join | _News | _Present | _Leave
-_FromLeader: TypeAlias = _Turn | _Go | _End
-_decode_rank = msgspec.msgpack.Decoder(_FromRank).decode
-_decode_leader = msgspec.msgpack.Decoder(_FromLeader).decode
 
 
 class Member(Protocol):
@@ -216,7 +132,7 @@ class Turns(Driver):
         self._connect()
         self._thread.start()
         if not self._is_leader:
-            self.post(lambda: self._tell_leader(_Join(seat.rank)))
+            self.post(lambda: self._tell_leader(Join(seat.rank)))
 
     def _connect(self) -> None:
         self._socket.setsockopt(zmq.LINGER, 200)
@@ -248,7 +164,7 @@ class Turns(Driver):
         if self._is_leader:
             self._wants_turn = True
         else:
-            self._tell_leader(_News(self._seat.rank, self._member.turn))
+            self._tell_leader(News(self._seat.rank, self._member.turn))
 
     def _close(self) -> None:
         """Leave the group; for the others that is its end."""
@@ -274,9 +190,9 @@ class Turns(Driver):
             if self._is_ended:
                 return
             if self._is_leader:
-                self._hear_rank(_decode_rank(frame))
+                self._hear_rank(decode_of_rank(frame))
             else:
-                self._hear_leader(_decode_leader(frame))
+                self._hear_leader(decode_of_leader(frame))
 
     def _on_disconnected(self) -> None:
         """A process at the other end is gone, or has not run for a while."""
@@ -300,24 +216,24 @@ class Turns(Driver):
             return None
         return time.monotonic() if self._joined == self._others else self._join_until
 
-    def _hear_rank(self, said: _FromRank) -> None:
+    def _hear_rank(self, said: FromRank) -> None:
         match said:
-            case _Join(rank):
+            case Join(rank):
                 if rank in self._joined:
                     self._end(f"rank {rank} was started anew", is_lost=True)
                 self._joined.add(rank)
-            case _News(_, turn) if turn >= self._member.turn:  # else a turn has heard it meanwhile
+            case News(_, turn) if turn >= self._member.turn:  # else a turn has heard it meanwhile
                 self._wants_turn = True
-            case _Leave(_, detail):
+            case Leave(_, detail):
                 self._end(detail, is_lost=True)
 
-    def _hear_leader(self, said: _FromLeader) -> None:
+    def _hear_leader(self, said: FromLeader) -> None:
         match said:
-            case _Turn(number, opened):
+            case Turn(number, opened):
                 self._guarded(lambda: self._prepare(number, opened))
-            case _Go(aside, words):
+            case Go(aside, words):
                 self._guarded(lambda: self._go(aside, words))
-            case _End(detail, is_lost):
+            case End(detail, is_lost):
                 self._finish(detail, is_lost=is_lost)
 
     def _guarded(self, turn: Callable[[], None]) -> None:
@@ -334,15 +250,15 @@ class Turns(Driver):
         """Rank 0's turn."""
         opened = self._member.open_here()
         number = self._member.turn + 1
-        self._tell_ranks(_Turn(number, opened))
+        self._tell_ranks(Turn(number, opened))
         others, are_silent = self._await_present(number)
         aside = self._member.aside() + others
         if are_silent:
             words = pack(self._member.facts())
-            self._tell_ranks(_Go(aside, tuple(words)))
+            self._tell_ranks(Go(aside, tuple(words)))
             self._member.conclude(unpack(words), aside)
         else:
-            self._tell_ranks(_Go(aside))
+            self._tell_ranks(Go(aside))
             self._reduce(self._member.facts(), aside)
 
     def _await_present(self, number: int) -> tuple[Aside, bool]:
@@ -356,8 +272,8 @@ class Turns(Driver):
                 raise RankLost(
                     f"rank {', '.join(map(str, sorted(missing)))} did not answer within {self._seat.timeout_s:g} s"
                 )
-            said = _decode_rank(self._socket.recv_multipart()[-1])
-            if isinstance(said, _Present) and said.turn == number:
+            said = decode_of_rank(self._socket.recv_multipart()[-1])
+            if isinstance(said, Present) and said.turn == number:
                 missing.discard(said.rank)
                 aside += said.aside
                 are_silent &= said.is_silent
@@ -375,7 +291,7 @@ class Turns(Driver):
         self._is_promised = True
         self._silence = self._member.silence()
         is_silent = self._silence is not None
-        self._tell_leader(_Present(self._seat.rank, number, self._member.aside(), is_silent))
+        self._tell_leader(Present(self._seat.rank, number, self._member.aside(), is_silent))
 
     def _go(self, aside: Aside, words: Sequence[int]) -> None:
         if not self._is_promised:
@@ -389,12 +305,12 @@ class Turns(Driver):
     def _reduce(self, facts: Facts, aside: Aside) -> None:
         self._member.conclude(unpack(self._seat.collective.all_reduce_min(pack(facts))), aside)
 
-    def _tell_ranks(self, told: _FromLeader) -> None:
+    def _tell_ranks(self, told: FromLeader) -> None:
         frame = msgspec.msgpack.encode(told)
         for rank in sorted(self._joined):
             self._socket.send_multipart([_identity(rank), frame])
 
-    def _tell_leader(self, said: _FromRank) -> None:
+    def _tell_leader(self, said: FromRank) -> None:
         self._socket.send(msgspec.msgpack.encode(said))
 
     def _end(self, detail: str, *, is_lost: bool) -> None:
@@ -402,9 +318,9 @@ class Turns(Driver):
         if self._is_ended:
             return
         if self._is_leader:
-            self._tell_ranks(_End(detail, is_lost))
+            self._tell_ranks(End(detail, is_lost))
         else:
-            self._tell_leader(_Leave(self._seat.rank, detail))
+            self._tell_leader(Leave(self._seat.rank, detail))
         self._finish(detail, is_lost=is_lost)
 
     def _finish(self, detail: str, *, is_lost: bool) -> None:
