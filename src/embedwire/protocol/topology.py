@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from embedwire.errors import ConfigurationError
@@ -52,11 +53,13 @@ def lanes(*, senders: int, readers: int) -> Iterator[Lane]:
             yield Lane(sender * readers + reader, sender, reader, sender - first, last - first)
 
 
+@lru_cache
 def lanes_of_sender(sender: int, *, senders: int, readers: int) -> tuple[Lane, ...]:
     """The lanes that begin at one encoder rank, in order of readers."""
     return tuple(lane for lane in lanes(senders=senders, readers=readers) if lane.sender == sender)
 
 
+@lru_cache
 def lanes_of_reader(reader: int, *, senders: int, readers: int) -> tuple[Lane, ...]:
     """The lanes that end at one reader, in order of parts."""
     return tuple(lane for lane in lanes(senders=senders, readers=readers) if lane.reader == reader)
