@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedwire.errors import ProtocolViolation
-from embedwire.limits import BLOCKS_MAX, INCARNATION_MAX, MESSAGE_BYTES_MAX, ROOM_MAX, TOKENS_MAX
+from embedwire.limits import (
+    BLOCKS_MAX,
+    INCARNATION_MAX,
+    MESSAGE_BYTES_MAX,
+    PROTOCOL_VERSION,
+    ROOM_MAX,
+    TOKENS_MAX,
+)
 from embedwire.protocol.messages import (
     Abort,
     Announce,
@@ -50,7 +57,7 @@ GRANT = {
 TO_SENDER: list[Message] = [
     Hello(
         **LIFE,
-        version=1,
+        version=PROTOCOL_VERSION,
         nonce=4,
         fields=("a int32[]", "b bfloat16[8]"),
         block_size=128,
@@ -65,7 +72,7 @@ TO_SENDER: list[Message] = [
     Abort(**LIFE, **ROOM, cause=Cause.DEADLINE, detail="too late"),
 ]
 TO_RECEIVER: list[Message] = [
-    Welcome(**LIFE, version=1, nonce=4, fields=("a int32[]",), wire="shm"),
+    Welcome(**LIFE, version=PROTOCOL_VERSION, nonce=4, fields=("a int32[]",), wire="shm"),
     Refused(**LIFE, nonce=4, cause=Cause.HANDSHAKE, detail="field 0"),
     Stranger(**LIFE),
     Pong(**LIFE),

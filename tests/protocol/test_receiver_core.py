@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from embedwire.errors import OverloadedError, UsageError
-from embedwire.limits import AUX_WORDS, Limits
+from embedwire.limits import AUX_WORDS, PROTOCOL_VERSION, Limits
 from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.budget import Budget
 from embedwire.protocol.actions import (
@@ -73,7 +73,7 @@ class Bench:
 
     def welcome(self, source: int = SENDER, **other: Any) -> Welcome:
         nonce = self.core.lanes.sessions[ADDRESS].nonce
-        content = {"version": 1, "nonce": nonce, "fields": ("a",), "wire": self.wire} | other
+        content = {"version": PROTOCOL_VERSION, "nonce": nonce, "fields": ("a",), "wire": self.wire} | other
         return Welcome(source=source, target=ME, **content)
 
     def open(self, key: RoomKey = KEY, now: float = 0.0) -> None:
@@ -140,7 +140,7 @@ def test_a_whole_room() -> None:
 @pytest.mark.parametrize(
     ("other", "cause"),
     [
-        ({"version": 2}, Cause.HANDSHAKE),
+        ({"version": 99}, Cause.HANDSHAKE),
         ({"fields": ("b",)}, Cause.HANDSHAKE),
         ({"wire": "carrier pigeon"}, Cause.VIOLATION),
     ],

@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 
 from embedwire.errors import OverloadedError, UsageError
-from embedwire.limits import AUX_WORDS, Limits
-from embedwire.protocol.actions import Attach, CancelWrites, Detach, Release, Reply, SenderAction, Write
+from embedwire.limits import AUX_WORDS, PROTOCOL_VERSION, Limits
+from embedwire.protocol.actions import (
+    Attach,
+    CancelWrites,
+    Detach,
+    Release,
+    Reply,
+    SenderAction,
+    Want,
+    Write,
+)
 from embedwire.protocol.handshake import difference
 from embedwire.protocol.messages import (
     Abort,
@@ -38,7 +47,13 @@ TO = {"source": PEER, "target": SENDER}
 
 
 def hello(source: int = PEER, **other: Any) -> Hello:
-    content: dict[str, Any] = {"version": 1, "nonce": 1, "fields": ("a",), "block_size": 128, "num_blocks": 9}
+    content: dict[str, Any] = {
+        "version": PROTOCOL_VERSION,
+        "nonce": 1,
+        "fields": ("a",),
+        "block_size": 128,
+        "num_blocks": 9,
+    }
     return Hello(source=source, **(content | {"wires": (("shm", b""),)} | other))
 
 
@@ -100,7 +115,7 @@ def test_hello_is_answered_when_the_memory_is_in_reach() -> None:
 @pytest.mark.parametrize(
     ("other", "cause", "words"),
     [
-        ({"version": 2}, Cause.HANDSHAKE, "sender 1, receiver 2"),
+        ({"version": 99}, Cause.HANDSHAKE, f"sender {PROTOCOL_VERSION}, receiver 99"),
         ({"fields": ("a", "b")}, Cause.HANDSHAKE, "field 1: sender none, receiver b"),
         ({"source": 0}, Cause.VIOLATION, "incarnation"),
     ],
@@ -401,3 +416,25 @@ def test_difference_names_the_first_field() -> None:
     """Scenario 20: in words for both sides."""
     assert "field 0: sender a, receiver b" in difference(("a",), ("b",))
     assert "sender b, receiver none" in difference(("a", "b"), ("a",))
+
+
+def test_an_item_is_wanted_once_and_then_offered() -> None:
+    """A room that the receiver numbered itself: its owner is asked once, however often `open` comes."""
+    bench = Bench()
+    wanted = Open(**TO, room=7, item=b"hash")
+    assert [a for a in bench.say(wanted) if isinstance(a, Want)] == [Want(KEY, b"hash")]
+    assert [a for a in bench.say(wanted) if isinstance(a, Want)] == []
+    (announced,) = said(bench.offer())
+    assert isinstance(announced, Announce)
+
+
+def test_an_item_that_is_not_kept_ends_at_once() -> None:
+    """The one who asks hears it in one round trip, and again when it asks again."""
+    bench = Bench()
+    wanted = Open(**TO, room=7, item=b"hash")
+    bench.say(wanted)
+    (ended,) = said(bench.core.fail(KEY, Cause.UNKNOWN_ITEM, "not kept", now=1.0))
+    assert isinstance(ended, Ended)
+    assert (ended.cause, ended.detail, ended.certain) == (Cause.UNKNOWN_ITEM, "not kept", True)
+    assert [m.cause for m in said(bench.say(wanted)) if isinstance(m, Ended)] == [Cause.UNKNOWN_ITEM]
+    assert said(bench.core.on_tick(31.0)) == []  # nor does anything of it come due

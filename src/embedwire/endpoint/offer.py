@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from embedwire.endpoint.stats import SendReport
 from embedwire.errors import UsageError
 from embedwire.memory.checksum import FieldDigests
+from embedwire.memory.layout import Layout
 from embedwire.memory.source import Source
 from embedwire.protocol.actions import Release
 from embedwire.protocol.messages import Cause, RoomKey
@@ -19,6 +21,22 @@ from embedwire.protocol.topology import Lane
 
 if TYPE_CHECKING:
     from embedwire.endpoint.sender import SenderEndpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """The arrays of a whole room, checked and summed up once, so that any number of rooms can be filled with them."""
+
+    source: Source
+    digests: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: Layout, arrays: Mapping[str, np.ndarray]) -> Filling:
+        """``arrays``: field name to a C-contiguous array (T, *field.shape), which nobody may change any more. Raises UsageError when
+        they do not match the layout."""
+        source, sums = Source(layout, arrays), FieldDigests(layout)
+        sums.update(arrays)
+        return cls(source, sums.digest())
 
 
 class Offer(Future[SendReport]):
@@ -55,24 +73,32 @@ class Offer(Future[SendReport]):
         UsageError when they do not match the layout, and the second time; harmless after the end."""
         if self.done():
             return
-        tokens = len(self._endpoint.layout.rows(arrays)[0])
+        self._check(len(self._endpoint.layout.rows(arrays)[0]))
+        parts = {share: self._part(arrays, share) for share in set(self.shares.values())}
+        self._fill({key: parts[share] for key, share in self.shares.items()})
+
+    def fill_with(self, filling: Filling) -> None:
+        """The same with what has been summed up before, for a room of one lane."""
+        if self.done():
+            return
+        if len(self.shares) != 1:
+            raise UsageError(f"a room of {len(self.shares)} lanes is filled with arrays")
+        self._check(filling.source.tokens)
+        self._fill(dict.fromkeys(self.shares, filling))
+
+    def _check(self, tokens: int) -> None:
         if tokens != self.total_tokens:
             raise UsageError(f"arrays of {tokens} tokens for a room of {self.total_tokens}")
         if self._is_filled:
             raise UsageError(f"room {self.key.room} attempt {self.key.attempt} was filled before")
         self._is_filled = True
-        parts = {share: self._part(arrays, share) for share in set(self.shares.values())}
-        self._endpoint._fill(
-            self,
-            {key: parts[share] for key, share in self.shares.items()},
-            source_ms=(time.monotonic() - self._offered_at) * 1000,
-        )
 
-    def _part(self, arrays: Mapping[str, np.ndarray], share: range) -> tuple[Source, tuple[int, ...]]:
+    def _fill(self, parts: Mapping[RoomKey, Filling]) -> None:
+        self._endpoint._fill(self, parts, source_ms=(time.monotonic() - self._offered_at) * 1000)
+
+    def _part(self, arrays: Mapping[str, np.ndarray], share: range) -> Filling:
         rows = {name: array[share.start : share.stop] for name, array in arrays.items()}
-        sums = FieldDigests(self._endpoint.layout)
-        sums.update(rows)
-        return Source(self._endpoint.layout, rows), sums.digest()
+        return Filling.of(self._endpoint.layout, rows)
 
     def fail(self, detail: str) -> None:
         """The source can not be made: the room ends with cause ``encoder_failed`` on both sides."""

@@ -31,6 +31,7 @@ from embedwire.errors import (
     UsageError,
 )
 from embedwire.limits import (
+    CONTENT_HASH_BYTES_MAX,
     DEFAULT_ALLOCATE_TOKENS,
     DEFAULT_ASSEMBLY_BYTES,
     DEFAULT_BLOCK_SIZE,
@@ -143,9 +144,12 @@ class ReceiverEndpoint(Driver):
         addresses: str | Sequence[str],
         *,
         attempt: int = 0,
+        item: bytes = b"",
         make_assembly: MakeAssembly | None = None,
     ) -> Reception:
         """Ask for a room; returns at once. ``addresses`` (``tcp://host:port``) are those of its encoder's ranks, in order of ranks.
+        With ``item``, a content hash of at most 64 bytes, it is what the sender keeps under that hash; the number of the room is then
+        this side's own choice, at random.
 
         ``make_assembly`` says where the embedding is to lie (default: fresh numpy arrays). Raises OverloadedError when too many rooms
         are open, UsageError for a room and attempt that are open already, an address that is none, or a rank other than 0, and
@@ -154,13 +158,15 @@ class ReceiverEndpoint(Driver):
         check_key(room, attempt)
         if isinstance(addresses, str):
             addresses = (addresses,)
-        if make_assembly is not None and self._core.group.size > 1:
-            raise UsageError("a group of ranks makes its assemblies itself")
+        if self._core.group.size > 1 and (make_assembly is not None or item):
+            raise UsageError("a group of ranks makes its assemblies itself, and asks for rooms by number")
+        if len(item) > CONTENT_HASH_BYTES_MAX:
+            raise UsageError(f"item has {len(item)} bytes; at most {CONTENT_HASH_BYTES_MAX}")
         key = RoomKey(room, attempt)
-        return self.call(lambda: self._open(key, tuple(addresses), make_assembly))
+        return self.call(lambda: self._open(key, tuple(addresses), item, make_assembly))
 
     def _open(
-        self, key: RoomKey, addresses: tuple[Address, ...], make_assembly: MakeAssembly | None
+        self, key: RoomKey, addresses: tuple[Address, ...], item: bytes, make_assembly: MakeAssembly | None
     ) -> Reception:
         member = self._member
         if member is not None:
@@ -173,7 +179,7 @@ class ReceiverEndpoint(Driver):
         if member is not None:
             member.ask(key, addresses)
         else:
-            self.open_now(key, addresses)
+            self.open_now(key, addresses, item=item)
         return reception
 
     def expect(self, key: RoomKey, make_assembly: MakeAssembly | None = None) -> Reception:
@@ -181,12 +187,12 @@ class ReceiverEndpoint(Driver):
         reception = self._receptions[key] = Reception(self, key, make_assembly or self.layout.empty)
         return reception
 
-    def open_now(self, key: RoomKey, addresses: Sequence[Address]) -> None:
+    def open_now(self, key: RoomKey, addresses: Sequence[Address], *, item: bytes = b"") -> None:
         """Open a room on this rank. What is wrong with it fails the room. On the driver's thread."""
         now = time.monotonic()
         try:
             self._connect_all(key, addresses)
-            actions = self._core.open(key, addresses, now=now)
+            actions = self._core.open(key, addresses, item=item, now=now)
         except EmbedwireError as error:
             actions = self._core.open_failed(key, str(error), now=now)
         self.carry_out(actions)

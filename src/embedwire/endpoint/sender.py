@@ -11,14 +11,14 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
 import zmq
 
 from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
-from embedwire.endpoint.offer import Offer
+from embedwire.endpoint.offer import Filling, Offer
 from embedwire.endpoint.stats import SenderStats, SendReport
 from embedwire.endpoint.writer import SessionWriter, WriteJob
 from embedwire.errors import (
@@ -42,9 +42,18 @@ from embedwire.limits import (
 from embedwire.memory.budget import Budget
 from embedwire.memory.layout import Layout
 from embedwire.memory.pool import pack_aux
-from embedwire.memory.source import Source
 from embedwire.protocol import messages
-from embedwire.protocol.actions import Attach, CancelWrites, Detach, Peer, Release, Reply, SenderAction, Write
+from embedwire.protocol.actions import (
+    Attach,
+    CancelWrites,
+    Detach,
+    Peer,
+    Release,
+    Reply,
+    SenderAction,
+    Want,
+    Write,
+)
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.sender_core import SenderCore
 from embedwire.protocol.topology import lanes_of_sender
@@ -52,6 +61,10 @@ from embedwire.transports import open_outbound
 from embedwire.transports.contract import Outcome
 
 logger = logging.getLogger(__name__)
+
+OnWanted = Callable[[RoomKey, bytes], None]
+"""Called on the driver's thread when a receiver asks for what is kept under a content hash: :meth:`SenderEndpoint.lend` it, now or
+later, or :meth:`SenderEndpoint.refuse` it."""
 
 STATUS_S = 0.002
 """Over a wire with marks a status waits for this long, for a newer one or the room's end: most often the receiver has seen it by then."""
@@ -61,8 +74,9 @@ class SenderEndpoint(Driver):
     """Offers rooms of one layout to any number of receivers.
 
     ``memory_bytes`` bounds what all rooms reserve together; ``transports`` are the wires that receivers may use. Where an encoder has
-    several ``ranks``, each has such an endpoint and offers the same rooms; this is ``rank``, and it sends its part. Raises
-    ConfigurationError or TransportError when it can not be set up as told. Use it as a context manager, or ``close`` it.
+    several ``ranks``, each has such an endpoint and offers the same rooms; this is ``rank``, and it sends its part. ``on_wanted`` is asked
+    for what receivers want by its content hash; without it they hear ``unknown_item``. Raises ConfigurationError or TransportError when it
+    can not be set up as told. Use it as a context manager, or ``close`` it.
     """
 
     def __init__(
@@ -76,12 +90,14 @@ class SenderEndpoint(Driver):
         limits: Limits = DEFAULT_LIMITS,
         rank: int = 0,
         ranks: int = 1,
+        on_wanted: OnWanted | None = None,
     ) -> None:
         if not 0 <= rank < ranks:
             raise ConfigurationError(f"rank {rank} of {ranks}; ranks count from 0")
         self.layout = layout
         self.limits = limits
         self._rank, self._ranks = rank, ranks
+        self._on_wanted = on_wanted
         self._outbounds = {name: open_outbound(name, host=host) for name in chosen(transports)}
         self._core = SenderCore(
             incarnation=secrets.randbelow(2**62 - 1) + 1, fields=layout.describe(), limits=limits
@@ -144,9 +160,29 @@ class SenderEndpoint(Driver):
         pack_aux(row)
         lanes = lanes_of_sender(self._rank, senders=self._ranks, readers=readers)
         offer = Offer(self, RoomKey(room, attempt), total_tokens, row, lanes)
-        return self.call(partial(self._offer, offer, content_hash))
+        self.call(partial(self._reserve_and_offer, offer, content_hash))
+        return offer
 
-    def _offer(self, offer: Offer, content_hash: bytes) -> Offer:
+    def lend(self, key: RoomKey, filling: Filling, *, content_hash: bytes) -> Offer:
+        """Answer a receiver that wants something by its hash: a room whose memory is its owner's, who keeps it until the offer has
+        ended. Raises OverloadedError and UsageError as :meth:`offer` does."""
+        total_tokens = filling.source.tokens
+        row = (total_tokens, *([0] * (AUX_WORDS - 1)))
+        offer = Offer(self, key, total_tokens, row, lanes_of_sender(0, senders=1, readers=1))
+
+        def lend() -> None:
+            self._core.check_offer(list(offer.shares))
+            self._announce(offer, content_hash)
+
+        self.call(lend)
+        offer.fill_with(filling)
+        return offer
+
+    def refuse(self, key: RoomKey, cause: Cause, detail: str) -> None:
+        """Answer a receiver that wants something by its hash: it can not have it."""
+        self.post(lambda: self._fail([key], cause, detail))
+
+    def _reserve_and_offer(self, offer: Offer, content_hash: bytes) -> None:
         need = offer.total_tokens * self.layout.token_bytes
         if not self._budget.can_ever(need):
             limit = self._budget.limit_bytes
@@ -157,6 +193,9 @@ class SenderEndpoint(Driver):
         self._core.check_offer(list(offer.shares))
         if not self._budget.try_reserve(offer.key, need):
             raise OverloadedError(f"{need} bytes of source memory are not free now")
+        self._announce(offer, content_hash)
+
+    def _announce(self, offer: Offer, content_hash: bytes) -> None:
         for key, share in offer.shares.items():
             self._offers[key] = offer
             actions = self._core.offer(
@@ -167,18 +206,15 @@ class SenderEndpoint(Driver):
                 now=time.monotonic(),
             )
             self._carry_out(actions)
-        return offer
 
-    def _fill(
-        self, offer: Offer, parts: Mapping[RoomKey, tuple[Source, tuple[int, ...]]], *, source_ms: float
-    ) -> None:
+    def _fill(self, offer: Offer, parts: Mapping[RoomKey, Filling], *, source_ms: float) -> None:
         def fill() -> None:
             if offer.done():
                 return
             now = time.monotonic()
-            for key, (source, digests) in parts.items():
-                offer.sources[key] = source
-                self._carry_out(self._core.ready(key, source_ms=source_ms, digests=digests, now=now))
+            for key, filling in parts.items():
+                offer.sources[key] = filling.source
+                self._carry_out(self._core.ready(key, source_ms=source_ms, digests=filling.digests, now=now))
 
         self.post(fill)
 
@@ -297,6 +333,10 @@ class SenderEndpoint(Driver):
                     raise
             case CancelWrites(key):
                 self._offers[key].withdrawn.add(key)
+            case Want(key, item) if self._on_wanted is not None:
+                self._on_wanted(key, item)
+            case Want(key, item):
+                self._fail([key], Cause.UNKNOWN_ITEM, "this sender keeps nothing by its content hash")
             case Release():
                 self._release(action)
 

@@ -75,6 +75,14 @@ class CancelWrites:
 
 
 @dataclass(frozen=True, slots=True)
+class Want:
+    """A receiver asks for what is kept under the content hash ``item``, as the room ``key``: offer it, or fail the room."""
+
+    key: RoomKey
+    item: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """The room is over and nothing reads its source any more: free it, and tell whoever offered it why."""
 
@@ -160,7 +168,7 @@ class Hangup:
     address: Address
 
 
-SenderAction: TypeAlias = Reply | Attach | Detach | Write | CancelWrites | Release
+SenderAction: TypeAlias = Reply | Attach | Detach | Write | CancelWrites | Want | Release
 ReceiverAction: TypeAlias = Send | Assemble | Permit | Revoke | Drain | Finished | Failed | Reconnect | Hangup
 
 

@@ -49,6 +49,7 @@ FieldLines = Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]
 BlockIndices = Annotated[
     tuple[Annotated[int, Meta(ge=0, lt=BLOCKS_MAX)], ...], Meta(min_length=1, max_length=BLOCKS_MAX)
 ]
+ContentHash = Annotated[bytes, Meta(max_length=CONTENT_HASH_BYTES_MAX)]
 Aux = Annotated[tuple[Int32, ...], Meta(min_length=AUX_WORDS, max_length=AUX_WORDS)]
 
 
@@ -78,6 +79,7 @@ class Cause(StrEnum):
     CORRUPT = "corrupt"
     VIOLATION = "violation"
     UNKNOWN_ROOM = "unknown_room"
+    UNKNOWN_ITEM = "unknown_item"
     ENCODER_FAILED = "encoder_failed"
     WIRE_FAILED = "wire_failed"
     HANDSHAKE = "handshake"
@@ -148,7 +150,10 @@ class RoomMessage(Message, frozen=True, kw_only=True):
 
 
 class Open(RoomMessage, tag="open", frozen=True, kw_only=True):
-    """Tell me about this room, and tell me again when its source is ready."""
+    """Tell me about this room, and tell me again when its source is ready. ``item`` is empty where the sender knows the room by its
+    number. Else the receiver chose that number, and wants what the sender keeps under this content hash."""
+
+    item: ContentHash = b""
 
 
 class Announce(RoomMessage, tag="announce", frozen=True, kw_only=True):
@@ -158,7 +163,7 @@ class Announce(RoomMessage, tag="announce", frozen=True, kw_only=True):
 
     total_tokens: Positive
     aux: Aux
-    content_hash: Annotated[bytes, Meta(max_length=CONTENT_HASH_BYTES_MAX)]
+    content_hash: ContentHash
     ready: bool
     digests: Annotated[tuple[UInt64, ...], Meta(max_length=64)] = ()
     source_ms: Annotated[float, Meta(ge=0)] = 0.0

@@ -41,9 +41,18 @@ class CorruptRoom(Exception):
 class ReceiverTransfer:
     """A room that this side asked for. ``landed_tokens`` and ``drained_tokens`` are contiguous prefixes; they only grow."""
 
-    def __init__(self, key: RoomKey, address: Address, *, lane: Lane = ONLY_LANE, opened_at: float) -> None:
+    def __init__(
+        self,
+        key: RoomKey,
+        address: Address,
+        *,
+        lane: Lane = ONLY_LANE,
+        item: bytes = b"",
+        opened_at: float,
+    ) -> None:
         self.key = key
         self.lane = lane
+        self.item = item
         self.address = address
         self.opened_at = opened_at
         self.ready_at = self.granted_at = opened_at
@@ -185,7 +194,7 @@ class ReceiverTransfer:
                 cause, detail = self.end
                 return [Abort(source=source, target=target, **self.key._asdict(), cause=cause, detail=detail)]
             case ReceiverState.OPENING | ReceiverState.WAITING if not self.is_ready:
-                return [Open(source=source, target=target, **self.key._asdict())]
+                return [Open(source=source, target=target, **self.key._asdict(), item=self.item)]
         return []
 
     def grant_message(

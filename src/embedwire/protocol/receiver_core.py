@@ -138,9 +138,10 @@ class ReceiverCore:
     # ------------------------------------------------------------------ what the owner of the assembly says
 
     def open(
-        self, key: RoomKey, addresses: Sequence[Address] | Address, *, now: float
+        self, key: RoomKey, addresses: Sequence[Address] | Address, *, item: bytes = b"", now: float
     ) -> list[ReceiverAction]:
-        """Ask the senders for a room: the address of each encoder rank, in order of ranks.
+        """Ask the senders for a room: the address of each encoder rank, in order of ranks. With ``item`` a room of that content hash,
+        under a key of our own choice.
 
         In a group, called on every rank, in the same order. Raises UsageError for a known key, OverloadedError over ``rooms_max``; but
         what rank 0 has opened the others can not refuse: there such a room fails, and so it does on every rank."""
@@ -155,7 +156,7 @@ class ReceiverCore:
         room = self.rooms[key] = Room(key, {})
         actions: list[LaneAction] = []
         for lane_key, lane in self.lanes_of(key, senders=len(addresses)).items():
-            actions += self.lanes.open(lane_key, addresses[lane.sender], lane=lane, now=now)
+            actions += self.lanes.open(lane_key, addresses[lane.sender], lane=lane, item=item, now=now)
             room.lanes[lane_key] = self.lanes.rooms[lane_key]
         if self.group.size > 1:
             self._news.add(key)

@@ -104,10 +104,12 @@ class ReceiverLanes:
                 f"{len(self.rooms)} rooms are open; at most {self.limits.rooms_max} at a time"
             )
 
-    def open(self, key: RoomKey, address: Address, *, lane: Lane = ONLY_LANE, now: float) -> list[LaneAction]:
+    def open(
+        self, key: RoomKey, address: Address, *, lane: Lane = ONLY_LANE, item: bytes = b"", now: float
+    ) -> list[LaneAction]:
         """Ask the sender at ``address`` for a lane. Raises as :meth:`check_open` does."""
         self.check_open((key,))
-        room = ReceiverTransfer(key, address, lane=lane, opened_at=now)
+        room = ReceiverTransfer(key, address, lane=lane, item=item, opened_at=now)
         self.rooms[key] = room
         session = self.sessions.get(address)
         if session is None:

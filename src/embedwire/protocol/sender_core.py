@@ -19,6 +19,7 @@ from embedwire.protocol.actions import (
     Reply,
     Round,
     SenderAction,
+    Want,
     Write,
 )
 from embedwire.protocol.handshake import Problem, SenderSession, problem_with_hello, refusal
@@ -218,6 +219,8 @@ class SenderCore:
         elif key in self._pending_opens or len(self._pending_opens) < self.limits.pending_opens_max:
             if key not in self._pending_opens:
                 self._timers.set(_RoomDue(key), now + self.limits.open_wait_s)
+                if message.item:
+                    self._actions.append(Want(key, message.item))
             self._pending_opens[key] = peer
             poll = Poll.BOOTSTRAPPING
             self._say(peer, Status(source=self.incarnation, target=peer, poll=poll, **key._asdict()))

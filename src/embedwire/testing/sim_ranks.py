@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from embedwire.limits import AUX_WORDS, Limits
+from embedwire.limits import AUX_WORDS, PROTOCOL_VERSION, Limits
 from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.budget import Budget
 from embedwire.protocol.actions import Drain, Failed, Finished, ReceiverAction
@@ -71,7 +71,7 @@ class Ranks:
                 welcome = Welcome(
                     source=self._life(address),
                     target=core.incarnation,
-                    version=1,
+                    version=PROTOCOL_VERSION,
                     nonce=session.nonce,
                     fields=("a",),
                     wire="tcp",

@@ -21,6 +21,7 @@ from embedwire.protocol.actions import (
     Release,
     Reply,
     SenderAction,
+    Want,
     Write,
 )
 from embedwire.protocol.messages import Cause, Message, RoomKey, decode_for_sender
@@ -43,6 +44,8 @@ class SenderSetup:
     attach_fails: bool = False
     fields: tuple[str, ...] = FIELDS
     faults: WireFaults = field(default_factory=WireFaults)
+    items: dict[bytes, int] = field(default_factory=dict)
+    """Content hash: tokens of what is kept under it."""
     proof_s: float = 0.5
     """How long after a write in doubt its session is closed, and the doubt with it."""
 
@@ -130,6 +133,17 @@ class SenderNode:
             self.waiting.append(Waiting(key, total_tokens, source_s))
             self._offer_waiting()
 
+    def _give(self, key: RoomKey, item: bytes) -> None:
+        """A receiver asks for what is kept under a content hash, in a room of its own choice."""
+        if item in self.setup.items:
+            self.request(key, self.setup.items[item])
+        else:
+            self.do(
+                self.core.fail(
+                    key, Cause.UNKNOWN_ITEM, "nothing is kept under this hash", now=self.timeline.now
+                )
+            )
+
     def abort(self, key: RoomKey) -> None:
         """The client of a room has gone."""
         self.gone.add(key)
@@ -206,6 +220,8 @@ class SenderNode:
                 case CancelWrites(key):
                     for wire in self.wires.values():
                         wire.cancel(key)
+                case Want(key, item):
+                    self._give(key, item)
                 case Release():
                     self._release(action)
 

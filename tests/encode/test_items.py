@@ -1,0 +1,153 @@
+"""Items by their content hash, over real endpoints: any number of readers, bounded memory, nothing unknown waited for."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedwire.encode.items import ItemShelf
+from embedwire.endpoint import ReceiverEndpoint, Reception
+from embedwire.errors import NeverFitsError, OverloadedError, TransferError, UsageError
+from embedwire.memory.layout import item
+
+pytestmark = pytest.mark.timeout(60)
+
+LAYOUT = item(16, dtype="float32")
+"""64 bytes a row."""
+PATIENCE_S = 20.0
+
+
+def rows(tokens: int, value: int) -> dict[str, np.ndarray]:
+    return {"embeddings": np.full((tokens, 16), value, np.float32)}
+
+
+@pytest.fixture
+def reader() -> Iterator[ReceiverEndpoint]:
+    """With a pool of 4 blocks of 16 tokens; whole again at the end."""
+    with ReceiverEndpoint(LAYOUT, num_blocks=4, block_size=16) as receiver:
+        yield receiver
+        stats = receiver.stats()
+        assert (stats.blocks_free, stats.rooms.total()) == (4, 0)
+
+
+def fetch(reader: ReceiverEndpoint, shelf: ItemShelf, name: bytes) -> Reception:
+    return reader.open(secrets.randbits(62), shelf.address, item=name)
+
+
+def asked_for(reader: ReceiverEndpoint, shelf: ItemShelf, name: bytes) -> Reception:
+    """Ask for an item that is being made, and wait until the question has come in."""
+    reception, deadline = fetch(reader, shelf, name), time.monotonic() + PATIENCE_S
+    while not shelf._endpoint.call(lambda: shelf._coming[name]):
+        assert time.monotonic() < deadline
+    return reception
+
+
+def value_of(reception: Reception, tokens: int) -> float:
+    """Wait for an item; it has to be of one value throughout."""
+    array = reception.result(PATIENCE_S).arrays["embeddings"]
+    assert array.shape == (tokens, 16)
+    assert (array == array[0, 0]).all()
+    return float(array[0, 0])
+
+
+def cause_of(reception: Reception) -> str:
+    with pytest.raises(TransferError) as caught:
+        reception.result(PATIENCE_S)
+    return caught.value.cause
+
+
+def test_several_readers_fetch_one_item(reader: Any) -> None:
+    """Each in a room of its own, in rounds, as often as they like; the source is kept once."""
+    with ItemShelf(LAYOUT) as shelf, ReceiverEndpoint(LAYOUT) as other:
+        shelf.put(b"a", rows(300, 1))
+        shelf.put(b"b", rows(10, 2))
+        names = [b"a", b"b", b"a", b"a"]
+        fetched = [fetch(r, shelf, name) for r in (reader, other) for name in names]
+        assert [value_of(f, {b"a": 300, b"b": 10}[n]) for f, n in zip(fetched, names * 2, strict=True)] == [
+            1,
+            2,
+            1,
+            1,
+        ] * 2
+        assert shelf.stats().memory_reserved_bytes == 310 * 64
+        assert fetched[0].result().report.rounds != (300,)
+
+
+def test_an_unknown_item_is_refused_at_once(reader: Any) -> None:
+    """Nobody waits half a minute for what was never here; an item that is being made is waited for."""
+    with ItemShelf(LAYOUT) as shelf:
+        assert cause_of(fetch(reader, shelf, b"never")) == "unknown_item"
+        assert shelf.expect(b"soon")
+        assert not shelf.expect(b"soon")
+        early = [fetch(reader, shelf, b"soon") for _ in range(2)]
+        shelf.put(b"soon", rows(5, 3))
+        assert [value_of(f, 5) for f in early] == [3, 3]
+        assert not shelf.expect(b"soon")
+
+
+def test_an_item_that_can_not_be_made(reader: Any) -> None:
+    """Whoever waits for it hears why; it may be made later all the same."""
+    with ItemShelf(LAYOUT, memory_bytes=640) as shelf:
+        shelf.expect(b"x")
+        waiting = asked_for(reader, shelf, b"x")
+        shelf.give_up(b"x", "the tower fell")
+        assert cause_of(waiting) == "encoder_failed"
+        shelf.expect(b"big")
+        waiting = asked_for(reader, shelf, b"big")
+        with pytest.raises(NeverFitsError):
+            shelf.put(b"big", rows(11, 1))
+        assert cause_of(waiting) == "never_fits"
+        shelf.expect(b"odd")
+        waiting = asked_for(reader, shelf, b"odd")
+        with pytest.raises(UsageError):
+            shelf.put(b"odd", {"embeddings": np.zeros((3, 8), np.float32)})
+        assert cause_of(waiting) == "encoder_failed"
+        shelf.put(b"x", rows(10, 4))
+        assert value_of(fetch(reader, shelf, b"x"), 10) == 4
+
+
+def test_memory_is_bounded_and_what_nobody_fetched_stays_longest(reader: Any) -> None:
+    """Of those that were fetched the one used longest ago goes first, before any that nobody has fetched yet."""
+    with ItemShelf(LAYOUT, memory_bytes=30 * 64) as shelf:
+        for value, name in enumerate((b"fresh", b"old", b"used"), 1):
+            shelf.put(name, rows(10, value))
+        value_of(fetch(reader, shelf, b"old"), 10)
+        value_of(fetch(reader, shelf, b"used"), 10)
+        shelf.put(b"next", rows(10, 4))
+        assert shelf.stats().memory_reserved_bytes == 30 * 64
+        assert cause_of(fetch(reader, shelf, b"old")) == "unknown_item"
+        shelf.put(b"last", rows(10, 5))
+        assert cause_of(fetch(reader, shelf, b"used")) == "unknown_item"
+        assert value_of(fetch(reader, shelf, b"fresh"), 10) == 1
+
+
+def test_an_item_that_is_being_fetched_is_not_given_up() -> None:
+    """It has no room left for another, and says so, until the reader is done or gone."""
+    with ItemShelf(LAYOUT, memory_bytes=10 * 64) as shelf:
+        shelf.put(b"a", rows(10, 1))
+        with ReceiverEndpoint(LAYOUT, num_blocks=1, block_size=1, assembly_bytes=15 * 64) as slow:
+            held = fetch(slow, shelf, b"a").result(PATIENCE_S)
+            waiting = fetch(slow, shelf, b"a")  # no assembly for it while the first is held
+            while not any(shelf.stats().rooms.values()):
+                pass
+            with pytest.raises(OverloadedError):
+                shelf.put(b"b", rows(1, 2))
+            held.release()
+            assert value_of(waiting, 10) == 1
+        shelf.put(b"b", rows(1, 2))
+        assert shelf.stats().memory_reserved_bytes == 64
+
+
+def test_a_sender_without_items(reader: Any) -> None:
+    """It says so at once; an item hash is bounded where it is asked for."""
+    from embedwire import SenderEndpoint
+
+    with SenderEndpoint(LAYOUT) as sender:
+        assert cause_of(reader.open(3, sender.address, item=b"a")) == "unknown_item"
+    with pytest.raises(UsageError, match="65 bytes"):
+        reader.open(4, "tcp://127.0.0.1:9", item=b"x" * 65)
