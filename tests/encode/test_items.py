@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,17 @@ def fetch(reader: ReceiverEndpoint, shelf: ItemShelf, name: bytes) -> Reception:
     return reader.open(secrets.randbits(62), shelf.address, item=name)
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
 def asked_for(reader: ReceiverEndpoint, shelf: ItemShelf, name: bytes) -> Reception:
     """Ask for an item that is being made, and wait until the question has come in."""
-    reception, deadline = fetch(reader, shelf, name), time.monotonic() + PATIENCE_S
-    while not shelf._endpoint.call(lambda: shelf._coming[name]):
-        assert time.monotonic() < deadline
+    reception = fetch(reader, shelf, name)
+    until(lambda: bool(shelf._coming[name]))
     return reception
 
 
@@ -132,9 +139,9 @@ def test_an_item_that_is_being_fetched_is_not_given_up() -> None:
         shelf.put(b"a", rows(10, 1))
         with ReceiverEndpoint(LAYOUT, num_blocks=1, block_size=1, assembly_bytes=15 * 64) as slow:
             held = fetch(slow, shelf, b"a").result(PATIENCE_S)
+            until(lambda: not shelf._kept[b"a"].lent)
             waiting = fetch(slow, shelf, b"a")  # no assembly for it while the first is held
-            while not any(shelf.stats().rooms.values()):
-                pass
+            until(lambda: bool(shelf._kept[b"a"].lent))
             with pytest.raises(OverloadedError):
                 shelf.put(b"b", rows(1, 2))
             held.release()
