@@ -1,0 +1,317 @@
+"""Items on their way in, and here until the model has read them: shared by all requests that wait for them.
+
+Owns who waits for what, in which order memory is given out, and when an item may make room for another; it must not know what a request
+is, nor where the model reads. One thread calls it; what happens on the endpoint's thread is taken in with the next call.
+
+A request is admitted whole: it gets memory for all its items at once, first come first served, and holds none before. So no two requests
+can each hold what the other needs, and any amount of memory that holds the largest request serves all of them.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+from embedwire.endpoint.receiver import ReceiverEndpoint
+from embedwire.endpoint.reception import Arrays, Received, Reception
+from embedwire.endpoint.stats import ReceiveReport
+from embedwire.errors import EmbedwireError, TransferError, UsageError
+from embedwire.limits import AUX_WORDS, ROOM_MAX
+from embedwire.memory.budget import Budget
+from embedwire.memory.shared import Handle, Segment, SpareSegments
+from embedwire.protocol.messages import Cause
+
+
+class ItemKey(NamedTuple):
+    """What is fetched: a content hash of at most 64 bytes, and how many rows there have to be under it."""
+
+    content_hash: bytes
+    tokens: int
+
+
+class Verdict(Enum):
+    """What a request hears when it asks."""
+
+    READY = "ready"
+    PENDING = "pending"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFailure:
+    """Why a request does not get its items."""
+
+    cause: Cause
+    detail: str
+    key: ItemKey | None = None
+    address: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    key: ItemKey
+    address: str
+    segment: Segment
+    waiters: set[str] = field(default_factory=set)
+    handle: Handle | None = None
+    reception: Reception | None = None
+    received: Received | None = None
+    problem: str = ""
+
+    @property
+    def is_ready(self) -> bool:
+        return self.received is not None
+
+
+@dataclass(slots=True)
+class _Waiter:
+    wanted: dict[ItemKey, str]
+    until: float
+    is_admitted: bool = False
+
+
+class ItemDesk:
+    """Fetches items through ``receiver`` into memory that other processes of this host can map, of ``memory_bytes`` at most.
+
+    ``deadline_s`` is how long a request waits for all of its items. Closing the receiver is its owner's business, before :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        receiver: ReceiverEndpoint,
+        *,
+        memory_bytes: int,
+        deadline_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._receiver = receiver
+        self._layout = receiver.layout
+        self._budget = Budget(memory_bytes)
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._spares = SpareSegments()
+        self._items: dict[ItemKey, _Item] = {}  # in order of last use
+        self._waiters: dict[str, _Waiter] = {}
+        self._line: deque[str] = deque()
+        self._failed: dict[str, ItemFailure] = {}
+        self._ended: SimpleQueue[_Item] = SimpleQueue()
+        self.reports: deque[ReceiveReport] = deque(maxlen=1024)
+        """Of items that have arrived, until somebody takes them."""
+
+    # ------------------------------------------------------------------ requests
+
+    def ask(self, waiter: str, wanted: Mapping[ItemKey, str]) -> Verdict:
+        """Where the items of a request are: key to the control address of a sender that keeps it. The first question is the order; the
+        answer is FAILED until :meth:`forget`."""
+        if waiter not in self._waiters and waiter not in self._failed:
+            self._enter(waiter, wanted)
+        elif waiter in self._waiters and not self._waiters[waiter].wanted.keys() >= wanted.keys():
+            self._leave(waiter)  # it holds nothing while it waits for more
+            self._enter(waiter, wanted)
+        self._go_on()
+        if waiter in self._failed:
+            return Verdict.FAILED
+        is_here = self._waiters[waiter].is_admitted and all(self._items[key].is_ready for key in wanted)
+        return Verdict.READY if is_here else Verdict.PENDING
+
+    def refuse(self, waiter: str, failure: ItemFailure) -> None:
+        """A request can not be served, for a reason that its owner knows."""
+        self._leave(waiter)
+        self._failed[waiter] = failure
+
+    def failure_of(self, waiter: str) -> ItemFailure | None:
+        """Why a request failed."""
+        return self._failed.get(waiter)
+
+    def let_go(self, waiter: str, key: ItemKey) -> None:
+        """The request has no more use for one of its items. Harmless when it has none."""
+        entry = self._waiters.get(waiter)
+        if entry is not None and entry.wanted.pop(key, None) is not None and entry.is_admitted:
+            self._unpin(waiter, key)
+        self._go_on()
+
+    def forget(self, waiter: str) -> None:
+        """The request is over. What only it was waiting for is no longer fetched."""
+        self._failed.pop(waiter, None)
+        self._leave(waiter)
+        self._go_on()
+
+    def handle(self, key: ItemKey) -> Handle | None:
+        """Where an item that is here lies, for :func:`embedwire.memory.shared.attach`."""
+        item = self._items.get(key)
+        return item.handle if item is not None and item.is_ready else None
+
+    def pin(self, waiter: str, key: ItemKey) -> Handle:
+        """The same for somebody new, who keeps it here until :meth:`forget`. Raises UsageError when it is not here."""
+        handle = self.handle(key)
+        if handle is None:
+            raise UsageError(f"item {key.content_hash.hex()} is not here")
+        entry = self._waiters.setdefault(waiter, _Waiter({}, until=float("inf"), is_admitted=True))
+        entry.wanted[key] = self._items[key].address
+        self._items[key].waiters.add(waiter)
+        return handle
+
+    @property
+    def used_bytes(self) -> int:
+        """What all items take now."""
+        return self._budget.used_bytes
+
+    def close(self) -> None:
+        """Free all memory, once the receiver is closed."""
+        for item in self._items.values():
+            item.segment.close()
+        self._items.clear()
+        self._spares.close()
+
+    # ------------------------------------------------------------------ the line
+
+    def _enter(self, waiter: str, wanted: Mapping[ItemKey, str]) -> None:
+        need = sum(map(self._bytes, wanted))
+        if not self._budget.can_ever(need):
+            limit = self._budget.limit_bytes
+            detail = f"its items take {need} bytes; there are {limit} for those of all requests"
+            self._failed[waiter] = ItemFailure(Cause.NEVER_FITS, detail)
+            return
+        self._waiters[waiter] = _Waiter(dict(wanted), until=self._clock() + self._deadline_s)
+        self._line.append(waiter)
+
+    def _leave(self, waiter: str) -> None:
+        entry = self._waiters.pop(waiter, None)
+        if entry is None:
+            return
+        if not entry.is_admitted:
+            self._line.remove(waiter)
+        for key in entry.wanted if entry.is_admitted else ():
+            self._unpin(waiter, key)
+
+    def _go_on(self) -> None:
+        """Take in what has ended, give up what is late, admit whom there is memory for."""
+        while True:
+            try:
+                self._on_end(self._ended.get_nowait())
+            except Empty:
+                break
+        self._expire()
+        while self._line and self._admit(self._line[0]):
+            self._line.popleft()
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for waiter, entry in list(self._waiters.items()):
+            if now < entry.until:
+                continue
+            late = next(
+                (key for key in entry.wanted if not entry.is_admitted or not self._items[key].is_ready), None
+            )
+            if late is None:
+                entry.until = float(
+                    "inf"
+                )  # readiness counts before the deadline: it may have been asked late
+                continue
+            waits = "its items were" if entry.is_admitted else "there was no memory for its items, which were"
+            detail = f"{waits} not here within {self._deadline_s:g} s"
+            self.refuse(waiter, ItemFailure(Cause.DEADLINE, detail, late, entry.wanted[late]))
+
+    def _admit(self, waiter: str) -> bool:
+        entry = self._waiters[waiter]
+        missing = [key for key in entry.wanted if key not in self._items]
+        if not self._make_room(sum(map(self._bytes, missing)), keeping=entry.wanted.keys() - set(missing)):
+            return False
+        entry.is_admitted = True
+        for key, address in entry.wanted.items():
+            item = self._items.pop(key, None) or self._fetch(key, address)
+            item.waiters.add(waiter)
+            self._items[key] = item  # the one used last
+        return True
+
+    def _make_room(self, need: int, *, keeping: set[ItemKey]) -> bool:
+        idle = [i for i in self._items.values() if i.is_ready and not i.waiters and i.key not in keeping]
+        free = self._budget.limit_bytes - self._budget.used_bytes
+        if need > free + sum(self._bytes(item.key) for item in idle):
+            return False
+        for item in idle:
+            if need <= self._budget.limit_bytes - self._budget.used_bytes:
+                break
+            self._drop(item)
+        return True
+
+    # ------------------------------------------------------------------ items
+
+    def _bytes(self, key: ItemKey) -> int:
+        return key.tokens * self._layout.token_bytes
+
+    def _fetch(self, key: ItemKey, address: str) -> _Item:
+        free = self._budget.limit_bytes - self._budget.used_bytes - self._bytes(key)
+        item = _Item(key, address, self._spares.take(self._layout, key.tokens, spare_bytes=max(0, free)))
+        assert self._budget.try_reserve(item, self._bytes(key))
+        try:
+            item.reception = self._receiver.open(
+                1 + secrets.randbelow(ROOM_MAX),
+                address,
+                item=key.content_hash,
+                make_assembly=partial(self._assemble, item),
+            )
+        except EmbedwireError as error:
+            item.problem = str(error)
+            self._ended.put(item)
+        else:
+            item.reception.add_done_callback(lambda _: self._ended.put(item))
+        return item
+
+    def _assemble(self, item: _Item, tokens: int) -> Arrays:
+        """On the endpoint's thread."""
+        if tokens != item.key.tokens:
+            item.problem = f"the item has {tokens} rows, and the prompt a place for {item.key.tokens}"
+            raise UsageError(item.problem)
+        arrays, item.handle = item.segment.assemble(
+            self._layout, tokens, aux=(tokens, *[0] * (AUX_WORDS - 1))
+        )
+        return arrays
+
+    def _on_end(self, item: _Item) -> None:
+        failure = self._failure(item)
+        if failure is None:
+            assert item.reception is not None
+            item.received = item.reception.result()
+            self.reports.append(item.received.report)
+        else:
+            for waiter in list(item.waiters):
+                self.refuse(waiter, failure)
+        is_known = self._items.get(item.key) is item
+        if failure is not None and is_known:
+            del self._items[item.key]
+        if failure is not None or not is_known:
+            self._free(item)
+
+    @staticmethod
+    def _failure(item: _Item) -> ItemFailure | None:
+        error = item.reception.exception() if item.reception is not None else None
+        if item.problem:
+            return ItemFailure(Cause.VIOLATION, item.problem, item.key, item.address)
+        if isinstance(error, TransferError):
+            return ItemFailure(Cause(error.cause), error.detail, item.key, item.address)
+        return None
+
+    def _unpin(self, waiter: str, key: ItemKey) -> None:
+        item = self._items[key]
+        item.waiters.discard(waiter)
+        if not item.waiters and not item.is_ready and item.reception is not None:
+            del self._items[key]  # its memory stays reserved until nothing writes to it any more
+            item.reception.cancel("no request waits for it any more")
+
+    def _drop(self, item: _Item) -> None:
+        del self._items[item.key]
+        self._free(item)
+
+    def _free(self, item: _Item) -> None:
+        if item.received is not None:
+            item.received.release()
+        self._spares.keep(item.segment)
+        self._budget.release(item)

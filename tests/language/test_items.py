@@ -1,0 +1,238 @@
+"""Items shared by requests, over real endpoints: who waits for whom, who fails with whom, and where the memory is afterwards."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from embedwire.encode.items import ItemShelf
+from embedwire.endpoint import ReceiverEndpoint
+from embedwire.errors import UsageError
+from embedwire.language.items import ItemDesk, ItemFailure, ItemKey, Verdict
+from embedwire.limits import Limits
+from embedwire.memory.layout import item
+from embedwire.memory.shared import attach
+from embedwire.protocol.messages import Cause
+
+pytestmark = pytest.mark.timeout(60)
+
+LAYOUT = item(16, dtype="float32")
+"""64 bytes a row."""
+PATIENCE_S = 20.0
+READY, PENDING, FAILED = Verdict.READY, Verdict.PENDING, Verdict.FAILED
+
+
+@dataclass
+class Desk:
+    """A desk of 40 rows over a pool of 16, a shelf, and a clock that stands still."""
+
+    shelf: ItemShelf
+    receiver: ReceiverEndpoint
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.desk = ItemDesk(self.receiver, memory_bytes=40 * 64, deadline_s=30.0, clock=lambda: self.now)
+
+    def put(self, name: bytes, tokens: int, value: int) -> ItemKey:
+        self.shelf.put(name, {"embeddings": np.full((tokens, 16), value, np.float32)})
+        return ItemKey(name, tokens)
+
+    def expect(self, name: bytes, tokens: int) -> ItemKey:
+        assert self.shelf.expect(name)
+        return ItemKey(name, tokens)
+
+    def ask(self, waiter: str, *keys: ItemKey, address: str = "") -> Verdict:
+        return self.desk.ask(waiter, dict.fromkeys(keys, address or self.shelf.address))
+
+    def until(self, verdict: Verdict, waiter: str, *keys: ItemKey) -> None:
+        self.wait(lambda: self.ask(waiter, *keys) is verdict)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, (self.desk._failed, self.desk._waiters)
+            os.sched_yield()
+
+    def value(self, key: ItemKey) -> float:
+        handle = self.desk.handle(key)
+        assert handle is not None
+        array = attach(handle, LAYOUT)[0]["embeddings"]
+        assert array.shape == (key.tokens, 16)
+        assert (array == array[0, 0]).all()
+        return float(array[0, 0])
+
+    @property
+    def rooms(self) -> int:
+        return sum(self.receiver.stats().rooms.values())
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    """At the end every block is free, and all memory is that of idle items."""
+    with (
+        ItemShelf(LAYOUT) as shelf,
+        ReceiverEndpoint(
+            LAYOUT, num_blocks=2, block_size=8, limits=Limits(open_wait_s=PATIENCE_S)
+        ) as receiver,
+    ):
+        made = Desk(shelf, receiver)
+        yield made
+        for waiter in [*made.desk._waiters, *made.desk._failed]:
+            made.desk.forget(waiter)
+        made.wait(lambda: (made.desk.forget(""), made.rooms)[1] == 0)
+        made.desk.forget("")
+        kept = made.desk._items.values()
+        assert all(i.is_ready and not i.waiters for i in kept)
+        assert made.desk.used_bytes == sum(i.key.tokens for i in kept) * 64
+        assert receiver.stats().blocks_free == 2
+    made.desk.close()
+
+
+def test_a_request_gets_all_its_items(desk: Desk) -> None:
+    """Longer than the pool, and mapped by whoever has the handle; the next request finds them here, in no room."""
+    a, b = desk.put(b"a", 25, 1), desk.put(b"b", 10, 2)
+    desk.until(READY, "r1", a, b)
+    assert (desk.value(a), desk.value(b)) == (1, 2)
+    rooms = desk.receiver.stats().ended
+    assert desk.ask("r2", b, a) is READY
+    assert desk.receiver.stats().ended == rooms
+    assert len(desk.desk.reports) == 2
+
+
+def test_two_requests_share_a_room(desk: Desk) -> None:
+    """The abort of one does not end the other; that of the last ends the room."""
+    key = desk.expect(b"a", 20)
+    assert [desk.ask(w, key) for w in ("r1", "r2", "r3")] == [PENDING] * 3
+    assert desk.rooms == 1
+    desk.desk.forget("r1")
+    desk.put(b"a", 20, 5)
+    desk.until(READY, "r2", key)
+    assert desk.value(key) == 5
+    other = desk.expect(b"b", 20)
+    desk.ask("r4", other)
+    desk.desk.forget("r4")
+    desk.wait(lambda: desk.rooms == 0)
+    desk.put(b"b", 20, 6)
+    desk.until(READY, "r5", other)
+    assert desk.value(other) == 6
+
+
+def test_memory_is_given_whole_and_in_order(desk: Desk) -> None:
+    """Two requests that each need most of it: the second holds nothing until the first is over, nor does a small third overtake it."""
+    a, b, c, d = (desk.put(name, 15, n) for n, name in enumerate((b"a", b"b", b"c", b"d")))
+    small = desk.put(b"e", 2, 9)
+    desk.until(READY, "r1", a, b)
+    assert desk.ask("r2", c, d) is PENDING
+    assert desk.ask("r3", small) is PENDING
+    assert desk.desk.used_bytes == 30 * 64
+    desk.desk.let_go("r1", a)
+    assert desk.ask("r2", c, d) is PENDING
+    desk.desk.let_go("r1", b)
+    desk.until(READY, "r2", c, d)
+    desk.until(READY, "r3", small)
+    assert (desk.value(c), desk.value(d), desk.value(small)) == (2, 3, 9)
+    assert desk.desk.handle(a) is None
+
+
+def test_a_request_that_wants_more_later(desk: Desk) -> None:
+    """One that was preempted needs items again that it had let go: it waits for all of them anew, holding none."""
+    a, b, c = (desk.put(name, 20, n) for n, name in enumerate((b"a", b"b", b"c")))
+    desk.until(READY, "r1", a, b)
+    desk.desk.let_go("r1", a)
+    desk.until(READY, "r2", c)
+    assert desk.desk.handle(a) is None
+    assert desk.ask("r1", a, b) is PENDING
+    assert not desk.desk._waiters["r1"].is_admitted
+    desk.desk.forget("r2")
+    desk.until(READY, "r1", a, b)
+
+
+def test_what_never_fits_is_refused_at_once(desk: Desk) -> None:
+    """Scenario 17: with both numbers; the others go on."""
+    a = desk.put(b"a", 40, 1)
+    assert desk.ask("big", a, ItemKey(b"b", 1)) is FAILED
+    failure = desk.desk.failure_of("big")
+    assert failure is not None
+    assert (failure.cause, failure.detail[:22]) == (Cause.NEVER_FITS, "its items take 2624 by")
+    desk.until(READY, "r", a)
+
+
+def test_wrong_rows_fail_only_who_expects_them(desk: Desk) -> None:
+    """A content hash that somebody reused: the one whose prompt has another number of places fails."""
+    right = desk.put(b"a", 10, 1)
+    wrong = ItemKey(b"a", 12)
+    desk.ask("wrong", wrong)
+    desk.until(READY, "right", right)
+    desk.until(FAILED, "wrong", wrong)
+    failure = desk.desk.failure_of("wrong")
+    assert failure is not None
+    assert failure.detail == "the item has 10 rows, and the prompt a place for 12"
+    assert desk.ask("right", right) is READY
+
+
+def test_a_failure_reaches_all_who_wait_and_nobody_else(desk: Desk) -> None:
+    """With the cause from the other side; asked for again, the item is fetched again."""
+    lost, other = desk.expect(b"a", 10), desk.put(b"b", 10, 2)
+    assert desk.ask("r1", lost, other) is PENDING
+    assert desk.ask("r2", lost) is PENDING
+    desk.until(READY, "r3", other)
+    desk.wait(lambda: desk.shelf._endpoint.call(lambda: bool(desk.shelf._coming[b"a"])))
+    desk.shelf.give_up(b"a", "the tower fell")
+    desk.until(FAILED, "r1", lost, other)
+    desk.until(FAILED, "r2", lost)
+    assert desk.desk.failure_of("r2") == ItemFailure(
+        Cause.ENCODER_FAILED, "the tower fell", lost, desk.shelf.address
+    )
+    assert desk.ask("r3", other) is READY
+    desk.put(b"a", 10, 7)
+    desk.until(READY, "r4", lost)
+    assert desk.value(lost) == 7
+
+
+def test_deadline(desk: Desk) -> None:
+    """Also for one that only waits for memory. What is here when it is looked at counts, however late that is."""
+    never, here = desk.expect(b"a", 30), desk.put(b"b", 10, 2)
+    assert desk.ask("r1", never) is PENDING
+    assert desk.ask("r2", desk.put(b"c", 20, 3)) is PENDING
+    desk.desk.forget("r2")
+    desk.until(READY, "r3", here)
+    assert desk.ask("r4", desk.put(b"d", 20, 4)) is PENDING
+    desk.now = 31.0
+    assert desk.ask("r3", here) is READY
+    assert desk.ask("r1", never) is FAILED
+    assert desk.ask("r4", ItemKey(b"d", 20)) is FAILED
+    details = [failure.detail for w in ("r1", "r4") if (failure := desk.desk.failure_of(w))]
+    assert details == [
+        "its items were not here within 30 s",
+        "there was no memory for its items, which were not here within 30 s",
+    ]
+
+
+def test_an_address_that_is_none(desk: Desk) -> None:
+    """It fails the request that brought it."""
+    assert desk.ask("r1", ItemKey(b"a", 3), address="carrier pigeon") is not READY
+    desk.wait(lambda: desk.ask("r1", ItemKey(b"a", 3)) is FAILED)
+    failure = desk.desk.failure_of("r1")
+    assert failure is not None
+    assert "carrier pigeon" in failure.detail
+
+
+def test_a_pin_keeps_an_item_here(desk: Desk) -> None:
+    """For whoever still reads it when the request is long over."""
+    a = desk.put(b"a", 30, 1)
+    with pytest.raises(UsageError):
+        desk.desk.pin("step 1", a)
+    desk.until(READY, "r1", a)
+    desk.desk.pin("step 1", a)
+    desk.desk.forget("r1")
+    b = desk.put(b"b", 30, 2)
+    assert desk.ask("r2", b) is PENDING
+    assert desk.value(a) == 1
+    desk.desk.forget("step 1")
+    desk.until(READY, "r2", b)
+    assert desk.value(b) == 2
