@@ -148,6 +148,13 @@ class ItemDesk:
         item = self._items.get(key)
         return item.handle if item is not None and item.is_ready else None
 
+    def find(self, content_hash: bytes) -> ItemKey | None:
+        """An item of that hash which is here, whatever its rows."""
+        found = (
+            key for key, item in self._items.items() if key.content_hash == content_hash and item.is_ready
+        )
+        return next(found, None)
+
     def pin(self, waiter: str, key: ItemKey) -> Handle:
         """The same for somebody new, who keeps it here until :meth:`forget`. Raises UsageError when it is not here."""
         handle = self.handle(key)

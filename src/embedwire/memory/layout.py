@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedwire.errors import ConfigurationError, UsageError
+from embedwire.limits import DETAIL_CHARS_MAX
 
 Rows = npt.NDArray[np.uint8]
 """One field of some tokens as bytes: shape (tokens, field.token_bytes), C-contiguous."""
@@ -63,10 +64,12 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The fields that the tokens of a room carry, in a fixed order."""
+    """The fields that the tokens of a room carry, in a fixed order. ``model`` says whose embeddings they are, where both sides have to
+    mean the same one; what differs is refused at the handshake."""
 
     name: str
     fields: tuple[Field, ...]
+    model: str = ""
 
     def __post_init__(self) -> None:
         names = [f.name for f in self.fields]
@@ -85,13 +88,14 @@ class Layout:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal layouts: 16 hex digits of SHA-256 over the text form of all fields in order."""
-        text = ";".join(str(f) for f in self.fields)
+        """Equal for equal layouts: 16 hex digits of SHA-256 over their text form."""
+        text = ";".join(self.describe())
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def describe(self) -> tuple[str, ...]:
-        """One line a field, as it travels in the handshake."""
-        return tuple(str(f) for f in self.fields)
+        """One line a field, as it travels in the handshake, and one for the model where it counts."""
+        model = (f"model {self.model}"[:DETAIL_CHARS_MAX],) if self.model else ()
+        return (*(str(f) for f in self.fields), *model)
 
     def empty(self, tokens: int) -> dict[str, np.ndarray]:
         """Uninitialised arrays of shape (tokens, *field.shape), one a field."""
@@ -132,6 +136,6 @@ def multimodal(
     return Layout("MULTIMODAL", tuple(fields))
 
 
-def item(width: int, *, dtype: str = "bfloat16") -> Layout:
+def item(width: int, *, dtype: str = "bfloat16", model: str = "") -> Layout:
     """The layout of an item room: one token is one row of an encoder's output."""
-    return Layout("ITEM", (Field("embeddings", dtype, (width,)),))
+    return Layout("ITEM", (Field("embeddings", dtype, (width,)),), model)

@@ -1,0 +1,59 @@
+"""What an item is to both halves of a connector: its name, its layout, and the way between tensors and arrays.
+
+Knows vLLM's configuration by its attributes only. Any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from embedwire.errors import UsageError
+from embedwire.memory.layout import Layout, item
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+FIELD = "embeddings"
+
+
+def content_hash_of(identifier: str) -> bytes:
+    """32 bytes for an item's identifier, which may be any text that a client chose: it is never a path, nor a key of another kind."""
+    return hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=32).digest()
+
+
+def item_layout(vllm_config: VllmConfig) -> Layout:
+    """Rows of (width,), as both halves work it out for themselves. The width is the language model's, once more for each deepstack level
+    of the vision tower."""
+    model = vllm_config.model_config
+    width = model.get_inputs_embeds_size() * (1 + deepstack_levels(model.hf_config))
+    return item(width, dtype=str(model.dtype).removeprefix("torch."), model=str(model.model))
+
+
+def deepstack_levels(hf_config: Any) -> int:
+    """How many levels of a vision tower go past its output into the first layers of the language model."""
+    whole = getattr(hf_config, "thinker_config", hf_config)
+    return len(getattr(getattr(whole, "vision_config", None), "deepstack_visual_indexes", None) or ())
+
+
+def arrays_of(tensor: torch.Tensor, layout: Layout) -> dict[str, np.ndarray]:
+    """A tensor (rows, width) in host memory as an item, without a copy. Raises UsageError for another dtype or width."""
+    (field,) = layout.fields
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.ndim != 2 or tensor.shape[1:] != field.shape or dtype != field.dtype:
+        raise UsageError(
+            f"an item of {dtype}{list(tensor.shape)}, where {field.dtype}[rows, {field.shape[0]}] was expected"
+        )
+    data = tensor.contiguous().view(torch.uint8).numpy()
+    return {FIELD: data.view(field.numpy_dtype)}
+
+
+def tensor_of(arrays: Any, device: torch.device | str) -> torch.Tensor:
+    """An item as a tensor (rows, width) of its own on ``device``."""
+    array: np.ndarray = arrays[FIELD]
+    dtype = getattr(torch, str(array.dtype))
+    data = torch.from_numpy(array.view(np.uint8)).view(dtype)
+    return data.clone() if torch.device(device).type == "cpu" else data.to(device)
