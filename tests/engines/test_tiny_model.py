@@ -104,6 +104,6 @@ def test_every_id_is_text_and_every_text_has_ids(family: str, tiny_model_dir: Ca
 
 @pytest.mark.parametrize(("family", "scale"), [("gpt2", "tiny"), ("llava", "huge")])
 def test_an_unknown_model_is_refused(family: str, scale: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"qwen2_vl, qwen2_5_vl, qwen3_vl, llava.*tiny, 400m"):
+    with pytest.raises(ConfigurationError, match=r"qwen2_vl, qwen2_5_vl, qwen3_vl, llava.*tiny, small, 400m"):
         write_tiny_model(tmp_path / "none", family, scale=scale)
     assert not (tmp_path / "none").exists()

@@ -18,7 +18,8 @@ def tiny_model(
     *,
     family: Annotated[Family, typer.Option(help="Architecture.")] = "qwen2_5_vl",
     scale: Annotated[
-        Literal["tiny", "400m"], typer.Option(help="About 200,000 parameters, or 400 million.")
+        Literal["tiny", "small", "400m"],
+        typer.Option(help="About 200,000 parameters; 700,000, for vLLM too; or 400 million."),
     ] = "tiny",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
 ) -> None:
