@@ -24,6 +24,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 )
 
 from embedwire.engines.vllm.consumer import ConsumerScheduler, ConsumerWorker, Loads, steps_of
+from embedwire.engines.vllm.deepstack import keep_deepstack
 from embedwire.engines.vllm.items import item_layout
 from embedwire.engines.vllm.producer import ProducerScheduler, ProducerWorker, address_file_of
 from embedwire.engines.vllm.settings import read_settings
@@ -72,6 +73,7 @@ class EmbedwireECConnector(ECConnectorBase):
         if role is ECConnectorRole.SCHEDULER:
             self._begin_scheduler(vllm_config)
         elif self.is_consumer:
+            keep_deepstack(vllm_config)
             self._copier = ConsumerWorker(self._layout)
 
     def _begin_scheduler(self, vllm_config: VllmConfig) -> None:
