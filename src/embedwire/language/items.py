@@ -102,8 +102,6 @@ class ItemDesk:
         self._line: deque[str] = deque()
         self._failed: dict[str, ItemFailure] = {}
         self._ended: SimpleQueue[_Item] = SimpleQueue()
-        self.reports: deque[ReceiveReport] = deque(maxlen=1024)
-        """Of items that have arrived, until somebody takes them."""
 
     # ------------------------------------------------------------------ requests
 
@@ -154,6 +152,12 @@ class ItemDesk:
             key for key, item in self._items.items() if key.content_hash == content_hash and item.is_ready
         )
         return next(found, None)
+
+    def report(self, key: ItemKey) -> ReceiveReport:
+        """How an item came that is here."""
+        received = self._items[key].received
+        assert received is not None
+        return received.report
 
     def pin(self, waiter: str, key: ItemKey) -> Handle:
         """The same for somebody new, who keeps it here until :meth:`forget`. Raises UsageError when it is not here."""
@@ -287,7 +291,6 @@ class ItemDesk:
         if failure is None:
             assert item.reception is not None
             item.received = item.reception.result()
-            self.reports.append(item.received.report)
         else:
             for waiter in list(item.waiters):
                 self.refuse(waiter, failure)

@@ -86,8 +86,9 @@ class EmbedwireECConnector(ECConnectorBase):
             self._teller = ProducerScheduler(address_file=self._address_file, resolver=resolver)
         if self.is_consumer:
             has_tower = not model.get_multimodal_config().language_model_only
+            may_encode = has_tower and (self._settings.local_encode or self.is_producer)
             self._fetcher = ConsumerScheduler(
-                self._layout, self._settings, resolver=resolver, has_tower=has_tower
+                self._layout, self._settings, resolver=resolver, may_encode=may_encode
             )
 
     def _check_widths(self, measured: dict[str, int]) -> None:
@@ -161,11 +162,12 @@ class EmbedwireECConnector(ECConnectorBase):
             self._fetcher.on_loaded(steps_of(report.steps))
 
     def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        answer: dict[str, Any] = {}
+        if self._teller is not None:
+            answer |= self._teller.answer(request)
         if self._fetcher is not None:
-            self._fetcher.end(request)
-        if self._teller is not None and request.mm_features:
-            return False, self._teller.answer(request)
-        return False, None
+            answer |= self._fetcher.end(request)
+        return False, answer or None
 
 
 def _is_first_rank() -> bool:

@@ -56,6 +56,7 @@ class Params(Struct, frozen=True):
 class _Asked:
     ticket: str
     wanted: dict[str, tuple[ItemKey, str]]
+    came: dict[str, dict[str, Any]] = field(default_factory=dict)
     was_told: bool = False
 
 
@@ -68,13 +69,14 @@ class Loads:
 
 
 class ConsumerScheduler:
-    """Decides which requests may run. ``resolver`` knows which data of an item are metadata only."""
+    """Decides which requests may run. ``resolver`` knows which data of an item are metadata only; ``may_encode``: what no encoder was
+    named for is encoded here."""
 
     def __init__(
-        self, layout: Layout, settings: ConnectorSettings, *, resolver: Any, has_tower: bool
+        self, layout: Layout, settings: ConnectorSettings, *, resolver: Any, may_encode: bool
     ) -> None:
         self._resolver = resolver
-        self._may_encode = settings.local_encode and has_tower
+        self._may_encode = may_encode
         self._receiver = ReceiverEndpoint(
             layout,
             num_blocks=settings.num_blocks,
@@ -110,6 +112,8 @@ class ConsumerScheduler:
         verdict = self.desk.ask(name, wanted)
         if verdict is Verdict.FAILED:
             self._give_up(name, asked)
+        elif verdict is Verdict.READY and not asked.came:
+            asked.came = {n: self._came(key) for n, (key, _) in asked.wanted.items() if key in wanted}
         return verdict is Verdict.READY
 
     def has(self, identifier: str) -> bool:
@@ -150,11 +154,12 @@ class ConsumerScheduler:
         taken, self._unavailable = self._unavailable, set()
         return taken
 
-    def end(self, request: Request) -> None:
-        """The request is over, however it went."""
-        self._asked.pop(request.request_id, None)
+    def end(self, request: Request) -> dict[str, Any]:
+        """The request is over, however it went. For its answer: how each item came here."""
+        asked = self._asked.pop(request.request_id, None)
         self._unavailable.discard(request.request_id)
         self.desk.forget(request.request_id)
+        return {"embedwire": {"items": asked.came}} if asked is not None and asked.came else {}
 
     def close(self) -> None:
         """End all rooms and free all memory."""
@@ -191,6 +196,16 @@ class ConsumerScheduler:
         elif not (self._may_encode and self._is_raw(feature)):
             self._refuse(request.request_id, Cause.UNKNOWN_ITEM, f"no encoder was named for item {index}")
         return {}
+
+    def _came(self, key: ItemKey) -> dict[str, Any]:
+        report = self.desk.report(key)
+        return {
+            "tokens": report.total_tokens,
+            "rounds": report.rounds,
+            "bytes": report.bytes,
+            "transport": report.transport,
+            "transfer_ms": round(report.transfer_ms, 3),
+        }
 
     def _is_raw(self, feature: Any) -> bool:
         """Whether it came with what a tower needs, and not with the metadata of one that another server has."""

@@ -6,6 +6,7 @@ Knows vLLM's configuration by its attributes only. Any thread.
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,10 +28,15 @@ def content_hash_of(identifier: str) -> bytes:
 
 def item_layout(vllm_config: VllmConfig) -> Layout:
     """Rows of (width,), as both halves work it out for themselves. The width is the language model's, once more for each deepstack level
-    of the vision tower."""
+    of the vision tower. vLLM hashes a picture together with the model's name, but not with the server's processor options: servers that
+    differ in either are refused."""
     model = vllm_config.model_config
     width = model.get_inputs_embeds_size() * (1 + deepstack_levels(model.hf_config))
-    return item(width, dtype=str(model.dtype).removeprefix("torch."), model=str(model.model))
+    options = getattr(model.get_multimodal_config(), "mm_processor_kwargs", None)
+    name = (
+        f"{model.model} {json.dumps(options, sort_keys=True, default=str)}" if options else str(model.model)
+    )
+    return item(width, dtype=str(model.dtype).removeprefix("torch."), model=name)
 
 
 def deepstack_levels(hf_config: Any) -> int:

@@ -90,17 +90,11 @@ class ProducerScheduler:
     """Names, in the answer to each encode request, the items and where they are asked for."""
 
     def __init__(self, *, address_file: str, resolver: Any) -> None:
-        self._address_file = address_file
+        """Raises ConfigurationError when the worker half has not left an address."""
+        self.address = read_address(address_file)
         self._resolver = resolver
         self._wanted: set[str] = set()
         self._metadata: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._address = ""
-
-    @property
-    def address(self) -> str:
-        """Raises ConfigurationError when the worker half has not left it."""
-        self._address = self._address or read_address(self._address_file)
-        return self._address
 
     def want(self, request: Request) -> None:
         """Its items are part of the next step, encoded or from the cache."""
