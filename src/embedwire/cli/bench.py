@@ -91,6 +91,59 @@ def transfer(
     write_json(json, {"host": asdict(host), "cases": [asdict(case) for case in cases]})
 
 
+@app.command()
+def vllm(
+    *,
+    router: Annotated[str, typer.Option(help="Ours: a router in front of vLLM servers.")],
+    baseline_encoder: Annotated[str, typer.Option(help="A vLLM encoder with ECExampleConnector.")],
+    baseline_language: Annotated[str, typer.Option(help="A vLLM language server with the same storage.")],
+    images: Annotated[list[int] | None, typer.Option(help="Pictures a request; may be repeated [1].")] = None,
+    side: Annotated[int, typer.Option(min=28, help="Width and height of a picture, in pixels.")] = 448,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once, for requests a second.")] = 8,
+    repeat: Annotated[int, typer.Option(min=1, help="Measured requests one at a time, and batches.")] = 9,
+    json: JsonFile = None,
+) -> None:
+    """How soon does the first token come, and how many requests a second, beside vLLM's own file-based connector?
+
+    The servers have to run already, all with one model: docs/benchmarks.md has the commands. Both stacks get the same requests in
+    turns, with pictures that neither has seen, and have to give the same answers. Ratios above 1 say that ours is sooner, or more.
+
+    Exit code 0: measured, whatever the numbers; 2: not measured, with the cause.
+    """
+    from embedwire.bench import vllm as bench
+    from embedwire.bench.host import this_host
+
+    check_writable(json)
+    stacks = bench.Stacks(
+        router=router, baseline_encoder=baseline_encoder, baseline_language=baseline_language
+    )
+    loads = [
+        bench.Load(images=count, side=side, tokens=tokens, concurrency=concurrency, repeat=repeat)
+        for count in images or (1,)
+    ]
+    host, cases = this_host(), []
+    with Progress(console=err, transient=True) as progress:
+        bar = progress.add_task("measuring", total=sum(map(bench.steps, loads)))
+        for load in loads:
+            cases.append(bench.measure(stacks, load, on_progress=lambda: progress.advance(bar)))
+    numbers = ("images", "first token", "baseline", "ratio", "requests/s", "baseline/s", "rate")
+    made = table("picture", *numbers, right=numbers)
+    for case in cases:
+        made.add_row(
+            f"{case.side}×{case.side}",
+            str(case.images),
+            f"{case.ttft_median_s * 1000:.0f} ms",
+            f"{case.baseline_ttft_median_s * 1000:.0f} ms",
+            f"{case.ttft_ratio:.2f}",
+            f"{case.requests_per_s:.1f}",
+            f"{case.baseline_requests_per_s:.1f}",
+            f"{case.rate_ratio:.2f}",
+        )
+    out.print(made)
+    write_json(json, {"host": asdict(host), "cases": [asdict(case) for case in cases]})
+
+
 def _subjects(
     transports: Sequence[str],
     tokens: Sequence[int] | None,

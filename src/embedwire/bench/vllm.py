@@ -1,0 +1,221 @@
+"""How soon does the first token come, and how many requests a second, beside vLLM's own file-based connector?
+
+Owns the requests and the clock; the servers are the caller's: a router with encoders and language servers behind it, and as baseline an
+encoder and a language server that share files (``ECExampleConnector``). Both stacks get the same requests in turns, each with pictures that
+neither has seen, and have to give the same answers. One thread a request.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+
+from embedwire.errors import ConfigurationError, EmbedwireError
+
+WARM_UP = 2
+"""Requests to each stack before the clock runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stacks:
+    """Where the servers are: URLs without a path. All serve one model under one name."""
+
+    router: str
+    baseline_encoder: str
+    baseline_language: str
+    timeout_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is asked: ``images`` pictures of ``side`` × ``side`` pixels a request, ``tokens`` tokens of answer. ``repeat`` requests one at a
+    time, then ``repeat`` times ``concurrency`` at once."""
+
+    images: int = 1
+    side: int = 448
+    tokens: int = 8
+    repeat: int = 9
+    concurrency: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Medians. A ratio above 1 says that ours is better: sooner, or more."""
+
+    images: int
+    side: int
+    tokens: int
+    repeat: int
+    concurrency: int
+    baseline: str
+    ttft_median_s: float
+    baseline_ttft_median_s: float
+    ttft_ratio: float
+    requests_per_s: float
+    baseline_requests_per_s: float
+    rate_ratio: float
+    equal_answers: int
+
+
+@dataclass(slots=True)
+class _Figures:
+    ttft_s: list[float] = field(default_factory=list)
+    per_s: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+
+Ask = Callable[[httpx.Client, Mapping[str, Any]], tuple[float, str]]
+
+
+def measure(stacks: Stacks, load: Load, *, on_progress: Callable[[], object] = lambda: None) -> Case:
+    """Ask both in turns. Raises EmbedwireError for an answer that is none, and when the two stacks answer differently."""
+    ways: tuple[Ask, Ask] = (_Ours(stacks).ask, _Baseline(stacks).ask)
+    figures = (_Figures(), _Figures())
+    bodies = _bodies(_model(stacks), load)
+    with (
+        httpx.Client(timeout=stacks.timeout_s, trust_env=False) as client,
+        ThreadPoolExecutor(load.concurrency) as pool,
+    ):
+        for number in range(WARM_UP + load.repeat):
+            body = next(bodies)
+            for which in (0, 1) if number % 2 else (1, 0):
+                ttft_s, text = ways[which](client, body)
+                if number >= WARM_UP:
+                    figures[which].ttft_s.append(ttft_s)
+                    figures[which].texts.append(text)
+            on_progress()
+        for number in range(load.repeat):
+            batch = [next(bodies) for _ in range(load.concurrency)]
+            for which in (0, 1) if number % 2 else (1, 0):
+                began = time.monotonic()
+                answers = list(pool.map(lambda body, ask=ways[which]: ask(client, body), batch))
+                figures[which].per_s.append(len(batch) / (time.monotonic() - began))
+                figures[which].texts += [text for _, text in answers]
+            on_progress()
+    return _case(load, *figures)
+
+
+def steps(load: Load) -> int:
+    """How often ``on_progress`` is called."""
+    return WARM_UP + 2 * load.repeat
+
+
+def _case(load: Load, ours: _Figures, theirs: _Figures) -> Case:
+    equal = sum(a == b for a, b in zip(ours.texts, theirs.texts, strict=True))
+    if equal < len(ours.texts):
+        raise EmbedwireError(
+            f"{len(ours.texts) - equal} of {len(ours.texts)} answers differ between the two stacks"
+        )
+    ttft_s, baseline_s = statistics.median(ours.ttft_s), statistics.median(theirs.ttft_s)
+    per_s, baseline_per_s = statistics.median(ours.per_s), statistics.median(theirs.per_s)
+    return Case(
+        images=load.images,
+        side=load.side,
+        tokens=load.tokens,
+        repeat=load.repeat,
+        concurrency=load.concurrency,
+        baseline="ECExampleConnector",
+        ttft_median_s=ttft_s,
+        baseline_ttft_median_s=baseline_s,
+        ttft_ratio=baseline_s / ttft_s,
+        requests_per_s=per_s,
+        baseline_requests_per_s=baseline_per_s,
+        rate_ratio=per_s / baseline_per_s,
+        equal_answers=equal,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ours:
+    stacks: Stacks
+
+    def ask(self, client: httpx.Client, body: Mapping[str, Any]) -> tuple[float, str]:
+        """Seconds to the first token, and the text."""
+        return _stream(client, self.stacks.router, body, began=time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class _Baseline:
+    """What vLLM's own example does: a request a picture to the encoder, all at once, then the whole request to the language server."""
+
+    stacks: Stacks
+
+    def ask(self, client: httpx.Client, body: Mapping[str, Any]) -> tuple[float, str]:
+        """Seconds to the first token, and the text."""
+        began = time.monotonic()
+        pictures = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+        with ThreadPoolExecutor(len(pictures)) as pool:
+            list(pool.map(lambda part: self._encode(client, body["model"], part), pictures))
+        return _stream(client, self.stacks.baseline_language, body, began=began)
+
+    def _encode(self, client: httpx.Client, model: str, part: Mapping[str, Any]) -> None:
+        request = {"model": model, "messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
+        _checked(client.post(f"{self.stacks.baseline_encoder}/v1/chat/completions", json=request))
+
+
+def _stream(client: httpx.Client, url: str, body: Mapping[str, Any], *, began: float) -> tuple[float, str]:
+    first_s, text = 0.0, ""
+    with client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
+        if answer.status_code != 200:
+            answer.read()
+        _checked(answer)
+        for line in answer.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise EmbedwireError(f"{url}: {event['error']}")
+            said = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+            first_s = first_s or (time.monotonic() - began if said else 0.0)
+            text += said
+    return first_s or time.monotonic() - began, text
+
+
+def _checked(answer: httpx.Response) -> None:
+    if answer.status_code != 200:
+        raise EmbedwireError(f"{answer.url}: {answer.status_code} {answer.text[:300]}")
+
+
+def _model(stacks: Stacks) -> str:
+    with httpx.Client(timeout=stacks.timeout_s, trust_env=False) as client:
+        for url in (stacks.router, stacks.baseline_encoder, stacks.baseline_language):
+            answer = client.get(f"{url}/v1/models")
+            _checked(answer)
+    return str(answer.json()["data"][0]["id"])
+
+
+def _bodies(model: str, load: Load) -> Iterator[dict[str, Any]]:
+    noise = np.random.default_rng()
+    while True:
+        pictures = [_picture(noise, load.side) for _ in range(load.images)]
+        yield {
+            "model": model,
+            "messages": [
+                {"role": "user", "content": [*pictures, {"type": "text", "text": "What is in the picture?"}]}
+            ],
+            "max_tokens": load.tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+
+
+def _picture(noise: np.random.Generator, side: int) -> dict[str, Any]:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ConfigurationError("pictures are drawn with pillow, which is not installed here") from None
+    file = io.BytesIO()
+    Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
