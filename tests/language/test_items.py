@@ -123,6 +123,19 @@ def test_two_requests_share_a_room(desk: Desk) -> None:
     assert desk.value(other) == 6
 
 
+def test_a_request_that_ends_when_its_item_has_just_come(desk: Desk) -> None:
+    """Nobody has looked since: its memory comes back all the same."""
+    key = desk.put(b"a", 20, 5)
+    desk.ask("r1", key)
+    reception = desk.desk._items[key].reception
+    assert reception is not None
+    reception.result(PATIENCE_S)
+    desk.desk.forget("r1")
+    desk.wait(lambda: (desk.desk.forget(""), desk.desk.used_bytes)[1] == 0)
+    desk.until(READY, "r2", key)
+    assert desk.value(key) == 5
+
+
 def test_memory_is_given_whole_and_in_order(desk: Desk) -> None:
     """Two requests that each need most of it: the second holds nothing until the first is over, nor does a small third overtake it."""
     a, b, c, d = (desk.put(name, 15, n) for n, name in enumerate((b"a", b"b", b"c", b"d")))
@@ -149,6 +162,7 @@ def test_a_request_that_wants_more_later(desk: Desk) -> None:
     assert desk.desk.handle(a) is None
     assert desk.ask("r1", a, b) is PENDING
     assert not desk.desk._waiters["r1"].is_admitted
+    assert not desk.desk._items[b].waiters
     desk.desk.forget("r2")
     desk.until(READY, "r1", a, b)
 

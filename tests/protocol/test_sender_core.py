@@ -426,6 +426,7 @@ def test_an_item_is_wanted_once_and_then_offered() -> None:
     assert [a for a in bench.say(wanted) if isinstance(a, Want)] == []
     (announced,) = said(bench.offer())
     assert isinstance(announced, Announce)
+    assert [a for a in bench.say(Open(**TO, room=8)) if isinstance(a, Want)] == []
 
 
 def test_an_item_that_is_not_kept_ends_at_once() -> None:
