@@ -153,3 +153,30 @@ def asked(
     for number, part in enumerate(parts):
         items |= offered(encoders[number % len(encoders)], part)
     return chat(parts, text, ec_transfer_params={"embedwire": {"ticket": "", "items": items}}, **more)
+
+
+class Router:
+    """Our router in front of some servers, at a port that was picked before, so that language servers know where to report."""
+
+    def __init__(self, port: int, *flags: str, log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "embedwire.cli", "router", "--engine", "vllm", "--port", str(port)]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen([*command, *flags], stdout=out, stderr=subprocess.STDOUT)
+        self.log = log
+
+    def wait_knows(self, **workers: int) -> Router:
+        """Until it has found so many workers of each role."""
+        deadline_s, pause = time.monotonic() + WITHIN_S, threading.Event()
+        known: dict[str, int] = {}
+        while any(known.get(role, 0) < count for role, count in workers.items()):
+            assert time.monotonic() < deadline_s, f"it knows {known}: {self.log.read_text()[-2000:]}"
+            pause.wait(LOOK_AGAIN_S)
+            with suppress(httpx.HTTPError):
+                known = httpx.get(f"{self.url}/health", timeout=2.0).json()["workers"]
+        return self
+
+    def stop(self) -> None:
+        """As a user would."""
+        self.process.terminate()
+        self.process.wait(END_S)

@@ -1,7 +1,7 @@
-"""How soon does the first token come, and how many requests a second, beside vLLM's own file-based connector?
+"""How soon does the first token come, and how many requests a second, beside vLLM's own file-based connector, or another router?
 
 Owns the requests and the clock; the servers are the caller's: a router with encoders and language servers behind it, and as baseline an
-encoder and a language server that share files (``ECExampleConnector``). Both stacks get the same requests in turns, each with pictures that
+encoder and a language server that share files (``ECExampleConnector``), or a second router. Both stacks get the same requests in turns, each with pictures that
 neither has seen, and have to give the same answers. One thread a request.
 """
 
@@ -28,12 +28,24 @@ WARM_UP = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stacks:
-    """Where the servers are: URLs without a path. All serve one model under one name."""
+    """Where the servers are: URLs without a path. All serve one model under one name. The baseline is ``baseline_router``, or an encoder
+    and a language server."""
 
     router: str
-    baseline_encoder: str
-    baseline_language: str
+    baseline_router: str = ""
+    baseline_encoder: str = ""
+    baseline_language: str = ""
     timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        pair = bool(self.baseline_encoder), bool(self.baseline_language)
+        if pair != (not self.baseline_router,) * 2:
+            raise ConfigurationError("the baseline is either a router, or an encoder and a language server")
+
+    @property
+    def baseline(self) -> str:
+        """In words."""
+        return "router" if self.baseline_router else "ECExampleConnector"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +91,8 @@ Ask = Callable[[httpx.Client, Mapping[str, Any]], tuple[float, str]]
 
 def measure(stacks: Stacks, load: Load, *, on_progress: Callable[[], object] = lambda: None) -> Case:
     """Ask both in turns. Raises EmbedwireError for an answer that is none, and when the two stacks answer differently."""
-    ways: tuple[Ask, Ask] = (_Ours(stacks).ask, _Baseline(stacks).ask)
+    other: Ask = _Router(stacks.baseline_router).ask if stacks.baseline_router else _Pair(stacks).ask
+    ways: tuple[Ask, Ask] = (_Router(stacks.router).ask, other)
     figures = (_Figures(), _Figures())
     bodies = _bodies(_model(stacks), load)
     with (
@@ -102,7 +115,7 @@ def measure(stacks: Stacks, load: Load, *, on_progress: Callable[[], object] = l
                 figures[which].per_s.append(len(batch) / (time.monotonic() - began))
                 figures[which].texts += [text for _, text in answers]
             on_progress()
-    return _case(load, *figures)
+    return _case(load, *figures, baseline=stacks.baseline)
 
 
 def steps(load: Load) -> int:
@@ -110,7 +123,7 @@ def steps(load: Load) -> int:
     return WARM_UP + 2 * load.repeat
 
 
-def _case(load: Load, ours: _Figures, theirs: _Figures) -> Case:
+def _case(load: Load, ours: _Figures, theirs: _Figures, *, baseline: str) -> Case:
     equal = sum(a == b for a, b in zip(ours.texts, theirs.texts, strict=True))
     if equal < len(ours.texts):
         raise EmbedwireError(
@@ -124,7 +137,7 @@ def _case(load: Load, ours: _Figures, theirs: _Figures) -> Case:
         tokens=load.tokens,
         repeat=load.repeat,
         concurrency=load.concurrency,
-        baseline="ECExampleConnector",
+        baseline=baseline,
         ttft_median_s=ttft_s,
         baseline_ttft_median_s=baseline_s,
         ttft_ratio=baseline_s / ttft_s,
@@ -136,16 +149,16 @@ def _case(load: Load, ours: _Figures, theirs: _Figures) -> Case:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ours:
-    stacks: Stacks
+class _Router:
+    url: str
 
     def ask(self, client: httpx.Client, body: Mapping[str, Any]) -> tuple[float, str]:
         """Seconds to the first token, and the text."""
-        return _stream(client, self.stacks.router, body, began=time.monotonic())
+        return _stream(client, self.url, body, began=time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
-class _Baseline:
+class _Pair:
     """What vLLM's own example does: a request a picture to the encoder, all at once, then the whole request to the language server."""
 
     stacks: Stacks
@@ -188,7 +201,8 @@ def _checked(answer: httpx.Response) -> None:
 
 def _model(stacks: Stacks) -> str:
     with httpx.Client(timeout=stacks.timeout_s, trust_env=False) as client:
-        for url in (stacks.router, stacks.baseline_encoder, stacks.baseline_language):
+        urls = (stacks.router, stacks.baseline_router, stacks.baseline_encoder, stacks.baseline_language)
+        for url in filter(None, urls):
             answer = client.get(f"{url}/v1/models")
             _checked(answer)
     return str(answer.json()["data"][0]["id"])

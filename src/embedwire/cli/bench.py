@@ -95,8 +95,16 @@ def transfer(
 def vllm(
     *,
     router: Annotated[str, typer.Option(help="Ours: a router in front of vLLM servers.")],
-    baseline_encoder: Annotated[str, typer.Option(help="A vLLM encoder with ECExampleConnector.")],
-    baseline_language: Annotated[str, typer.Option(help="A vLLM language server with the same storage.")],
+    baseline_encoder: Annotated[str, typer.Option(help="A vLLM encoder with ECExampleConnector.")] = "",
+    baseline_language: Annotated[
+        str, typer.Option(help="A vLLM language server with the same storage.")
+    ] = "",
+    baseline_router: Annotated[
+        str,
+        typer.Option(
+            help="Instead: another router, for example one that sends media where this one sends metadata."
+        ),
+    ] = "",
     images: Annotated[list[int] | None, typer.Option(help="Pictures a request; may be repeated [1].")] = None,
     side: Annotated[int, typer.Option(min=28, help="Width and height of a picture, in pixels.")] = 448,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 8,
@@ -104,7 +112,7 @@ def vllm(
     repeat: Annotated[int, typer.Option(min=1, help="Measured requests one at a time, and batches.")] = 9,
     json: JsonFile = None,
 ) -> None:
-    """How soon does the first token come, and how many requests a second, beside vLLM's own file-based connector?
+    """How soon does the first token come, and how many requests a second, beside vLLM's own file-based connector, or another router?
 
     The servers have to run already, all with one model: docs/benchmarks.md has the commands. Both stacks get the same requests in
     turns, with pictures that neither has seen, and have to give the same answers. Ratios above 1 say that ours is sooner, or more.
@@ -116,7 +124,10 @@ def vllm(
 
     check_writable(json)
     stacks = bench.Stacks(
-        router=router, baseline_encoder=baseline_encoder, baseline_language=baseline_language
+        router=router,
+        baseline_router=baseline_router,
+        baseline_encoder=baseline_encoder,
+        baseline_language=baseline_language,
     )
     loads = [
         bench.Load(images=count, side=side, tokens=tokens, concurrency=concurrency, repeat=repeat)
