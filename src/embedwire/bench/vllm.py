@@ -1,8 +1,8 @@
 """How soon does the first token come, and how many requests a second, beside vLLM's own file-based connector, or another router?
 
 Owns the requests and the clock; the servers are the caller's: a router with encoders and language servers behind it, and as baseline an
-encoder and a language server that share files (``ECExampleConnector``), or a second router. Both stacks get the same requests in turns, each with pictures that
-neither has seen, and have to give the same answers. One thread a request.
+encoder and a language server that share files (``ECExampleConnector``), or a second router. Both stacks get the same requests in turns,
+each with pictures that neither has seen, and have to give the same answers. One thread a request.
 """
 
 from __future__ import annotations
