@@ -53,7 +53,7 @@ class WorkerCalls:
             "POST", worker.url + path, content=content, headers={"content-type": "application/json"}
         )
         try:
-            with self._waits_for(worker):
+            with self.waits_for(worker):
                 response = await client.send(request, stream=True)
         except httpx.HTTPError as error:
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
@@ -71,7 +71,7 @@ class WorkerCalls:
                 scope.cancel()
 
     @contextmanager
-    def _waits_for(self, worker: Worker) -> Iterator[None]:
+    def waits_for(self, worker: Worker) -> Iterator[None]:
         """Until the worker's answer begins. Raises WorkerFailed when it was given up."""
         with anyio.CancelScope() as scope:
             self._waiting[scope] = worker
