@@ -22,7 +22,7 @@ from anyio.abc import TaskGroup
 
 from embedwire.errors import ConfigurationError
 from embedwire.registry import Registry, Role, Worker
-from embedwire.serve.calls import WorkerCalls, WorkerFailed, named, raise_fault, read_fault
+from embedwire.serve.calls import WorkerCalls, WorkerFailed, named, read_fault
 from embedwire.serve.exchange import Hold
 from embedwire.serve.faults import Fault, FaultError, overloaded, unreachable
 from embedwire.serve.media import MediaFetcher
@@ -141,7 +141,7 @@ class VllmDispatch:
                 way.failed.add(error.url)
                 way.fault = error.fault
             except _AttemptFailed as error:
-                way.failed |= {error.verdict.to_blame} - {None}
+                way.failed |= {url for url in [error.verdict.to_blame] if url}
                 way.fault = error.verdict.fault
             self._metrics.retries.labels(way.fault.code).inc()
         assert way.fault is not None
@@ -165,7 +165,7 @@ class VllmDispatch:
             if isinstance(answer, VllmAnswer):
                 return answer
             if not items:
-                raise_fault(answer, language)
+                raise FaultError(answer)  # what kills an engine would kill the next one too
             end = await self.ends.wait(ticket, within_s=self._limits.cause_wait_s)
             raise self._failed(judge(answer, end, encoded, language_url=language.url, began_s=began_s))
 

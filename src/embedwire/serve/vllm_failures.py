@@ -48,7 +48,7 @@ def judge(
     if end.cause in LANGUAGE_CAUSES:
         return Verdict(fault=fault, to_blame=language_url)
     if end.cause == UNKNOWN_ITEM:
-        return Verdict(fault=fault, lost=frozenset({end.identifier} - {None}) or everything)
+        return Verdict(fault=fault, lost=frozenset({end.identifier}) if end.identifier else everything)
     source = _source_of(end, encoded)
     if source is None:
         return Verdict(fault=fault, lost=everything)
