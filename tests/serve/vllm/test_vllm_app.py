@@ -142,7 +142,11 @@ HOSTILE: list[Any] = [
     {"type": "text", "text": "a", "uuid": "x", "image_url": {"url": "http://169.254.169.254/"}},
     {"type": "image_url", "image_url": None, "uuid": "x"},
     {"type": "image_url", "uuid": "x"},
-    {"type": "image_url", "image_url": {"url": "data:,"}, "video_url": {"url": "data:,"}},
+    {
+        "type": "image_url",
+        "image_url": {"url": "data:;base64,AAAA"},
+        "video_url": {"url": "http://10.0.0.1/"},
+    },
     {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
     {"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}},
 ]
@@ -300,6 +304,21 @@ def test_an_encoder_killed_midway_loses_nothing(servers: Any, post: Any, chat: A
     }
 
 
+def test_what_a_lost_encoder_had_is_not_remembered(servers: Any, post: Any, chat: Any) -> None:
+    """No language server is sent to an encoder that is known to be gone."""
+    encoders = [servers.encoder(), servers.encoder()]
+    language = servers.language()
+    router = servers.router(watch=WatchTimes(interval_s=0.05), misses_to_evict=1)
+    assert post(router, chat("what?", b"x")).status_code == 200
+    first = next(i for i, encoder in enumerate(encoders) if encoder.bodies)
+    servers.encoder_servers[first].stop()
+    while httpx.get(f"{router}/health").json()["workers"]["encoder"] > 1:
+        pass
+    assert post(router, chat("what?", b"x")).status_code == 200
+    (told,) = language.bodies[1]["ec_transfer_params"]["embedwire"]["items"].values()
+    assert told["addresses"] == [encoders[1 - first].address]
+
+
 @pytest.mark.parametrize(
     ("status", "words"), [(400, "cannot identify image file"), (400, "exceeds the encoder cache size")]
 )
@@ -324,13 +343,14 @@ def test_what_an_encoder_refuses_reaches_the_client_as_it_is(
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("cause", "status", "attempts"),
-    [("deadline", 504, 1), ("never_fits", 413, 1), ("peer_lost", 502, 1), ("overloaded", 503, 1)],
+    [("deadline", 504, 1), ("never_fits", 413, 1), ("peer_lost", 502, 3), ("overloaded", 503, 1)],
 )
 def test_the_cause_of_an_end_reaches_the_client(
     servers: Any, post: Any, chat: Any, stream: bool, cause: str, status: int, attempts: int
 ) -> None:
-    """Trap: vLLM itself answers a bare 500, or a 200 whose first event is an error."""
-    servers.encoder()
+    """Trap: vLLM itself answers a bare 500, or a 200 whose first event is an error. A deadline that has passed is not waited for again."""
+    for _ in range(3):
+        servers.encoder()
     language = servers.language(ends=[(cause, "in words")] * 3)
     answer = post(servers.router(), chat("what?", b"x", stream=stream))
     assert cause_of(answer) == (status, cause)
@@ -357,12 +377,15 @@ def test_an_item_that_was_evicted_is_encoded_again(servers: Any, post: Any, chat
 def test_a_lost_transfer_is_tried_from_another_encoder(
     servers: Any, post: Any, chat: Any, stream: bool, cause: str
 ) -> None:
-    one, two = servers.encoder(), servers.encoder()
-    servers.language(ends=[(cause, "")])
-    answer = post(servers.router(), chat("what?", b"x", stream=stream))
+    """Although the one that failed was picked longest ago."""
+    bad, good = servers.encoder(), servers.encoder()
+    language = servers.language(ends=[(cause, "")])
+    answer = post(servers.router(), chat("what?", b"x", b"y", stream=stream))
     assert answer.status_code == 200
     assert "error" not in answer.text
-    assert [len(one.bodies), len(two.bodies)] == [1, 1]
+    assert [len(bad.bodies), len(good.bodies)] == [1, 2]
+    told = language.bodies[1]["ec_transfer_params"]["embedwire"]["items"].values()
+    assert [entry["addresses"] for entry in told] == [[good.address]] * 2
 
 
 def test_an_encoder_that_came_back_is_asked_again(servers: Any, post: Any, chat: Any) -> None:
