@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -38,7 +38,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
 
     ``control_addresses`` are where an encoder's rooms are opened, one a rank; a language server has none. ``readers`` is how many of a
     language server's ranks receive from the wire. Two workers can
-    serve a request together when ``model`` and ``fingerprint`` (of the layout) are equal.
+    serve a request together when ``model`` and ``fingerprint`` (of the layout) are equal. ``engine`` is what answers at ``url``: a server
+    of this package, or a stock vLLM server, which somebody else enters here and only a router for vLLM uses.
     """
 
     role: Role
@@ -48,6 +49,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: Annotated[int, msgspec.Meta(ge=1, le=INCARNATION_MAX)]
     control_addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=RANKS_MAX)] = ()
     readers: Annotated[int, msgspec.Meta(ge=1, le=RANKS_MAX)] = 1
+    engine: Literal["embedwire", "vllm"] = "embedwire"
 
 
 @dataclass(slots=True)
@@ -126,6 +128,11 @@ class Registry:
     def is_candidate(self, entry: Entry) -> bool:
         """Whether requests may be sent to it."""
         return entry.missed < self._misses_to_evict
+
+    def has_candidate(self, url: str) -> bool:
+        """Whether the worker at a URL is here and may be sent requests."""
+        entry = self._entries.get(url)
+        return entry is not None and self.is_candidate(entry)
 
     def is_evicted(self, url: str) -> bool:
         """Whether it is here, but fails its checks. Who said good-bye is not here, and ends what it has begun."""

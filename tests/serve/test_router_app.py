@@ -23,8 +23,9 @@ from embedwire.errors import (
     TransferError,
 )
 from embedwire.serve.dispatch import DispatchLimits, Way
+from embedwire.serve.front import relay_events
 from embedwire.serve.registration import RegistrationTimes
-from embedwire.serve.router_app import RouterSettings, relay_events
+from embedwire.serve.router_app import RouterSettings
 from embedwire.serve.watch import WatchTimes
 from embedwire.serve.worker_app import RegistryLink
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from embedwire.cli import ask, bench, demo, doctor, ranks, servers, show, tiny, up
+from embedwire.cli import ask, bench, demo, doctor, ranks, servers, show, tiny, up, vllm_server
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +31,7 @@ app.command(rich_help_panel=SERVE)(servers.encoder)
 app.command(rich_help_panel=SERVE)(servers.language)
 app.command("encoder-rank", hidden=True)(ranks.encoder_rank)
 app.command("language-rank", hidden=True)(ranks.language_rank)
+app.command("vllm-server", hidden=True)(vllm_server.vllm_server)
 app.command(rich_help_panel=LOOK)(doctor.doctor)
 app.command(rich_help_panel=LOOK)(show.settings)
 app.add_typer(bench.app, name="bench", rich_help_panel=LOOK)

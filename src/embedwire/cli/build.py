@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedwire.cli.screen import size
 from embedwire.cli.settings import Settings
+from embedwire.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,7 +37,44 @@ def build_registry(settings: Settings) -> Built:
 
 
 def build_router(settings: Settings) -> Built:
-    """The router's app. Raises ConfigurationError unless there is either a registry or a list of workers."""
+    """The router's app, for the engine of the settings. Raises ConfigurationError unless there is either a registry or a list of
+    workers."""
+    return _vllm_router(settings) if settings.engine == "vllm" else _own_router(settings)
+
+
+def _vllm_router(settings: Settings) -> Built:
+    from embedwire.serve.vllm_app import VllmSettings, vllm_app
+    from embedwire.serve.vllm_dispatch import VllmLimits
+    from embedwire.serve.watch import WatchTimes
+
+    if settings.worker_urls:
+        raise ConfigurationError(
+            "worker_urls are of this package's own servers; vLLM's are encoder and language"
+        )
+    limits = VllmLimits(
+        attempts_max=settings.attempts_max,
+        deadline_s=settings.deadline_s,
+        item_deadline_s=settings.item_deadline_s,
+        default_max_tokens=settings.default_max_tokens,
+        remembered_max=settings.remembered_items,
+    )
+    app = vllm_app(
+        VllmSettings(
+            registry_url=settings.registry_url,
+            encoder_urls=settings.encoder,
+            language_urls=settings.language,
+            media=settings.media,
+            media_limits=_media_limits(settings),
+            requests_max=settings.requests_max,
+            misses_to_evict=settings.misses_to_evict,
+            watch=WatchTimes(interval_s=settings.check_interval_s),
+            limits=limits,
+        )
+    )
+    return app, {"role": "router", "engine": "vllm"}
+
+
+def _own_router(settings: Settings) -> Built:
     from embedwire.serve.dispatch import DispatchLimits
     from embedwire.serve.router_app import RouterSettings, router_app
     from embedwire.serve.watch import WatchTimes
@@ -200,15 +238,20 @@ def receiver_of(
 
 
 def _media(settings: Settings) -> Any:
-    from embedwire.serve.media import MediaFetcher, MediaLimits
+    from embedwire.serve.media import MediaFetcher
 
-    limits = MediaLimits(
+    return MediaFetcher(_media_limits(settings))
+
+
+def _media_limits(settings: Settings) -> Any:
+    from embedwire.serve.media import MediaLimits
+
+    return MediaLimits(
         items_max=settings.media_items_max,
         item_bytes_max=settings.media_item_size,
         timeout_s=settings.media_timeout_s,
         allow_private_media=settings.allow_private_media,
     )
-    return MediaFetcher(limits)
 
 
 def _link(settings: Settings) -> Any:

@@ -60,7 +60,8 @@ class Child:
     def in_words(self) -> str:
         """What there is to know about it beside its address: how its embeddings come, or where rooms are asked for."""
         ranks = f"{self.facts['ranks']} ranks" if "ranks" in self.facts else None
-        known = (self.facts.get("pool"), self.facts.get("rooms_at"), ranks, self.facts.get("delivery"))
+        said = (self.facts.get(name) for name in ("engine", "pool", "rooms_at", "delivery"))
+        known = (*said, ranks)
         return ", ".join(filter(None, known))
 
     def last_words(self) -> str:

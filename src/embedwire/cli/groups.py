@@ -25,7 +25,7 @@ Size = Annotated[ByteSize, Field(ge=1)]
 Urls = Annotated[
     tuple[str, ...],
     NoDecode,
-    BeforeValidator(lambda v: v.replace(",", " ").split() if isinstance(v, str) else v),
+    BeforeValidator(lambda v: " ".join([v] if isinstance(v, str) else v).replace(",", " ").split()),
 ]
 
 
@@ -86,14 +86,19 @@ class Encoder(Group):
     """Tokens of one run of the tower."""
     memory_wait_s: Seconds = 30.0
     """How long a request waits for source memory before it is refused."""
+
+
+class Media(Group):
+    """Media"""
+
     media_items_max: Count = 64
-    """Images of one request."""
+    """Images and other media of one request."""
     media_item_size: Size = ByteSize(32 * 2**20)
-    """Largest image file."""
+    """Largest file."""
     media_timeout_s: Seconds = 20.0
-    """For fetching all images of a request."""
+    """For fetching all media of a request."""
     allow_private_media: bool = False
-    """Fetch images from private and loopback addresses too. Only where every user may reach what this host reaches."""
+    """Fetch media from private and loopback addresses too. Only where every user may reach what this host reaches."""
 
 
 class Language(Group):
@@ -147,6 +152,41 @@ class Router(Group):
     """From the first byte of a request to the last one of its answer."""
 
 
+class Vllm(Group):
+    """vLLM"""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model: servers of this package, or stock vLLM servers with its connector."""
+    media: Literal["bytes", "metadata"] = "bytes"
+    """What a vLLM language server gets of a media item: its bytes, or only the shape of its embedding, so that it needs no vision tower."""
+    item_deadline_s: Seconds = 30.0
+    """How long a media item may take to be encoded, and as long again to arrive at a vLLM language server."""
+    remembered_items: Annotated[int, Field(ge=0)] = 4096
+    """Recent media items of which the router remembers where they are encoded, so that they are not encoded again."""
+
+
+class VllmUrls(Group):
+    """vLLM servers by URL"""
+
+    encoder: Urls = ()
+    """vLLM encoder servers to use without a registry. May be given several times."""
+    language: Urls = ()
+    """vLLM language servers to use without a registry. May be given several times."""
+
+
+class VllmServers(Group):
+    """vLLM servers to start"""
+
+    vllm_python: str | None = None
+    """The Python in whose environment vLLM and this package are installed (default: this one)."""
+    vllm_args: str = ""
+    """Further arguments of every vLLM server, as on a command line."""
+    vllm_encoder_args: str = ""
+    """Further arguments of the encoders only."""
+    vllm_language_args: str = ""
+    """Further arguments of the language servers only."""
+
+
 class Checks(Group):
     """Checks of workers"""
 
@@ -184,5 +224,5 @@ Bounds = _bounds()
 """The fields of :class:`embedwire.limits.Limits`, with its defaults and texts."""
 
 GROUPS: tuple[type[Group], ...] = (
-    Server, Member, Engine, Wire, Encoder, Language, Ranks, Router, Checks, Bounds,
+    Server, Member, Engine, Wire, Encoder, Media, Language, Ranks, Router, Vllm, VllmUrls, VllmServers, Checks, Bounds,
 )  # fmt: skip

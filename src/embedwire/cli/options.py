@@ -85,11 +85,11 @@ def _kind(annotation: Any) -> tuple[Any, str | None]:
         return str, "SIZE"
     if get_origin(annotation) is Literal or annotation in (bool, int, float, str):
         return annotation, None
-    return str, "URLS"
+    return list[str], "URL[,URL…]"
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default in (None, (), False):
+    if field.default in (None, (), False, ""):
         return ""
     return f"[dim]{escape(f'[{shown(field.default)}]')}[/]"
 

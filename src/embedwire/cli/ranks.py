@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embedwire.cli.build import Built
-from embedwire.cli.groups import Bounds, Encoder, Engine, Language, Member, Ranks, Server, Wire
+from embedwire.cli.groups import Bounds, Encoder, Engine, Language, Media, Member, Ranks, Server, Wire
 from embedwire.cli.membership import Membership, tell
 from embedwire.cli.options import takes
 from embedwire.cli.process import Voice, begin, serve
@@ -35,7 +35,7 @@ Rank = Annotated[int, typer.Option("--rank")]
 Directory = Annotated[Path, typer.Option("--group-dir")]
 
 
-@takes(Server, Member, Engine, Wire, Encoder, Ranks, Bounds)
+@takes(Server, Member, Engine, Wire, Encoder, Media, Ranks, Bounds)
 def encoder_rank(
     loaded: Loaded, *, model: Model, name: GivenName, rank: Rank, group_dir: Directory, child: IsChild = False
 ) -> None:

@@ -67,7 +67,11 @@ def milliseconds(ms: float | None) -> str:
 def timeline(passage: Mapping[str, Any]) -> Table:
     """The ``embedwire`` object of an answer: how its embedding came."""
     made = table("embedding", "", title=None)
-    if passage.get("room") is None:
+    if passage.get("items"):
+        made.add_row("items", f"{passage['items']} from {', '.join(passage['encoders'])}")
+        made.add_row("tokens", str(passage["total_tokens"]))
+        made.add_row("encode", milliseconds(passage["encode_ms"]))
+    elif passage.get("room") is None:
         made.add_row("none", "the prompt has no media")
     else:
         rounds = passage["rounds"]

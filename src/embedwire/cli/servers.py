@@ -16,10 +16,13 @@ from embedwire.cli.groups import (
     Encoder,
     Engine,
     Language,
+    Media,
     Member,
     Ranks,
     Router,
     Server,
+    Vllm,
+    VllmUrls,
     Wire,
 )
 from embedwire.cli.options import takes
@@ -58,11 +61,12 @@ def registry(loaded: Loaded, *, ready_file: ReadyFile = None, child: IsChild = F
     serve(app, loaded.settings, facts, voice=Voice(ready_file, child))
 
 
-@takes(Server, Member, Router, Checks)
+@takes(Server, Member, Router, Vllm, VllmUrls, Media, Checks)
 def router(loaded: Loaded, *, ready_file: ReadyFile = None, child: IsChild = False) -> None:
     """Run the router: the public OpenAI-compatible API in front of encoders and language servers.
 
-    It finds them through --registry-url, or is told of them with --worker-urls. Exit code 0: stopped by SIGTERM or Ctrl-C; 2: an
+    It finds them through --registry-url, or is told of them with --worker-urls. With --engine vllm they are stock vLLM servers, told
+    with --encoder and --language. Exit code 0: stopped by SIGTERM or Ctrl-C; 2: an
     error, whose cause is the last line.
     """
     begin(loaded.settings, is_child=child)
@@ -72,7 +76,7 @@ def router(loaded: Loaded, *, ready_file: ReadyFile = None, child: IsChild = Fal
     serve(app, loaded.settings, facts, voice=Voice(ready_file, child), port=loaded.public_port)
 
 
-@takes(Server, Member, Engine, Wire, Encoder, Ranks, Bounds)
+@takes(Server, Member, Engine, Wire, Encoder, Media, Ranks, Bounds)
 def encoder(
     loaded: Loaded, *, model: Model, name: Name = None, ready_file: ReadyFile = None, child: IsChild = False
 ) -> None:

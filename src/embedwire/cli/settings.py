@@ -25,10 +25,14 @@ from embedwire.cli.groups import (
     Encoder,
     Engine,
     Language,
+    Media,
     Member,
     Ranks,
     Router,
     Server,
+    Vllm,
+    VllmServers,
+    VllmUrls,
     Wire,
 )
 from embedwire.errors import ConfigurationError
@@ -43,7 +47,23 @@ WIRES: Mapping[str, tuple[str, ...] | None] = {"auto": None, "shm": ("shm",), "t
 """What each value of ``transport`` offers, best first; None: all there are."""
 
 
-class Settings(Bounds, Checks, Router, Ranks, Language, Encoder, Wire, Engine, Member, Server, BaseSettings):  # type: ignore[misc,valid-type]
+class Settings(
+    Bounds,  # type: ignore[misc,valid-type]
+    Checks,
+    VllmServers,
+    VllmUrls,
+    Vllm,
+    Router,
+    Ranks,
+    Language,
+    Media,
+    Encoder,
+    Wire,
+    Engine,
+    Member,
+    Server,
+    BaseSettings,
+):
     """All settings, checked. Made by :func:`load`."""
 
     model_config = SettingsConfigDict(
@@ -91,7 +111,7 @@ def load(flags: Mapping[str, Any] | None = None, *, config: Path | None = None) 
     Raises ConfigurationError, in one line, for an unknown name or a value that does not fit, with where it came from.
     """
     path = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    given = {name: value for name, value in (flags or {}).items() if value is not None and value != []}
     sources = (
         (_file(path), lambda name: str(path)),
         (_variables(), lambda name: PREFIX + name.upper()),

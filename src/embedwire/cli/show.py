@@ -34,8 +34,6 @@ def settings(
             origin = loaded.origins[name]
             if not (changed and origin == "default"):
                 value = getattr(loaded.settings, name)
-                made.add_row(
-                    name, "–" if value is None or value == () else shown(value), origin, variable(name)
-                )
+                made.add_row(name, "–" if value in (None, (), "") else shown(value), origin, variable(name))
     out.print(made)
     write_json(json, {name: {"value": dumped[name], "from": loaded.origins[name]} for name in loaded.origins})

@@ -18,9 +18,9 @@ HEALTH_POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The children by what they do. All are ready, and the router knows all workers."""
+    """The children by what they do. All are ready, and the router knows all workers, with or without a registry."""
 
-    registry: Child
+    registry: Child | None
     router: Child
     encoders: Sequence[Child]
     languages: Sequence[Child]
@@ -28,7 +28,8 @@ class Stack:
     @property
     def children(self) -> tuple[Child, ...]:
         """All of them, the router first."""
-        return (self.router, *self.encoders, *self.languages, self.registry)
+        registry = () if self.registry is None else (self.registry,)
+        return (self.router, *self.encoders, *self.languages, *registry)
 
 
 def start_stack(
@@ -67,13 +68,14 @@ def start_stack(
     router = cluster.start("router", "router", variables=member | {f"{PREFIX}PORT": str(router_port)})
     cluster.wait_ready([*encoding, *reading, router], timeout_s=READY_S)
     on_step("waiting until the router knows all workers")
-    _wait_known(cluster, router.url, {"encoder": encoders, "language": languages})
+    wait_known(cluster, router.url, {"encoder": encoders, "language": languages})
     return Stack(registry, router, encoding, reading)
 
 
-def _wait_known(
+def wait_known(
     cluster: Cluster, router_url: str, wanted: Mapping[str, int], *, timeout_s: float = 60.0
 ) -> None:
+    """Until the router can send requests to so many workers of each role. Raises ChildFailed at the deadline."""
     deadline_s = time.monotonic() + timeout_s
     with httpx.Client(trust_env=False, timeout=5.0) as client:
         while True:

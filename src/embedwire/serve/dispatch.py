@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import anyio
-import anyio.to_thread
 import httpx
 import msgspec
 from anyio.abc import TaskGroup
@@ -26,12 +24,11 @@ from anyio.abc import TaskGroup
 from embedwire.errors import ConfigurationError
 from embedwire.limits import ROOM_MAX
 from embedwire.registry import Registry, Role, Worker
-from embedwire.serve.faults import Fault, FaultError, fault_from, overloaded, unreachable
+from embedwire.serve.calls import WorkerCalls, WorkerFailed, raise_fault, read_fault
+from embedwire.serve.faults import Fault, FaultError, overloaded, unreachable
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.openai import ChatRequest, RoomRef, plain_messages
 
-IDLE_CLIENTS_MAX = 64
-RETRIED_STATUS = frozenset({502, 503, 504})
 NOT_RETRIED_CODES = frozenset({"aborted"})
 
 
@@ -68,21 +65,16 @@ class Way:
     fault: Fault | None = None
     finished: bool = False
 
+    @property
+    def stream(self) -> bool:
+        return bool(self.asked.stream)
+
 
 class TakenUp(msgspec.Struct):
     """An encoder's answer to POST /encode."""
 
     total_tokens: int
     control_addresses: tuple[str, ...]
-
-
-class WorkerFailed(Exception):
-    """An attempt failed because of the worker at ``url``; another worker may succeed."""
-
-    def __init__(self, url: str, fault: Fault) -> None:
-        super().__init__(fault.message)
-        self.url = url
-        self.fault = fault
 
 
 class Dispatch:
@@ -98,13 +90,11 @@ class Dispatch:
         limits: DispatchLimits,
     ) -> None:
         self._table = table
-        self._tls = httpx.create_ssl_context(trust_env=False)
+        self.calls = WorkerCalls(table, connect_timeout_s=limits.connect_timeout_s)
         self._background = background
         self._metrics = metrics
         self._limits = limits
         self._rooms: set[int] = set()
-        self._idle: list[httpx.AsyncClient] = []
-        self._waiting: dict[anyio.CancelScope, Worker] = {}
 
     @contextmanager
     def way(self, raw: Mapping[str, Any], asked: ChatRequest, *, began_s: float) -> Iterator[Way]:
@@ -198,70 +188,10 @@ class Dispatch:
     ) -> httpx.Response:
         """A response with status 200, not yet read; ``stack`` closes it. Raises WorkerFailed, or FaultError
         when another worker would not help."""
-        content = await anyio.to_thread.run_sync(msgspec.json.encode, body)
-        who = f"{worker.role} server {worker.url}"
-        client = await stack.enter_async_context(self._client())
-        try:
-            request = client.build_request("POST", worker.url + path, content=content)
-            with self._waits_for(worker):
-                response = await client.send(request, stream=True)
-            stack.push_async_callback(response.aclose)
-            if response.status_code == 200:
-                return response
-            text = await response.aread()
-        except httpx.HTTPError as error:
-            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-                self._table.missed(worker.url)
-            raise WorkerFailed(worker.url, unreachable(who, error)) from None
-        retry_after = response.headers.get("retry-after")
-        fault = fault_from(response.status_code, text, retry_after=retry_after, who=who)
-        if fault.status in RETRIED_STATUS and fault.code not in NOT_RETRIED_CODES:
-            raise WorkerFailed(worker.url, fault)
-        raise FaultError(fault)
-
-    def give_up_on_evicted(self) -> None:
-        """End the waiting for workers that fail their checks, where another one can take over: a process that is frozen takes
-        connections, and answers none. To be called when the table has changed."""
-        for scope, worker in self._waiting.items():
-            others = self._table.candidates(worker.role, model=worker.model, fingerprint=worker.fingerprint)
-            if others and self._table.is_evicted(worker.url):
-                scope.cancel()
-
-    @contextmanager
-    def _waits_for(self, worker: Worker) -> Iterator[None]:
-        """Until the worker's answer begins. Raises WorkerFailed when it was given up."""
-        with anyio.CancelScope() as scope:
-            self._waiting[scope] = worker
-            try:
-                yield
-            finally:
-                del self._waiting[scope]
-            return
-        who = f"{worker.role} server {worker.url}"
-        raise WorkerFailed(worker.url, unreachable(who, TimeoutError("it does not answer its checks")))
-
-    @asynccontextmanager
-    async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """A client for one call at a time, with the connections that it has kept. One pool for all calls
-        would search itself through for each of them: its cost is quadratic in the calls under way."""
-        client = self._idle.pop() if self._idle else self._new_client()
-        try:
-            yield client
-        finally:
-            if len(self._idle) < IDLE_CLIENTS_MAX:
-                self._idle.append(client)
-            else:
-                await client.aclose()
-
-    def _new_client(self) -> httpx.AsyncClient:
-        # Nothing but the connection has a time-out here: the request's deadline stands over the rest.
-        timeout = httpx.Timeout(None, connect=self._limits.connect_timeout_s)
-        return httpx.AsyncClient(verify=self._tls, timeout=timeout, trust_env=False)
-
-    async def close(self) -> None:
-        """Close the connections to workers, when no request is under way any more."""
-        while self._idle:
-            await self._idle.pop().aclose()
+        response = await self.calls.post(worker, path, body, stack)
+        if response.status_code != 200:
+            raise_fault(await read_fault(response, worker), worker, final=NOT_RETRIED_CODES)
+        return response
 
     def _pick(self, role: Role, way: Way, *, fingerprint: str | None) -> Worker:
         """Raises FaultError: nobody is there, or of those who were the last one's fault."""
@@ -274,5 +204,5 @@ class Dispatch:
     async def _abort(self, room: int, encoder: Worker, attempt: int) -> None:
         url, timeout_s = f"{encoder.url}/rooms/{room}", self._limits.abort_timeout_s
         with suppress(httpx.HTTPError):  # a room that nobody reads ends by its own deadline too
-            async with self._client() as client:
+            async with self.calls.client() as client:
                 await client.delete(url, params={"attempt": attempt}, timeout=timeout_s)

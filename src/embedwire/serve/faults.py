@@ -136,6 +136,8 @@ def fault_from(response_status: int, body: bytes, *, retry_after: str | None, wh
     itself."""
     try:
         error = msgspec.json.decode(body)["error"]
+        if isinstance(error["code"], int):  # vLLM repeats the status here
+            error["code"] = _code_of(response_status)
         return msgspec.convert(
             error | {"status": response_status, "retry_after_s": int(retry_after) if retry_after else None},
             Fault,
@@ -156,9 +158,11 @@ def answer_faults(app: FastAPI) -> None:
 
     async def by_framework(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        code = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         return Fault(
-            status=error.status_code, type="invalid_request_error", code=code, message=error.detail
+            status=error.status_code,
+            type="invalid_request_error",
+            code=_code_of(error.status_code),
+            message=error.detail,
         ).response()
 
     async def unexpected(_request: Request, _error: Exception) -> Response:
@@ -171,3 +175,7 @@ def answer_faults(app: FastAPI) -> None:
     app.add_exception_handler(ClientGone, gone)
     app.add_exception_handler(HTTPException, by_framework)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _code_of(status: int) -> str:
+    return http.HTTPStatus(status).phrase.lower().replace(" ", "_")

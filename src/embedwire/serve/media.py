@@ -1,7 +1,7 @@
 """Fetches the media that a request names, without letting the user reach what he should not.
 
 Owns URLs and their bytes; it must not know what the bytes mean, nor who asks. On the event loop of the
-encoder's app; base64 is decoded on a worker thread.
+app that asks; base64 is decoded on a worker thread.
 
 The address is looked up once and the connection goes to the address that was checked, so that a name which
 changes its address in between gains nothing. Every redirect is a new URL and goes the same way.
@@ -97,6 +97,7 @@ class MediaFetcher:
         *,
         resolve: Resolve | None = None,
         inner: httpx.AsyncBaseTransport | None = None,
+        accept: str = "image/*",
     ) -> None:
         self.limits = limits or MediaLimits()
         # A kept connection would be found by its address and serve another name than its certificate's.
@@ -106,7 +107,7 @@ class MediaFetcher:
             transport=PinnedTransport(
                 wire, resolve=resolve or look_up, allow_private=self.limits.allow_private_media
             ),
-            headers={"accept": "image/*", "accept-encoding": "identity", "user-agent": "embedwire"},
+            headers={"accept": accept, "accept-encoding": "identity", "user-agent": "embedwire"},
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # users share this client
             follow_redirects=False,
             trust_env=False,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import anyio
 import httpx
 import msgspec
 
 from embedwire.errors import ConfigurationError, OverloadedError
-from embedwire.registry import Registry, Worker
+from embedwire.registry import Registry, Role, Worker
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,16 @@ class Listings(msgspec.Struct):
     workers: list[Listing]
 
 
+class Model(msgspec.Struct):
+    """One of those that a vLLM server names at GET /v1/models."""
+
+    id: str
+
+
+class Models(msgspec.Struct):
+    data: list[Model]
+
+
 async def every(interval_s: float, step: Callable[[], Awaitable[None]]) -> None:
     """Run ``step`` for ever. A step that fails is logged, and does not end the loop."""
     while True:
@@ -65,19 +76,36 @@ async def check_workers(
 ) -> None:
     """Ask every worker of the table, and those at ``static_urls``, for its health, all at once."""
     async with anyio.create_task_group() as group:
-        for url in {*static_urls, *(e.worker.url for e in table)}:
+        foreign = {e.worker.url: e.worker.role for e in table if e.worker.engine == "vllm"}
+        for url in {*static_urls, *(e.worker.url for e in table)} - foreign.keys():
             group.start_soon(_check, table, client, url)
+        for url, role in foreign.items():
+            group.start_soon(_check_vllm, table, client, url, role)
     table.forget_silent(now=time.monotonic())
 
 
-async def follow_registry(table: Registry, client: httpx.AsyncClient, registry_url: str) -> None:
-    """Make the table hold the registry's candidates. While the registry is away the table stays as it is."""
+async def check_vllm_workers(table: Registry, client: httpx.AsyncClient, roles: Mapping[str, Role]) -> None:
+    """Ask stock vLLM servers, by URL, for their health and their model, all at once."""
+    async with anyio.create_task_group() as group:
+        for url, role in roles.items():
+            group.start_soon(_check_vllm, table, client, url, role)
+
+
+async def follow_registry(
+    table: Registry,
+    client: httpx.AsyncClient,
+    registry_url: str,
+    *,
+    engine: Literal["embedwire", "vllm"] = "embedwire",
+) -> None:
+    """Make the table hold the registry's candidates of one engine. While the registry is away the table stays as it is."""
     try:
         answer = (await client.get(f"{registry_url}/workers")).raise_for_status()
-        listed = msgspec.json.decode(answer.content, type=Listings).workers
+        found = msgspec.json.decode(answer.content, type=Listings).workers
     except (httpx.HTTPError, msgspec.MsgspecError) as error:
         log.warning("registry %s: %s", registry_url, error)
         return
+    listed = [listing for listing in found if listing.worker.engine == engine]
     now = time.monotonic()
     for listing in listed:
         table.register(listing.worker, now=now)
@@ -97,10 +125,27 @@ async def _check(table: Registry, client: httpx.AsyncClient, url: str) -> None:
         log.info("worker %s: %s", url, error)
         table.missed(url)
         return
-    now = time.monotonic()
     # It may say another name of itself than the one it was asked by: this is the one it can be reached by.
+    _enter(table, msgspec.structs.replace(worker, url=url))
+
+
+async def _check_vllm(table: Registry, client: httpx.AsyncClient, url: str, role: Role) -> None:
+    """Its health is a bare status (503 once its engine has died); its first model is the one it serves."""
     try:
-        table.register(msgspec.structs.replace(worker, url=url), now=now)
-        table.answered(url, now=now)
+        (await client.get(f"{url}/health")).raise_for_status()
+        answer = (await client.get(f"{url}/v1/models")).raise_for_status()
+        model = msgspec.json.decode(answer.content, type=Models).data[0].id
+    except (httpx.HTTPError, msgspec.MsgspecError, IndexError) as error:
+        log.info("vLLM server %s: %s", url, error)
+        table.missed(url)
+        return
+    _enter(table, Worker(role=role, url=url, model=model, fingerprint="vllm", incarnation=1, engine="vllm"))
+
+
+def _enter(table: Registry, worker: Worker) -> None:
+    now = time.monotonic()
+    try:
+        table.register(worker, now=now)
+        table.answered(worker.url, now=now)
     except OverloadedError as error:
-        log.warning("worker %s: %s", url, error)
+        log.warning("worker %s: %s", worker.url, error)

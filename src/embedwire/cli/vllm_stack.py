@@ -1,0 +1,65 @@
+"""A serving stack of vLLM servers on this machine: a router, encoders and language servers, as children. Knows which depends on which."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from embedwire.cli.cluster import Child, Cluster
+from embedwire.cli.settings import PREFIX
+from embedwire.cli.stack import READY_S, Stack, wait_known
+from embedwire.registry import Role
+
+
+def start_vllm_stack(
+    cluster: Cluster,
+    model: str,
+    *,
+    host: str,
+    name: str | None = None,
+    encoders: int = 1,
+    languages: int = 1,
+    router_port: int = 0,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Stack:
+    """Start everything and wait until the router can send requests to every server. Raises ChildFailed with the cause.
+
+    The router comes first: language servers are told its URL, to report causes to. It is told the others' before they are there.
+    """
+    ports = free_ports(host, encoders + languages)
+    urls = [f"http://{host}:{port}" for port in ports]
+    on_step("starting the router")
+    known = {
+        f"{PREFIX}ENGINE": "vllm",
+        f"{PREFIX}PORT": str(router_port),
+        f"{PREFIX}ENCODER": ",".join(urls[:encoders]),
+        f"{PREFIX}LANGUAGE": ",".join(urls[encoders:]),
+    }
+    router = cluster.start("router", "router", variables=known)
+    cluster.wait_ready([router], timeout_s=READY_S)
+    on_step(f"starting vLLM: {encoders} × encoder, {languages} × language server")
+
+    def start(role: Role, number: int, port: int) -> Child:
+        arguments = [model, "--role", role.value, "--report-to", router.url]
+        arguments += ["--name", name] if name else []
+        return cluster.start(
+            f"{role} {number}", "vllm-server", *arguments, variables={f"{PREFIX}PORT": str(port)}
+        )
+
+    encoding = [start(Role.ENCODER, i + 1, port) for i, port in enumerate(ports[:encoders])]
+    reading = [start(Role.LANGUAGE, i + 1, port) for i, port in enumerate(ports[encoders:])]
+    cluster.wait_ready([*encoding, *reading], timeout_s=READY_S)
+    on_step("waiting until the router knows all servers")
+    wait_known(cluster, router.url, {"encoder": encoders, "language": languages})
+    return Stack(None, router, encoding, reading)
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports that nobody has at this moment: vLLM can not say which one it took. Who comes in between makes its server fail to start."""
+    with ExitStack() as stack:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sockets = [stack.enter_context(socket.socket(family)) for _ in range(count)]
+        for each in sockets:
+            each.bind((host, 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -1,0 +1,276 @@
+"""One request's way to vLLM servers: its media to encoders, then all of it to a language server, and again when one fails.
+
+Owns attempts and the calls to language servers; it must not know the client's connection. On the router's
+event loop.
+
+As long as no token has gone out, a failed attempt is followed by another one. Items that were encoded stay encoded, unless
+the failure says otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import anyio
+import anyio.to_thread
+import httpx
+from anyio.abc import TaskGroup
+
+from embedwire.errors import ConfigurationError
+from embedwire.registry import Registry, Role, Worker
+from embedwire.serve.calls import WorkerCalls, WorkerFailed, named, read_fault
+from embedwire.serve.exchange import Hold
+from embedwire.serve.faults import Fault, FaultError, overloaded, unreachable
+from embedwire.serve.media import MediaFetcher
+from embedwire.serve.metrics import AppMetrics
+from embedwire.serve.vllm_answer import ItemsPassage, VllmAnswer
+from embedwire.serve.vllm_encoders import Encoders, failed_inside, refused
+from embedwire.serve.vllm_ends import Ends
+from embedwire.serve.vllm_failures import Verdict, judge
+from embedwire.serve.vllm_items import Encoded, Items
+from embedwire.serve.vllm_request import Asked, Item, items_of, language_body
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmLimits:
+    """Bounds on one request's way. ``deadline_s`` is from its first byte to the last one of the answer, ``item_deadline_s`` for an
+    item to be encoded. ``cause_wait_s`` is how long a failure waits for its cause."""
+
+    attempts_max: int = 3
+    deadline_s: float = 600.0
+    item_deadline_s: float = 30.0
+    connect_timeout_s: float = 3.0
+    cause_wait_s: float = 1.0
+    default_max_tokens: int = 256
+    """How many tokens a request without a limit counts as, when load is compared."""
+    remembered_max: int = 4096
+    """Answers of encoders that are kept; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if name != "remembered_max" and getattr(self, name) <= 0:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it has to be above 0")
+        if self.remembered_max < 0:
+            raise ConfigurationError(f"remembered_max is {self.remembered_max}; it can not be below 0")
+
+
+@dataclass(slots=True)
+class VllmWay:
+    """One request under way. ``items`` are its media once they are here; ``failed`` are URLs of workers, ``fault`` what the last one
+    said."""
+
+    asked: Asked
+    began_s: float
+    hold: Hold
+    items: Sequence[Item] | None = None
+    failed: set[str] = field(default_factory=set)
+    fault: Fault | None = None
+    finished: bool = False
+
+    @property
+    def stream(self) -> bool:
+        return self.asked.stream
+
+
+class _AttemptFailed(Exception):
+    """Another attempt may succeed."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.fault.message)
+        self.verdict = verdict
+
+
+class VllmDispatch:
+    """Sends requests to the workers of ``table``; ``media`` is what the language server gets of an item: its bytes, or only what vLLM
+    needs to know of its shape."""
+
+    def __init__(
+        self,
+        table: Registry,
+        *,
+        background: TaskGroup,
+        metrics: AppMetrics,
+        limits: VllmLimits,
+        fetcher: MediaFetcher,
+        media: Literal["bytes", "metadata"] = "bytes",
+    ) -> None:
+        self._table = table
+        self._metrics = metrics
+        self._limits = limits
+        self._fetcher = fetcher
+        self._media = media
+        self.ends = Ends()
+        self.calls = WorkerCalls(table, connect_timeout_s=limits.connect_timeout_s)
+        encoders = Encoders(
+            table,
+            self.calls,
+            metrics=metrics,
+            attempts_max=limits.attempts_max,
+            item_deadline_s=limits.item_deadline_s,
+        )
+        self._items = Items(
+            encoders.encode,
+            background=background,
+            remembered_max=limits.remembered_max,
+            is_there=table.has_candidate,
+        )
+
+    @contextmanager
+    def way(self, asked: Asked, *, began_s: float, hold: Hold) -> Iterator[VllmWay]:
+        """A request under way."""
+        yield VllmWay(asked, began_s, hold)
+
+    async def open(self, way: VllmWay, stack: AsyncExitStack) -> VllmAnswer:
+        """A language server's answer, whose first event, if it streams, is no error. What it holds is given back by ``stack``.
+
+        Raises FaultError: what a worker answered, the cause of a transfer's end, or that nobody is there; MediaError.
+        """
+        self._pick_language(way)  # before anybody encodes for a request that nobody can answer
+        way.items = await self._fetch(way)
+        for _ in range(self._limits.attempts_max):
+            try:
+                async with AsyncExitStack() as this_attempt:
+                    answer = await self._attempt(way, way.items, this_attempt)
+                    stack.push_async_exit(this_attempt.pop_all())
+                    return answer
+            except WorkerFailed as error:
+                way.failed.add(error.url)
+                way.fault = error.fault
+            except _AttemptFailed as error:
+                way.failed |= {url for url in [error.verdict.to_blame] if url}
+                way.fault = error.verdict.fault
+            self._metrics.retries.labels(way.fault.code).inc()
+        assert way.fault is not None
+        raise FaultError(way.fault)
+
+    async def _fetch(self, way: VllmWay) -> list[Item]:
+        contents = await self._fetcher.fetch_all({media.place: media.url for media in way.asked.media})
+        way.hold(sum(map(len, contents)))
+        return await anyio.to_thread.run_sync(items_of, way.asked, contents)
+
+    async def _attempt(self, way: VllmWay, items: Sequence[Item], stack: AsyncExitStack) -> VllmAnswer:
+        began_s = time.monotonic()
+        encoded = await self._encode(way, items)
+        passage = _passage(encoded, encode_ms=(time.monotonic() - began_s) * 1000)
+        language = self._pick_language(way)
+        stack.enter_context(self._table.loaded(language.url, passage.total_tokens + self._max_tokens(way)))
+        with self.ends.ticket() as ticket:
+            transfer = {"ticket": ticket, "items": _whereabouts(encoded)} if items else None
+            body = language_body(way.asked, self._parts(items, encoded), transfer)
+            answer = await self._ask(language, body, way, passage, stack)
+            if isinstance(answer, VllmAnswer):
+                return answer
+            if not items:
+                raise FaultError(answer)  # what kills an engine would kill the next one too
+            end = await self.ends.wait(ticket, within_s=self._limits.cause_wait_s)
+            raise self._failed(judge(answer, end, encoded, language_url=language.url, began_s=began_s))
+
+    async def _ask(
+        self,
+        language: Worker,
+        body: dict[str, Any],
+        way: VllmWay,
+        passage: ItemsPassage,
+        stack: AsyncExitStack,
+    ) -> VllmAnswer | Fault:
+        """The answer, or what vLLM said that may have a cause of ours. Raises FaultError and WorkerFailed for all else."""
+        response = await self.calls.post(language, "/v1/chat/completions", body, stack)
+        who = named(language)
+        if response.status_code == 500:
+            return failed_inside(language, (await read_fault(response, language)).message)
+        if response.status_code != 200:
+            raise refused(language, response.status_code, await read_fault(response, language))
+        answer = VllmAnswer(response, passage, began_s=way.began_s, metrics=self._metrics)
+        if not way.stream:
+            return answer
+        try:
+            with self.calls.waits_for(language):
+                fault = await answer.begin(who=who)
+        except httpx.HTTPError as error:
+            raise WorkerFailed(language.url, unreachable(who, error)) from None
+        if fault is None:
+            return answer
+        if fault.status == 500:
+            return failed_inside(language, fault.message)
+        raise refused(language, fault.status, fault)
+
+    async def _encode(self, way: VllmWay, items: Sequence[Item]) -> list[Encoded]:
+        """All items at once; of equal ones, one. Raises FaultError: the first one's."""
+        found: dict[bytes, Encoded] = {}
+        faults: list[FaultError] = []
+
+        async def get(item: Item) -> None:
+            try:
+                found[item.key] = await self._items.get(item, avoid=way.failed)
+            except FaultError as error:
+                faults.append(error)
+                group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            for item in {item.key: item for item in items}.values():
+                group.start_soon(get, item)
+        if faults:
+            raise FaultError(way.fault) if way.fault and faults[0].fault.code == "overloaded" else faults[0]
+        return [found[item.key] for item in items]
+
+    def _parts(self, items: Sequence[Item], encoded: Sequence[Encoded]) -> list[Any]:
+        if self._media == "bytes":
+            return [item.part for item in items]
+        return [_metadata_part(item, answer) for item, answer in zip(items, encoded, strict=True)]
+
+    def _failed(self, verdict: Verdict) -> Exception:
+        """What to raise, when what is lost has been forgotten."""
+        self._items.forget(verdict.lost)
+        if verdict.lost_encoder:
+            self._items.forget_encoder(verdict.lost_encoder)
+        return FaultError(verdict.fault) if verdict.is_final else _AttemptFailed(verdict)
+
+    def _pick_language(self, way: VllmWay) -> Worker:
+        """Raises FaultError: nobody is there, or of those who were the last one's fault."""
+        worker = self._table.pick(Role.LANGUAGE, model=way.asked.model, avoid=way.failed)
+        if worker is None:
+            raise FaultError(
+                way.fault or overloaded(f"no language server for {way.asked.model!r} is available")
+            )
+        return worker
+
+    def _max_tokens(self, way: VllmWay) -> int:
+        for name in ("max_completion_tokens", "max_tokens"):
+            if isinstance(tokens := way.asked.raw.get(name), int):
+                return max(0, tokens)
+        return self._limits.default_max_tokens
+
+
+def _passage(encoded: Sequence[Encoded], *, encode_ms: float) -> ItemsPassage:
+    if not encoded:
+        return ItemsPassage()
+    return ItemsPassage(
+        encoders=tuple(dict.fromkeys(answer.encoder for answer in encoded)),
+        items=len(encoded),
+        total_tokens=sum(answer.tokens for answer in encoded),
+        encode_ms=encode_ms,
+    )
+
+
+def _whereabouts(encoded: Sequence[Encoded]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"addresses": entry.addresses, "tokens": entry.tokens}
+        for answer in encoded
+        for name, entry in answer.offered.items()
+    }
+
+
+def _metadata_part(item: Item, answer: Encoded) -> dict[str, Any]:
+    """Instead of the media, what vLLM has to know of it. Raises FaultError where the encoder did not say."""
+    (name, entry), *others = answer.offered.items()
+    if others or not entry.metadata:
+        message = f"encoder server {answer.encoder} told no metadata of a media item"
+        raise FaultError(
+            Fault(status=502, type="upstream_error", code="bad_upstream_answer", message=message)
+        )
+    kind = f"{item.modality}_embeds"
+    return {"type": kind, kind: entry.metadata, "uuid": name}

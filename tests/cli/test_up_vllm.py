@@ -1,0 +1,196 @@
+"""A stack of vLLM servers as children of one process, with a stand-in for vLLM: it answers, and nothing of it is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+
+from embedwire.cli.settings import load
+from embedwire.cli.vllm_server import vllm_command
+from embedwire.registry import Role
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Run
+
+FAKE_VLLM = Path(__file__).parent / "fake_vllm"
+ENDS_WITHIN_S = 30
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+@pytest.fixture
+def with_fake_vllm(environment: dict[str, str]) -> dict[str, str]:
+    paths = os.pathsep.join(filter(None, [str(FAKE_VLLM), environment.get("PYTHONPATH")]))
+    return environment | {"PYTHONPATH": paths}
+
+
+class Up:
+    """A running ``embedwire up --engine vllm``, and what it says."""
+
+    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+        command = ["up", "--engine", "vllm", "--model", "m", "--port", "0", "--shutdown-s", "5", *arguments]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "embedwire.cli", *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.said = ""
+        for line in iter(self.process.stdout.readline, ""):
+            self.said += line
+            if line.startswith("Ctrl-C ends"):
+                break
+        else:
+            raise AssertionError(self.process.communicate()[1])
+        found = re.findall(r"^(\w+ ?\d?) +(http://\S+) +(\d+)", self.said, re.MULTILINE)
+        self.urls = {name.strip(): url for name, url, _ in found}
+        self.children = psutil.Process(self.process.pid).children(recursive=True)
+
+    def ask(self, *parts: Any) -> dict[str, Any]:
+        body = {"model": "m", "messages": [{"role": "user", "content": [*parts]}]}
+        answer = httpx.post(f"{self.urls['router']}/v1/chat/completions", json=body, timeout=20)
+        assert answer.status_code == 200, answer.text
+        told: dict[str, Any] = answer.json()
+        return told
+
+
+@pytest.fixture
+def up(with_fake_vllm: dict[str, str]) -> Iterator[Up]:
+    running = Up(with_fake_vllm, "--encoders", "2", "--vllm-args", "--seed '4 2'")
+    yield running
+    running.process.kill()
+    running.process.communicate()
+    for child in psutil.wait_procs(running.children, timeout=ENDS_WITHIN_S)[1]:
+        child.kill()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_it_answers_and_ctrl_c_leaves_nothing_behind(up: Up) -> None:
+    assert list(up.urls) == ["router", "encoder 1", "encoder 2", "language 1"], up.said
+    assert len(up.children) == 1 + 3 * 3, "a router; and of each server what watches it, vLLM, and vLLM's own"
+    answer = up.ask(IMAGE, {"type": "text", "text": "what?"})
+    assert answer["embedwire"]["encoders"][0] in (up.urls["encoder 1"], up.urls["encoder 2"])
+    told = json.loads(answer["choices"][0]["message"]["content"])
+    assert told["config"]["ec_connector_extra_config"]["report_to"] == [up.urls["router"]]
+    assert told["argv"][-2:] == ["--seed", "4 2"]
+    assert told["asked"]["ec_transfer_params"]["embedwire"]["items"].keys() == {"some-hash"}
+    up.process.send_signal(signal.SIGINT)
+    up.process.communicate(timeout=ENDS_WITHIN_S)
+    assert up.process.returncode == 0
+    assert psutil.wait_procs(up.children, timeout=ENDS_WITHIN_S)[1] == []
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_nothing_is_left_when_it_is_killed(up: Up) -> None:
+    """Scenario 28: nobody is left who could stop vLLM, so what watches it does."""
+    up.process.kill()
+    up.process.wait()
+    assert psutil.wait_procs(up.children, timeout=ENDS_WITHIN_S)[1] == []
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_a_server_that_dies_is_named(up: Up) -> None:
+    (dying,) = (
+        c for c in up.children if "api_server" in str(c.cmdline()) and "ec_consumer" in str(c.cmdline())
+    )
+    dying.kill()
+    _, stderr = up.process.communicate(timeout=ENDS_WITHIN_S)
+    assert up.process.returncode == 2
+    assert re.search(r"language 1.*has ended", stderr), stderr
+    assert "vLLM has ended: exit code -9" in stderr
+    assert psutil.wait_procs(up.children, timeout=ENDS_WITHIN_S)[1] == []
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_a_server_that_can_not_start_is_named_with_its_last_words(
+    embedwire: Run, with_fake_vllm: dict[str, str]
+) -> None:
+    ended = embedwire(
+        "up", "m", "--engine", "vllm", "--port", 0, "--vllm-encoder-args=--fails",
+        PYTHONPATH=with_fake_vllm["PYTHONPATH"],
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "encoder 1 | no such model: m" in ended.stderr, ended.stderr
+
+
+def flags_of(command: list[str]) -> dict[str, str]:
+    return {a: b for a, b in pairwise(command) if a.startswith("--")}
+
+
+def test_how_servers_are_started() -> None:
+    loaded = load({"port": 7, "dtype": "float32", "source_memory": "1MiB", "transport": "tcp"})
+    command = vllm_command(loaded, "m", role=Role.ENCODER, report_to="http://r")
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    flags = flags_of(command)
+    assert (flags["--model"], flags["--port"], flags["--dtype"]) == ("m", "7", "float32")
+    assert {"--enforce-eager", "--no-enable-prefix-caching"} <= {*command}
+    assert json.loads(flags["--ec-transfer-config"]) == {
+        "ec_connector": "EmbedwireECConnector",
+        "ec_connector_module_path": "embedwire.engines.vllm.connector",
+        "ec_role": "ec_producer",
+        "ec_connector_extra_config": {"transport": "tcp", "host": "127.0.0.1", "items_bytes": 2**20},
+    }
+
+
+def test_how_language_servers_are_started() -> None:
+    told = {"media": "metadata", "num_blocks": 8, "assembly_memory": "2MiB", "tensor_parallel_size": 2}
+    loaded = load(told | {"vllm_python": "/opt/py", "vllm_args": "-a", "vllm_language_args": "--b 'c d'"})
+    command = vllm_command(loaded, "m", role=Role.LANGUAGE, name="n", report_to="http://r")
+    assert command[0] == "/opt/py"
+    assert command[-3:] == ["-a", "--b", "c d"]
+    assert "--language-model-only" in command
+    assert "--dtype" not in command
+    flags = flags_of(command)
+    assert (flags["--served-model-name"], flags["--tensor-parallel-size"]) == ("n", "2")
+    config = json.loads(flags["--ec-transfer-config"])
+    assert config["ec_role"] == "ec_consumer"
+    assert config["ec_connector_extra_config"] == {
+        "transport": "auto",
+        "item_deadline_s": 30.0,
+        "report_to": ["http://r"],
+        "num_blocks": 8,
+        "staging_bytes": 2 * 2**20,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("up", "--engine", "vllm"), "give the model once"),
+        (("up", "a", "--model", "b"), "give the model once"),
+        (("router", "--engine", "vllm"), "registry_url or the URLs of language servers"),
+        (("router", "--engine", "vllm", "--worker-urls", "http://a"), "encoder and language"),
+        (("up", "a", "--engine", "vllm", "--encoder-tensor-parallel-size", "2"), "--vllm-encoder-args"),
+    ],
+)
+def test_what_can_not_be_is_said_in_one_line(embedwire: Run, arguments: tuple[str, ...], said: str) -> None:
+    ended = embedwire(*arguments)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+
+
+def test_urls_may_be_given_several_times() -> None:
+    assert load({"encoder": ["http://a,http://b", "http://c"]}).settings.encoder == (
+        "http://a",
+        "http://b",
+        "http://c",
+    )
+    assert load({"encoder": []}).origins["encoder"] == "default"
