@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -23,16 +24,36 @@ LAST_CHUNK = re.compile(rb'"finish_reason":\s*"|"choices":\s*\[\]')
 DATA = b"data:"
 
 
+class ItemTransfer(msgspec.Struct, kw_only=True):
+    """One item's room: rows, rows a round, bytes over the wire, milliseconds from the first grant to the last byte checked."""
+
+    tokens: int
+    rounds: tuple[int, ...]
+    bytes: int
+    transport: str
+    transfer_ms: float
+
+
+class _Came(msgspec.Struct):
+    items: dict[str, ItemTransfer]
+
+
+class _Params(msgspec.Struct):
+    embedwire: _Came
+
+
 class ItemsPassage(msgspec.Struct, kw_only=True):
     """How the media of a prompt came to the language server: the answer's ``embedwire`` object behind this router. ``items`` counts
     the prompt's media, ``encoders`` are those that they came from, ``total_tokens`` is all their rows, ``encode_ms`` how long it took
-    until all were encoded (next to nothing when they were already)."""
+    until all were encoded (next to nothing when they were already). ``transfers``: how each item came over, by its identifier, as the
+    language server says in an answer that is no stream."""
 
     encoders: tuple[str, ...] = ()
     items: int = 0
     total_tokens: int = 0
     encode_ms: float | None = None
     ttft_ms: float | None = None
+    transfers: dict[str, ItemTransfer] = {}
 
 
 class VllmAnswer:
@@ -96,6 +117,9 @@ class VllmAnswer:
             fields = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
         except msgspec.MsgspecError:
             return content
+        with suppress(msgspec.MsgspecError):
+            params = msgspec.json.decode(fields.pop("ec_transfer_params", b"null"), type=_Params)
+            self._passage.transfers = params.embedwire.items
         return msgspec.json.encode({**fields, "embedwire": self._passage})
 
 

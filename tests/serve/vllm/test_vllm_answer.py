@@ -59,3 +59,13 @@ async def test_a_stream_without_an_event() -> None:
     fault = await answer_in([b"data: {"]).begin(who="it")
     assert fault is not None
     assert (fault.status, fault.code) == (502, "bad_upstream_answer")
+
+
+async def test_how_items_came_is_told_in_our_words() -> None:
+    """vLLM's own field for it is not for users; one that is of another form, or null, is left out."""
+    came = b'{"embedwire":{"items":{"a":{"tokens":9,"rounds":[8,1],"bytes":36,"transport":"shm","transfer_ms":0.5}}}}'
+    for params, transfers in ((came, {"a": [8, 1]}), (b"null", {}), (b'{"a": 3}', {})):
+        answer = answer_in([b'{"id":"c","ec_transfer_params":' + params + b"}"])
+        fields = msgspec.json.decode(await answer.aread())
+        assert fields.keys() == {"id", "embedwire"}
+        assert {name: item["rounds"] for name, item in fields["embedwire"]["transfers"].items()} == transfers
