@@ -38,7 +38,8 @@ from embedwire.serve.vllm_request import Asked, Item, items_of, language_body
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmLimits:
     """Bounds on one request's way. ``deadline_s`` is from its first byte to the last one of the answer, ``item_deadline_s`` for an
-    item to be encoded. ``cause_wait_s`` is how long a failure waits for its cause: longer than a connector tries to tell another router first (1 s)."""
+    item to be encoded. ``cause_wait_s`` is how long a failure waits for its cause:
+    longer than a connector tries to tell another router first (1 s)."""
 
     attempts_max: int = 3
     deadline_s: float = 600.0
