@@ -38,13 +38,14 @@ from embedwire.serve.vllm_request import Asked, Item, items_of, language_body
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmLimits:
     """Bounds on one request's way. ``deadline_s`` is from its first byte to the last one of the answer, ``item_deadline_s`` for an
-    item to be encoded. ``cause_wait_s`` is how long a failure waits for its cause."""
+    item to be encoded. ``cause_wait_s`` is how long a failure waits for its cause:
+    longer than a connector tries to tell another router first (1 s)."""
 
     attempts_max: int = 3
     deadline_s: float = 600.0
     item_deadline_s: float = 30.0
     connect_timeout_s: float = 3.0
-    cause_wait_s: float = 1.0
+    cause_wait_s: float = 2.0
     default_max_tokens: int = 256
     """How many tokens a request without a limit counts as, when load is compared."""
     remembered_max: int = 4096

@@ -375,14 +375,15 @@ def test_an_item_that_was_evicted_is_encoded_again(servers: Any, post: Any, chat
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("cause", ["peer_lost", "encoder_failed", "corrupt"])
 def test_a_lost_transfer_is_tried_from_another_encoder(
-    servers: Any, post: Any, chat: Any, stream: bool, cause: str
+    servers: Any, post: Any, chat: Any, name_of: Any, stream: bool, cause: str
 ) -> None:
     """Although the one that failed was picked longest ago."""
-    bad, good = servers.encoder(), servers.encoder()
+    encoders = [servers.encoder(), servers.encoder()]
     language = servers.language(ends=[(cause, "")])
     answer = post(servers.router(), chat("what?", b"x", b"y", stream=stream))
     assert answer.status_code == 200
     assert "error" not in answer.text
+    bad, good = sorted(encoders, key=lambda e: e.entered.get(timeout=WAIT_S) != name_of(b"x"))
     assert [len(bad.bodies), len(good.bodies)] == [1, 2]
     told = language.bodies[1]["ec_transfer_params"]["embedwire"]["items"].values()
     assert [entry["addresses"] for entry in told] == [[good.address]] * 2
