@@ -80,7 +80,7 @@ class VllmAnswer:
         event, _, _ = self._first.partition(b"\n\n")
         if fault := _error_in(event.removeprefix(DATA), who=who):
             return fault
-        self._passage.ttft_ms = (time.monotonic() - self._began_s) * 1000
+        self._passage.ttft_ms = round((time.monotonic() - self._began_s) * 1000, 3)
         self._metrics.observe(Passage(ttft_ms=self._passage.ttft_ms))
         return None
 

@@ -253,7 +253,7 @@ def _passage(encoded: Sequence[Encoded], *, encode_ms: float) -> ItemsPassage:
         encoders=tuple(dict.fromkeys(answer.encoder for answer in encoded)),
         items=len(encoded),
         total_tokens=sum(answer.tokens for answer in encoded),
-        encode_ms=encode_ms,
+        encode_ms=round(encode_ms, 3),
     )
 
 
