@@ -22,10 +22,12 @@ from msgspec import inspect
 
 from embedwire import errors
 from embedwire.bench.transfer import Case
+from embedwire.cli.groups import attribute_docs
 from embedwire.cli.options import shown, variable
 from embedwire.cli.settings import GROUPS, Bounds
 from embedwire.encode import EncodeStats
 from embedwire.endpoint import ReceiverStats, SenderStats
+from embedwire.engines.vllm.settings import ConnectorSettings
 from embedwire.language import LanguageStats
 from embedwire.limits import Limits
 from embedwire.protocol import messages, states
@@ -306,6 +308,16 @@ def settings_list() -> str:
     return "\n\n".join(parts)
 
 
+def connector_settings() -> str:
+    """What ``ec_connector_extra_config`` takes."""
+    texts = attribute_docs(ConnectorSettings)
+    rows = (
+        (f"`{name}`", f"`{msgspec.json.encode(default).decode()}`", one_line(texts[name]))
+        for name, default in msgspec.structs.asdict(ConnectorSettings()).items()
+    )
+    return table(("name", "default", "meaning"), rows)
+
+
 def default_of(value: object) -> str:
     return "none" if value is None or value == () else shown(value)
 
@@ -421,6 +433,7 @@ REGIONS: Mapping[str, Callable[[], str]] = {
     "settings": settings_list,
     "metrics": metrics_list,
     "bench-case": bench_case,
+    "connector-settings": connector_settings,
     "errors": errors_table,
     "lanes": lanes_table,
     "collectives": collectives_table,

@@ -196,7 +196,7 @@ class Checks(Group):
     """Time between two checks of a worker, and between two looks at the registry."""
 
 
-def _docstrings(cls: type) -> dict[str, str]:
+def attribute_docs(cls: type) -> dict[str, str]:
     """The docstrings under a class's attributes, which Python itself does not keep."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -212,7 +212,7 @@ def _docstrings(cls: type) -> dict[str, str]:
 
 
 def _bounds() -> type[Group]:
-    texts = _docstrings(Limits)
+    texts = attribute_docs(Limits)
     kinds: Mapping[str, Any] = {"float": Seconds, "int": Count}
     made = {
         f.name: (kinds[str(f.type)], Field(f.default, description=texts.get(f.name))) for f in fields(Limits)
