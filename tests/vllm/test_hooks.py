@@ -294,6 +294,24 @@ def test_models_that_differ_are_refused_with_both_named(
         pair.close()
 
 
+def test_encoders_are_greeted_at_start(config: Callable[..., Any]) -> None:
+    """One that makes other rows keeps the language server from starting, both values named; one that is away does not."""
+    pair = Pair(config, "V1")
+    away = "tcp://127.0.0.1:9"
+    try:
+        encoders = [pair.teller._teller.address, away]
+        with pytest.raises(
+            ConfigurationError, match=r"sender embeddings float32\[128\], receiver embeddings float32\[512\]"
+        ):
+            EmbedwireECConnector(
+                config("ec_consumer", family="qwen3_vl", encoders=encoders), ECConnectorRole.SCHEDULER
+            )
+        right = config("ec_consumer", encoders=encoders, peer_silence_s=0.2)
+        EmbedwireECConnector(right, ECConnectorRole.SCHEDULER).shutdown()
+    finally:
+        pair.close()
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [

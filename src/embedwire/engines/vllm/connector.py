@@ -90,6 +90,14 @@ class EmbedwireECConnector(ECConnectorBase):
             self._fetcher = ConsumerScheduler(
                 self._layout, self._settings, resolver=resolver, may_encode=may_encode
             )
+            self._greet(self._fetcher)
+
+    def _greet(self, fetcher: ConsumerScheduler) -> None:
+        try:
+            fetcher.greet(self._settings.encoders, timeout_s=self._settings.item_deadline_s)
+        except ConfigurationError:
+            fetcher.close()
+            raise
 
     def _check_widths(self, measured: dict[str, int]) -> None:
         (width,) = self._layout.fields[0].shape

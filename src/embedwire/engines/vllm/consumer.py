@@ -8,6 +8,7 @@ on the main thread of its process.
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +21,9 @@ from embedwire.endpoint import ReceiverEndpoint
 from embedwire.engines.vllm.causes import CauseReporter
 from embedwire.engines.vllm.items import content_hash_of, tensor_of
 from embedwire.engines.vllm.settings import ConnectorSettings
+from embedwire.errors import ConfigurationError, TransferError
 from embedwire.language.items import ItemDesk, ItemFailure, ItemKey, Verdict
-from embedwire.limits import TOKENS_MAX
+from embedwire.limits import ROOM_MAX, TOKENS_MAX
 from embedwire.memory.layout import Layout
 from embedwire.memory.shared import Handle, attach
 from embedwire.protocol.messages import Cause
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+NO_ITEM = b"greeting"
+"""Shorter than any hash, so never that of an item."""
 
 
 class OfferedItem(Struct, frozen=True):
@@ -96,6 +101,19 @@ class ConsumerScheduler:
         self._loads: dict[str, Handle] = {}
         self._step = 0
         self._steps_under_way: list[int] = []
+
+    def greet(self, addresses: Sequence[str], *, timeout_s: float) -> None:
+        """Ask encoders for an item that nobody has. Raises ConfigurationError for one that makes other rows than this server reads; one
+        that is not there yet may come later."""
+        asked = {a: self._receiver.open(secrets.randbelow(ROOM_MAX), a, item=NO_ITEM) for a in addresses}
+        for address, reception in asked.items():
+            try:
+                reception.result(timeout_s)
+            except TransferError as error:
+                if error.cause == Cause.HANDSHAKE:
+                    raise ConfigurationError(f"encoder {address}: {error.detail}") from None
+                if error.cause != Cause.UNKNOWN_ITEM:
+                    logger.warning("encoder %s is not there yet: %s", address, error)
 
     # ------------------------------------------------------------------ what vLLM asks
 

@@ -40,6 +40,8 @@ class ConnectorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Consumer: how long a request waits for its items before it fails."""
     peer_silence_s: Seconds = 3.0
     """Consumer: an encoder that has said nothing for this long, although it was asked, is lost."""
+    encoders: tuple[str, ...] = ()
+    """Consumer: addresses (``tcp://host:port``) of encoders to greet at start. One whose rows, dtype, model or options differ stops it."""
     local_encode: bool = False
     """Consumer: encode here what no encoder was named for, where the request brought the media and the tower is loaded."""
     report_to: tuple[str, ...] = ()
