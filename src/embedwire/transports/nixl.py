@@ -8,6 +8,7 @@ Everything else is ``onesided``'s.
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -34,6 +35,10 @@ T = TypeVar("T")
 def load() -> Any:
     """NIXL's module. Raises ConfigurationError that says what has to be installed."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+    if not glob.glob("/sys/class/infiniband/*"):
+        # Of no use here, and it brings libibverbs and libnl-route in a second copy: beside the system's own, the
+        # process would end with a fault in their destructors.
+        os.environ.setdefault("UCX_MODULES", "^ib")
     try:
         return import_module("nixl._api")
     except ModuleNotFoundError as error:

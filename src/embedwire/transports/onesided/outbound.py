@@ -81,7 +81,8 @@ class OneSidedRegion(RemoteRegion):
             if self._session is not None:
                 self._end_session()
             self._confirm()
-            self._on_close(self)
+            if not self._unconfirmed:
+                self._on_close(self)
             return not self._unconfirmed
 
     def forget(self) -> None:
@@ -173,3 +174,4 @@ class OneSidedOutbound(Outbound):
         for region in tuple(self._regions):
             region.close()
             region.forget()
+        self._regions.clear()

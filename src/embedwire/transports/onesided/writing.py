@@ -84,6 +84,8 @@ class Write:
         return outcome
 
     def _begin_slice(self, number: int, pieces: Slice) -> None:
+        if self._is_closing.is_set():  # also where every batch has landed at the first look
+            raise Broken("the session is being closed")
         while sum(1 for begun in self._begun if begun.slice_number) >= SLICES_AHEAD:
             self._await_oldest()
         last = None
