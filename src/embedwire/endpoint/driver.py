@@ -22,7 +22,7 @@ import zmq
 
 from embedwire.errors import ConfigurationError, UsageError
 from embedwire.limits import ATTEMPT_MAX, ROOM_MAX
-from embedwire.transports import names
+from embedwire.transports import built_in
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,8 +45,8 @@ def check_key(room: int, attempt: int) -> None:
 
 
 def chosen(transports: Sequence[str] | None) -> tuple[str, ...]:
-    """The wires to offer, best first: all there are unless told. Raises ConfigurationError for none."""
-    wires = names() if transports is None else tuple(transports)
+    """The wires to offer, best first: the built-in ones unless told. Raises ConfigurationError for none."""
+    wires = built_in() if transports is None else tuple(transports)
     if not wires:
         raise ConfigurationError("an endpoint needs at least one transport")
     return wires

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from embedwire.errors import TransportError
@@ -95,6 +95,7 @@ class SessionWriter:
         self._lock = threading.Lock()
         self._region: RemoteRegion | None = None
         self._wires = hello.wires
+        self._doubts: list[tuple[RemoteRegion, Write]] = []  # writes that may still land; the writer's thread alone
         self._closer: threading.Thread | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"embedwire-writer-{peer:x}", daemon=True)
@@ -136,13 +137,28 @@ class SessionWriter:
         is_usable = self._attach()
         if is_usable:
             self._events.attached(self, self._wires[0][0])
-        while (
-            job := self._jobs.get()
-        ) is not None:  # which `close` puts behind the last job, and it comes in any case
+        while (job := self._next_job()) is not None:
             if is_usable:
                 is_usable = self._carry_out(job)
             else:
                 self._events.written(job.write, Outcome.LOST)
+
+    def _next_job(self) -> WriteJob | None:
+        """None comes last, from ``close``, and it comes in any case. While it waits it looks whether a doubt has ended."""
+        while True:
+            try:
+                return self._jobs.get(timeout=self._limits.retry_s if self._doubts else None)
+            except Empty:
+                self._settle_doubts()
+
+    def _settle_doubts(self) -> None:
+        """Report the writes of which it is known by now that nothing can land."""
+        doubts, self._doubts = self._doubts, []
+        for region, write in doubts:
+            if region.close():
+                self._events.doubt_ended(write)
+            else:
+                self._doubts.append((region, write))
 
     def _attach(self) -> bool:
         """Reach the receiver over the first of ``_wires`` that works, and keep to that one from then on."""
@@ -178,12 +194,14 @@ class SessionWriter:
         return False
 
     def _renew(self, write: Write) -> bool:
-        """After a write of unknown outcome: its session is closed, so that nothing of it can land any more, and another one begun."""
+        """After a write of unknown outcome: its session is closed, and another one begun. The doubt lasts until that is known to have
+        been the end of it."""
         with self._lock:
             region, self._region = self._region, None
-        if region is not None:
-            region.close()
-        self._events.doubt_ended(write)
+        if region is None or region.close():
+            self._events.doubt_ended(write)
+        else:
+            self._doubts.append((region, write))
         return self._attach()
 
     def _carry_out(self, job: WriteJob) -> bool:

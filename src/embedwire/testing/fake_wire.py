@@ -210,10 +210,11 @@ class FakeRegion(RemoteRegion):
             on_landed(max(slice_.number for slice_ in late))
         return Outcome.LANDED
 
-    def close(self) -> None:
+    def close(self) -> bool:
         if self in self._network.sessions:
             self._network.sessions.remove(self)
         self._network.strays = [s for s in self._network.strays if s.session is not self]
+        return True
 
 
 class FakeOutbound(Outbound):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 from embedwire.testing.fake_wire import FakeNetwork
 from embedwire.transports import open_inbound, open_outbound
@@ -47,6 +47,14 @@ def tcp() -> Wire:
     return _registered("tcp")
 
 
+def mooncake() -> Wire:
+    return _with_library("mooncake")
+
+
+def nixl() -> Wire:
+    return _with_library("nixl")
+
+
 def fake() -> Wire:
     network = FakeNetwork()
     return Wire(network.inbound, network.outbound)
@@ -63,6 +71,23 @@ def _registered(name: str) -> Wire:
         partial(open_outbound, name, host="127.0.0.1"),
         importable_as=f"{__name__}:{name}",
     )
+
+
+@cache
+def _with_library(name: str) -> Wire:
+    """One session is held first: a library makes descriptors and threads for the whole process with its first engine, and keeps them.
+    Raises ConfigurationError when it is not installed."""
+    wire = _registered(name)
+    inbound, outbound = wire.inbound(), wire.outbound()
+    inbound.allocate(KIB).release()
+    write(
+        outbound.connect(inbound.descriptor(), sender_token=1, timeout_s=PATIENCE_S),
+        1,
+        [[piece(0, KIB, seed=1)]],
+    )
+    outbound.close()
+    inbound.close()
+    return wire
 
 
 @dataclass(slots=True)

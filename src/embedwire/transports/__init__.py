@@ -17,12 +17,20 @@ _WIRES: Mapping[str, tuple[str, str, str]] = {
     # name: (module, its receiving half, its sending half); both halves take host=
     "shm": ("embedwire.transports.shm", "ShmInbound", "ShmOutbound"),
     "tcp": ("embedwire.transports.tcp", "TcpInbound", "TcpOutbound"),
+    "mooncake": ("embedwire.transports.mooncake", "MooncakeInbound", "MooncakeOutbound"),
+    "nixl": ("embedwire.transports.nixl", "NixlInbound", "NixlOutbound"),
 }
+_BUILT_IN = ("shm", "tcp")
 
 
 def names() -> tuple[str, ...]:
-    """Every wire there is, best first."""
+    """Every wire there is."""
     return tuple(_WIRES)
+
+
+def built_in() -> tuple[str, ...]:
+    """Those that need no library of others, best first: what is offered unless told otherwise."""
+    return _BUILT_IN
 
 
 def open_inbound(name: str, *, host: str) -> Inbound:

@@ -133,15 +133,20 @@ class RemoteRegion(ABC):
         raise UsageError("this wire has no marks")
 
     @abstractmethod
-    def close(self) -> None:
-        """End the session. Afterwards no write of it can land. Idempotent; may be called from another thread
-        and then ends a running write."""
+    def close(self) -> bool:
+        """End the session, within about a second. True: no write of it can land any more. False: this is not known yet, since the
+        receiver does not answer; asked again, it says what is known by then. May be called from another thread and then ends a
+        running write."""
 
 
 class Outbound(ABC):
     """The sending half of a wire."""
 
     name: ClassVar[str]
+
+    def register(self, memory: memoryview) -> None:  # noqa: B027
+        """Memory that pieces will come from, so that a wire may read it where it lies. The owner keeps it, and where it is, until
+        this half is closed. A wire that reads any memory as fast does nothing. On the thread that connects, or before."""
 
     @abstractmethod
     def connect(self, descriptor: bytes, *, sender_token: int, timeout_s: float) -> RemoteRegion:

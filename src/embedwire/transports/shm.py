@@ -177,16 +177,17 @@ class ShmRegion(RemoteRegion):
             if _HAS_MARKS and not self._closed:
                 self._marks[ticket % _MARKS] = (ticket % 2**_MARK_BITS) << _MARK_BITS | mark
 
-    def close(self) -> None:
+    def close(self) -> bool:
         with self._copying:
             if self._closed:
-                return
+                return True
             self._closed = True
             self._bytes = np.empty(0, np.uint8)
             self._marks.release()
             self._map.close()
             os.close(self._fd)  # and with it the lock: the mapping went before
         self._on_close(self)
+        return True
 
 
 class ShmOutbound(Outbound):

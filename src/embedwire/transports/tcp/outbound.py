@@ -75,16 +75,19 @@ class TcpRegion(RemoteRegion):
                 if not all(stream.is_fresh() for stream in self._streams):
                     self._drop()
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """See the contract. True in any case: what a stopped receiver still has in its sockets is fenced by its own ``revoke``, before
+        it can use the memory again."""
         if not self._closing.acquire(blocking=False):
             with self._busy:
-                return
+                return True
         os.eventfd_write(self._wake_fd, 1)
         with self._busy:
             self._part()
             self._drop()
             os.close(self._wake_fd)
         self._on_close(self)
+        return True
 
     def _is_connected(self, timeout_s: float) -> bool:
         if self._streams and all(stream.is_fresh() for stream in self._streams):

@@ -1,0 +1,176 @@
+"""The nixl wire: regions written through a NIXL agent and its UCX backend. Its library is loaded when a half is made.
+
+Owns what is peculiar to that agent. It addresses memory by the owner's virtual addresses. Within a host UCX may copy from process to
+process in the kernel, so that a stopped receiver gets its bytes, and within the call that begins a batch; over sockets a batch towards a
+stopped peer never ends, so nothing here waits. A handle keeps its agent alive, so an engine lets go of all handles when it is closed.
+Everything else is ``onesided``'s.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, ClassVar, TypeVar
+
+from embedwire.errors import ConfigurationError
+from embedwire.transports.onesided import OneSidedInbound, OneSidedOutbound
+from embedwire.transports.onesided.engine import (
+    EngineError,
+    Flight,
+    ReceivingEngine,
+    Run,
+    SendingEngine,
+    State,
+)
+
+PACKAGE = "nixl"
+_MEMORY = "DRAM"
+T = TypeVar("T")
+
+
+def load() -> Any:
+    """NIXL's module. Raises ConfigurationError that says what has to be installed."""
+    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+    if not glob.glob("/sys/class/infiniband/*"):
+        # Of no use here, and it brings libibverbs and libnl-route in a second copy: beside the system's own, the
+        # process would end with a fault in their destructors.
+        os.environ.setdefault("UCX_MODULES", "^ib")
+    try:
+        return import_module("nixl._api")
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"transport 'nixl' needs the package {PACKAGE}: {error}") from error
+    except ImportError as error:
+        raise ConfigurationError(
+            f"transport 'nixl' needs a shared library that package {PACKAGE} does not bring: {error}"
+        ) from error
+
+
+def _said(call: Callable[..., T], *args: Any) -> T:
+    """Call the library; what it raises becomes EngineError. Its own exceptions have no root but Exception."""
+    try:
+        return call(*args)
+    except Exception as error:
+        raise EngineError(f"NIXL: {type(error).__name__}: {error}") from error
+
+
+def _agent() -> Any:
+    api = load()
+    name = f"embedwire-{secrets.token_hex(8)}"
+    return _said(lambda: api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"])))
+
+
+class NixlReceivingEngine(ReceivingEngine):
+    """An agent with one registration."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self._agent = _agent()
+        self._registration = _said(self._agent.register_memory, [(address, nbytes, 0, "")], _MEMORY)
+        metadata: bytes = _said(self._agent.get_agent_metadata)
+        self._address = address.to_bytes(8, "little") + metadata
+
+    def address(self) -> bytes:
+        return self._address
+
+    def close(self) -> None:
+        with suppress(Exception):
+            self._agent.deregister_memory(self._registration)
+        self._registration = self._agent = None
+
+
+class NixlFlight(Flight):
+    """A transfer request."""
+
+    def __init__(self, owner: NixlSendingEngine, handle: Any, state: str) -> None:
+        self.handle = handle
+        self._owner = owner
+        self._state = state
+
+    def poll(self) -> State:
+        try:
+            if self._state == "PROC":
+                self._state = self._owner.agent.check_xfer_state(self.handle)
+            if self._state == "PROC":
+                return State.MOVING
+            self._owner.agent.release_xfer_handle(self.handle)
+        except Exception:  # the library's, whose kinds have no root: the batch is not whole
+            return State.FAILED
+        self._owner.drop(self)
+        return State.LANDED if self._state == "DONE" else State.FAILED
+
+
+class NixlSendingEngine(SendingEngine):
+    """An agent that only writes."""
+
+    def __init__(self) -> None:
+        self.agent: Any = _agent()
+        self._registrations: list[Any] = []
+        self._flights: set[NixlFlight] = set()
+        self._peer: Any = None
+        self._base = 0
+
+    def register(self, address: int, nbytes: int) -> None:
+        self._registrations.append(
+            _said(self.agent.register_memory, [(address, nbytes, 0, "")], _MEMORY)
+        )
+
+    def connect(self, address: bytes) -> None:
+        self._base = int.from_bytes(address[:8], "little")
+        self._peer = _said(self.agent.add_remote_agent, address[8:])
+
+    def begin(self, batch: Sequence[Run]) -> Flight:
+        return _said(self._begin, batch)
+
+    def _begin(self, batch: Sequence[Run]) -> Flight:
+        ours = self.agent.get_xfer_descs([(source, nbytes, 0) for source, _, nbytes in batch], _MEMORY)
+        theirs = self.agent.get_xfer_descs(
+            [(self._base + offset, nbytes, 0) for _, offset, nbytes in batch], _MEMORY
+        )
+        handle = self.agent.initialize_xfer("WRITE", ours, theirs, self._peer)
+        flight = NixlFlight(self, handle, "PROC")
+        self._flights.add(flight)
+        flight._state = self.agent.transfer(handle)
+        return flight
+
+    def drop(self, flight: NixlFlight) -> None:
+        """That one has ended."""
+        self._flights.discard(flight)
+        flight.handle = None
+
+    def close(self) -> None:
+        for flight in tuple(self._flights):
+            with suppress(Exception):  # one that can not be cancelled ends with its agent
+                self.agent.release_xfer_handle(flight.handle)
+            self.drop(flight)
+        with suppress(Exception):
+            self.agent.remove_remote_agent(self._peer)
+        for registration in self._registrations:
+            with suppress(Exception):
+                self.agent.deregister_memory(registration)
+        self._registrations.clear()
+        self.agent = None
+
+
+class NixlInbound(OneSidedInbound):
+    name: ClassVar[str] = "nixl"
+
+    def __init__(self, *, host: str) -> None:
+        load()
+        super().__init__(host=host)
+
+    def _make_engine(self, address: int, nbytes: int, *, host: str) -> ReceivingEngine:
+        return NixlReceivingEngine(address, nbytes)
+
+
+class NixlOutbound(OneSidedOutbound):
+    name: ClassVar[str] = "nixl"
+
+    def __init__(self, *, host: str) -> None:
+        load()
+        super().__init__(host=host)
+
+    def _make_engine(self, *, host: str) -> SendingEngine:
+        return NixlSendingEngine()

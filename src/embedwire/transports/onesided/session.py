@@ -1,0 +1,158 @@
+"""One session of a sender: its connection to the door, and its engine. Both end together.
+
+The connection shows that the sender is there, and its end of stream from the other side that the receiver has
+destroyed the session's engine. Called by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from embedwire.errors import ProtocolViolation, TransportError
+from embedwire.transports.onesided import greeting
+from embedwire.transports.onesided.engine import EngineError, SendingEngine
+
+CLOSE_WAIT_S = 0.5
+"""How long an ending session waits for the receiver's word that nothing can land any more."""
+_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 30, 10, 3
+
+
+class Presence:
+    """The connection. Once it was finished it tells whether the receiver has ended its part too."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._has_ended = False
+        sock.setblocking(False)
+
+    def has_ended(self) -> bool:
+        """Whether the receiver has destroyed the session's engine, or its process has ended."""
+        if not self._has_ended:
+            try:
+                self._has_ended = not self._sock.recv(1)
+            except (ConnectionResetError, BrokenPipeError):
+                self._has_ended = True
+            except OSError:  # nothing has come, or the host is out of reach: no proof
+                return False
+        return self._has_ended
+
+    def finish(self) -> None:
+        """Say goodbye."""
+        with suppress(OSError):  # the other end has gone, as has_ended() will say
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def wait_ended(self, timeout_s: float) -> bool:
+        """Wait for the answer to a goodbye."""
+        with suppress(OSError):
+            self._sock.settimeout(timeout_s)
+            self.has_ended()
+        with suppress(OSError):
+            self._sock.setblocking(False)
+        return self._has_ended
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class Session:
+    """Open from the start; ended once. ``engine`` reaches the region."""
+
+    def __init__(
+        self,
+        target: greeting.Descriptor,
+        *,
+        sender_token: int,
+        make_engine: Callable[[], SendingEngine],
+        timeout_s: float,
+    ) -> None:
+        """Raises TransportError when that is not possible within ``timeout_s``."""
+        deadline_s = time.monotonic() + timeout_s
+        sock, address = _greet(target, sender_token, deadline_s)
+        try:
+            self.engine = _reach(make_engine, address, deadline_s)
+        except BaseException:
+            sock.close()
+            raise
+        self.presence = Presence(sock)
+
+    def end(self) -> bool:
+        """Destroy the engine, and say so. True: the receiver has destroyed its own, so nothing can land any more."""
+        self.engine.close()
+        self.presence.finish()
+        return self.presence.wait_ended(CLOSE_WAIT_S)
+
+
+def _greet(target: greeting.Descriptor, sender_token: int, deadline_s: float) -> tuple[socket.socket, bytes]:
+    """A greeted connection, and the address of the engine behind it."""
+    place = f"{target.host}:{target.port}"
+    try:
+        sock = socket.create_connection((target.host, target.port), timeout=_left_s(deadline_s))
+    except (OSError, ValueError) as error:
+        raise TransportError(f"can not connect to {place}: {error}") from error
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        sock.sendall(greeting.encode_hello(target.nonce, sender_token))
+        nbytes = greeting.decode_welcome(_receive(sock, greeting.WELCOME_BYTES, deadline_s))
+        return sock, _receive(sock, nbytes, deadline_s)
+    except (OSError, EOFError, ProtocolViolation) as error:
+        sock.close()
+        raise TransportError(f"no welcome from {place}: {error or 'end of stream'}") from error
+
+
+def _receive(sock: socket.socket, nbytes: int, deadline_s: float) -> bytes:
+    data = b""
+    while len(data) < nbytes:
+        sock.settimeout(_left_s(deadline_s))
+        more = sock.recv(nbytes - len(data))
+        if not more:
+            raise EOFError
+        data += more
+    return data
+
+
+def _reach(make_engine: Callable[[], SendingEngine], address: bytes, deadline_s: float) -> SendingEngine:
+    """An engine that has reached ``address``. The library may block in there for long, when the receiver has just stopped, so it
+    does so on a thread that can be left behind; that one then cleans up by itself."""
+    made: list[SendingEngine] = []
+    failures: list[Exception] = []
+    lock, done, is_left = threading.Lock(), threading.Event(), threading.Event()
+
+    def reach() -> None:
+        engine = None
+        try:
+            engine = make_engine()
+            engine.connect(address)
+            with lock:
+                if not is_left.is_set():
+                    made.append(engine)
+        except Exception as error:
+            failures.append(error)
+        if engine is not None and not made:
+            engine.close()
+        done.set()
+
+    thread = threading.Thread(target=reach, name="embedwire-reach", daemon=True)
+    thread.start()
+    if not done.wait(_left_s(deadline_s)):
+        with lock:
+            if not made:
+                is_left.set()
+                raise TransportError("the engine has not reached the receiver in time")
+    thread.join()
+    if made:
+        return made[0]
+    if isinstance(failures[0], EngineError):
+        raise TransportError(str(failures[0])) from failures[0]
+    raise failures[0]
+
+
+def _left_s(deadline_s: float) -> float:
+    return max(0.001, deadline_s - time.monotonic())
