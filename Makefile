@@ -14,6 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt torch
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[transformers,dev]'
+	-$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[mooncake-cpu,nixl]'  # wires of others, where they can be had
 	touch $@
 
 demo: setup
