@@ -19,14 +19,17 @@ import numpy as np
 import pytest
 
 from embedwire.endpoint import Offer, Received, ReceiverEndpoint, Reception, SenderEndpoint
-from embedwire.errors import TransferError
+from embedwire.errors import ConfigurationError, TransferError
 from embedwire.limits import Limits
 from embedwire.memory.layout import Layout, multimodal
 from embedwire.memory.source import Source
+from embedwire.testing import wires
 from embedwire.testing.payload import differing, payload
 
 LAYOUT = multimodal(8)
 """32 bytes a token."""
+WIRES = {"mooncake": wires.mooncake, "nixl": wires.nixl}
+"""Those whose library may be missing."""
 PATIENCE_S = 20.0
 """Longer than anything takes here on a busy machine; what takes longer hangs."""
 QUICK = Limits(
@@ -122,9 +125,14 @@ def _is_idle_receiver(receiver: ReceiverEndpoint) -> bool:
     return True
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=["shm", "tcp", "mooncake", "nixl"])
 def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
     """Endpoints over each wire. Teardown is Rule 9: free + granted + quarantined = total, and all of it free."""
+    if request.param in ("mooncake", "nixl"):
+        try:
+            WIRES[request.param]()
+        except ConfigurationError as reason:
+            pytest.skip(f"{request.param} is not installed: {reason}")
     made = Stage(request.param)
     try:
         yield made

@@ -13,14 +13,25 @@ from embedwire.errors import TransportError
 from embedwire.limits import Limits
 from embedwire.memory.source import Source
 from embedwire.transports.contract import Outcome
+from embedwire.transports.onesided.outbound import OneSidedOutbound, OneSidedRegion
 from embedwire.transports.shm import ShmOutbound, ShmRegion
 from embedwire.transports.tcp import TcpOutbound
 from embedwire.transports.tcp.outbound import TcpRegion
 
 pytestmark = pytest.mark.timeout(60)
 
-REGIONS: dict[str, Any] = {"shm": ShmRegion, "tcp": TcpRegion}
-OUTBOUNDS: dict[str, Any] = {"shm": ShmOutbound, "tcp": TcpOutbound}
+REGIONS: dict[str, Any] = {
+    "shm": ShmRegion,
+    "tcp": TcpRegion,
+    "mooncake": OneSidedRegion,
+    "nixl": OneSidedRegion,
+}
+OUTBOUNDS: dict[str, Any] = {
+    "shm": ShmOutbound,
+    "tcp": TcpOutbound,
+    "mooncake": OneSidedOutbound,
+    "nixl": OneSidedOutbound,
+}
 TOKENS = 1000
 
 
@@ -100,9 +111,9 @@ def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch
     region, may_close = REGIONS[stage.wire], threading.Event()
     real = region.close
 
-    def close(self: Any) -> None:
+    def close(self: Any) -> bool:
         assert may_close.wait(30)
-        real(self)
+        return bool(real(self))
 
     monkeypatch.setattr(region, "close", close)
     script(monkeypatch, region, "write", [lambda: Outcome.UNKNOWN])
@@ -112,11 +123,32 @@ def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch
     )
     stage.offer(sender, 1, TOKENS)
     assert stage.failure_of(receiver.open(1, sender.address)).cause == "wire_failed"
-    assert receiver.stats().blocks_quarantined == (1 if stage.wire == "shm" else 0)
+    assert receiver.stats().blocks_quarantined == (0 if stage.wire == "tcp" else 1)
     stage.move(stage.sender(), receiver, 2, TOKENS).release()
     may_close.set()
     stage.wait_idle()
     stage.move(sender, receiver, 3, TOKENS)
+
+
+def test_a_doubt_outlives_a_close_that_proved_nothing(stage: Any, monkeypatch: Any) -> None:
+    """Rule 5: a receiver that does not answer proves nothing; the writer asks again, and then the blocks come back."""
+    region, may_end, asked = REGIONS[stage.wire], threading.Event(), threading.Semaphore(0)
+    real = region.close
+
+    def close(self: Any) -> bool:
+        asked.release()
+        return may_end.is_set() and bool(real(self))
+
+    monkeypatch.setattr(region, "close", close)
+    script(monkeypatch, region, "write", [lambda: Outcome.UNKNOWN])
+    sender = stage.sender(limits=stage.quick)
+    receiver = stage.receiver(num_blocks=4, default_allocate_tokens=128, limits=Limits(window_rounds=1))
+    stage.offer(sender, 1, TOKENS)
+    assert stage.failure_of(receiver.open(1, sender.address)).cause == "wire_failed"
+    assert all(asked.acquire(timeout=30) for _ in range(3))
+    assert receiver.stats().blocks_quarantined == (0 if stage.wire == "tcp" else 1)
+    may_end.set()
+    stage.wait_idle()
 
 
 def test_a_receiver_that_can_not_be_reached_again(stage: Any, monkeypatch: Any) -> None:
@@ -157,7 +189,7 @@ def test_a_receiver_out_of_reach(stage: Any, monkeypatch: Any) -> None:
 
 def test_no_wire_in_common(stage: Any) -> None:
     """Both sides' wires are named."""
-    other = {"shm": "tcp", "tcp": "shm"}[stage.wire]
+    other = "tcp" if stage.wire == "shm" else "shm"
     sender = stage.sender()
     failure = stage.failure_of(stage.receiver(transports=(other,)).open(1, sender.address))
     assert failure.cause == "wire_failed"
