@@ -113,9 +113,7 @@ class NixlSendingEngine(SendingEngine):
         self._base = 0
 
     def register(self, address: int, nbytes: int) -> None:
-        self._registrations.append(
-            _said(self.agent.register_memory, [(address, nbytes, 0, "")], _MEMORY)
-        )
+        self._registrations.append(_said(self.agent.register_memory, [(address, nbytes, 0, "")], _MEMORY))
 
     def connect(self, address: bytes) -> None:
         self._base = int.from_bytes(address[:8], "little")
