@@ -106,7 +106,7 @@ def test_doctor_tries_both_wires_and_the_engine(embedwire: Run, tmp_path: Path) 
     for part in ("platform", "wire shm", "wire tcp", "engine transformers"):
         assert found[part]["state"] == "works"
     assert "in 3 rounds" in found["wire tcp"]["detail"]
-    for part in ("mooncake", "nixl", "vllm"):
+    for part in ("wire mooncake", "wire nixl", "vllm"):
         assert found[part]["state"] == "works" or f"embedwire[{part}]" in ended.stdout
 
 

@@ -30,6 +30,7 @@ NOT_RUN = {
     r"embedwire demo .*": "loads torch in five processes and more; tests/cli does",
     r"embedwire ask .*": "needs running servers; tests/cli does",
     r"embedwire bench transfer": "takes a minute; a smaller one is run",
+    r"embedwire bench wires( .*)?": "needs libraries that may be missing; tests/bench does",
     r"python -m pytest .*": "tests do not run tests; that its paths exist is checked",
     r"python -m embedwire\.engines\.transformers\.footprint .*": "loads a model three times; tests/engines does",
     r"embedwire tiny-model .* --family .*": "loads torch once more; tests/cli does",

@@ -132,24 +132,20 @@ def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch
 
 def test_a_doubt_outlives_a_close_that_proved_nothing(stage: Any, monkeypatch: Any) -> None:
     """Rule 5: a receiver that does not answer proves nothing; the writer asks again, and then the blocks come back."""
-    region, answers = REGIONS[stage.wire], [False, False, True]
-    real, asked = region.close, threading.Event()
+    region, may_end, asked = REGIONS[stage.wire], threading.Event(), threading.Semaphore(0)
+    real = region.close
 
     def close(self: Any) -> bool:
-        real(self)
-        if len(answers) == 1:
-            asked.set()
-            return answers[0] and may_end.is_set()
-        return answers.pop(0)
+        asked.release()
+        return may_end.is_set() and bool(real(self))
 
-    may_end = threading.Event()
     monkeypatch.setattr(region, "close", close)
     script(monkeypatch, region, "write", [lambda: Outcome.UNKNOWN])
     sender = stage.sender(limits=stage.quick)
     receiver = stage.receiver(num_blocks=4, default_allocate_tokens=128, limits=Limits(window_rounds=1))
     stage.offer(sender, 1, TOKENS)
     assert stage.failure_of(receiver.open(1, sender.address)).cause == "wire_failed"
-    assert asked.wait(30)
+    assert all(asked.acquire(timeout=30) for _ in range(3))
     assert receiver.stats().blocks_quarantined == (0 if stage.wire == "tcp" else 1)
     may_end.set()
     stage.wait_idle()

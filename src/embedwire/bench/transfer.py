@@ -34,7 +34,8 @@ from embedwire.protocol.topology import ALONE, Delivery, RankGroup
 
 WARM_UP = 2
 RESULT_WAIT_S = 120.0
-BASELINES = {"shm": "two memory copies", "tcp": "blocking socket and one memory copy"}
+_SOCKET = "blocking socket and one memory copy"
+BASELINES = {"shm": "two memory copies", "tcp": _SOCKET, "mooncake": _SOCKET, "nixl": _SOCKET}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

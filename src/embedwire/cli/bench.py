@@ -43,7 +43,9 @@ def transfer(
             help="Size of the receive pool. A smaller one than the embedding makes it resume; may be repeated."
         ),
     ] = None,
-    transport: Annotated[list[str] | None, typer.Option(help="shm or tcp; may be repeated [both].")] = None,
+    transport: Annotated[
+        list[str] | None, typer.Option(help="shm, tcp, mooncake or nixl; may be repeated [the first two].")
+    ] = None,
     window: Annotated[
         int, typer.Option(min=1, help="Rounds of one embedding that may be open at a time.")
     ] = DEFAULT_LIMITS.window_rounds,
@@ -153,6 +155,45 @@ def vllm(
         )
     out.print(made)
     write_json(json, {"host": asdict(host), "cases": [asdict(case) for case in cases]})
+
+
+@app.command()
+def wires(
+    *,
+    transport: Annotated[
+        list[str] | None, typer.Option(help="mooncake or nixl; may be repeated [both].")
+    ] = None,
+    mebibytes: Annotated[int, typer.Option(min=1, help="Of a batch, in pieces of 1 MiB.")] = 64,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Measured batches each way, after three to warm up.")
+    ] = 25,
+    json: JsonFile = None,
+) -> None:
+    """What does our contract cost over a vendor's engine?
+
+    The same batch of registered memory goes through our wire and, in turns, straight through the engine. ratio is the engine's time over
+    ours: 1 is as fast. Exit code 0: measured, whatever the numbers; 2: not measured, with the cause.
+    """
+    from embedwire.bench.host import this_host
+    from embedwire.bench.wires import WIRES, measure
+
+    check_writable(json)
+    cases = [
+        measure(wire, nbytes=mebibytes * 2**20, piece_bytes=2**20, repeat=repeat)
+        for wire in transport or WIRES
+    ]
+    numbers = ("size", "median", "direct", "ratio")
+    made = table("wire", *numbers, right=numbers)
+    for case in cases:
+        made.add_row(
+            case.transport,
+            size(case.bytes),
+            f"{case.median_s * 1000:.2f} ms",
+            f"{case.direct_median_s * 1000:.2f} ms",
+            f"{case.ratio:.2f}",
+        )
+    out.print(made)
+    write_json(json, {"host": asdict(this_host()), "cases": [asdict(case) for case in cases]})
 
 
 def _subjects(

@@ -53,7 +53,7 @@ def demo(
     ] = None,
     family: Annotated[Family, typer.Option(help="Architecture of the tiny model.")] = "qwen2_5_vl",
     transport: Annotated[
-        Literal["auto", "shm", "tcp"], typer.Option(help="How the embedding travels.")
+        Literal["auto", "shm", "tcp", "mooncake", "nixl"], typer.Option(help="How the embedding travels.")
     ] = "auto",
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Of weights and embeddings.")

@@ -23,11 +23,9 @@ IMPORT_WAIT_S = 120.0
 ROUND_TRIP_WAIT_S = 20.0
 BUILT_IN = ("shm", "tcp")
 OPTIONAL: Mapping[str, tuple[str, str]] = {
-    "mooncake": ("mooncake.engine", "a wire over RDMA, and from GPU memory"),
-    "nixl": ("nixl._api", "a wire over RDMA, and from GPU memory"),
-    "vllm": ("vllm", "a production engine"),
+    "vllm": ("embedwire.engines.vllm.connector", "a production engine"),
 }
-"""name: (module, what it is to give, once code here uses it). The name is that of the extra which installs it, too."""
+"""name: (module, what it gives). The name is that of the package that it needs, and of the extra which installs that, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def doctor(*, json: JsonFile = None) -> None:
         ("the platform", lambda: [_platform()]),
         ("the wires", lambda: [_wire(name) for name in _wires()]),
         ("transformers", lambda: [_transformers()]),
-        ("optional packages", lambda: [_optional(name) for name in OPTIONAL if name not in _wires()]),
+        ("optional packages", lambda: [_optional(name) for name in OPTIONAL]),
     )
     with err.status("") as status:
         for what, find in tests:
@@ -90,6 +88,7 @@ def _wire(name: str) -> Finding:
     import numpy as np
 
     from embedwire.endpoint import ReceiverEndpoint, SenderEndpoint
+    from embedwire.errors import ConfigurationError
     from embedwire.memory.layout import Field, Layout
 
     part, is_needed = f"wire {name}", name in BUILT_IN
@@ -107,8 +106,8 @@ def _wire(name: str) -> Finding:
             rounds = len(received.report.rounds)
             received.release()
     except Exception as error:  # whatever a vendor's library may raise
-        if not is_needed and "can not be used here" in str(error):
-            return Finding(part, "missing", f"{_one_line(error)}; {_fix(name)}")
+        if not is_needed and isinstance(error, ConfigurationError):
+            return Finding(part, "missing", f"{_one_line(error)}; pip install 'embedwire[{name}]'")
         return Finding(part, "broken", f"{_one_line(error)}{_hint(name)}", is_needed)
     return Finding(
         part, "works", f"{rows.nbytes // 1024} KiB in {rounds} rounds, every byte right", is_needed
@@ -116,8 +115,7 @@ def _wire(name: str) -> Finding:
 
 
 def _fix(name: str) -> str:
-    gives = OPTIONAL[name][1] if name in OPTIONAL else "one more wire"
-    return f"is to give {gives}; nothing here uses it yet (pip install 'embedwire[{name}]')"
+    return f"gives {OPTIONAL[name][1]} (pip install 'embedwire[{name}]')"
 
 
 def _hint(name: str) -> str:
@@ -191,7 +189,7 @@ def _optional(name: str) -> Finding:
         [
             sys.executable,
             "-c",
-            f"import importlib.util as u; raise SystemExit(u.find_spec({module.split('.')[0]!r}) is None)",
+            f"import importlib.util as u; raise SystemExit(u.find_spec({name!r}) is None)",
         ],
         check=False,
         capture_output=True,
@@ -210,7 +208,7 @@ def _optional(name: str) -> Finding:
         return Finding(name, "broken", f"importing {module} takes more than {IMPORT_WAIT_S:g} s")
     if tried.returncode:
         return Finding(name, "broken", (tried.stderr.strip().splitlines() or ["it can not be imported"])[-1])
-    return Finding(name, "works", f"{module} can be imported; nothing here uses it yet")
+    return Finding(name, "works", f"{module} can be loaded")
 
 
 def _one_line(error: Exception) -> str:

@@ -69,8 +69,8 @@ class Engine(Group):
 class Wire(Group):
     """Transfer"""
 
-    transport: Literal["auto", "shm", "tcp"] = "auto"
-    """How embeddings travel. auto: shared memory where both sides are on one host, else tcp."""
+    transport: Literal["auto", "shm", "tcp", "mooncake", "nixl"] = "auto"
+    """How embeddings travel. auto: shared memory where both sides are on one host, else tcp. mooncake and nixl need their libraries."""
 
 
 class Encoder(Group):

@@ -43,8 +43,14 @@ __all__ = ["CONFIG_VARIABLE", "GROUPS", "PREFIX", "Bounds", "Loaded", "Settings"
 PREFIX = "EMBEDWIRE_"
 CONFIG_VARIABLE = "EMBEDWIRE_CONFIG"
 PUBLIC_PORT = 8000
-WIRES: Mapping[str, tuple[str, ...] | None] = {"auto": None, "shm": ("shm",), "tcp": ("tcp",)}
-"""What each value of ``transport`` offers, best first; None: all there are."""
+WIRES: Mapping[str, tuple[str, ...] | None] = {
+    "auto": None,
+    "shm": ("shm",),
+    "tcp": ("tcp",),
+    "mooncake": ("mooncake",),
+    "nixl": ("nixl",),
+}
+"""What each value of ``transport`` offers, best first; None: the built-in ones."""
 
 
 class Settings(
@@ -73,7 +79,7 @@ class Settings(
 
     @property
     def transports(self) -> tuple[str, ...] | None:
-        """The wires to offer; None for all."""
+        """The wires to offer; None for the built-in ones."""
         return WIRES[self.transport]
 
     @property

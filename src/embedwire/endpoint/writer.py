@@ -95,7 +95,9 @@ class SessionWriter:
         self._lock = threading.Lock()
         self._region: RemoteRegion | None = None
         self._wires = hello.wires
-        self._doubts: list[tuple[RemoteRegion, Write]] = []  # writes that may still land; the writer's thread alone
+        self._doubts: list[
+            tuple[RemoteRegion, Write]
+        ] = []  # writes that may still land; the writer's thread alone
         self._closer: threading.Thread | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"embedwire-writer-{peer:x}", daemon=True)

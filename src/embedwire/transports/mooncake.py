@@ -127,9 +127,7 @@ class MooncakeFlight(Flight):
 
     def _submit(self) -> None:
         while self._requests and len(self._under_way) < REQUESTS_MAX:
-            request = self._owner.engine.transfer_submit_write(
-                self._owner.segment, *self._requests.popleft()
-            )
+            request = self._owner.engine.transfer_submit_write(self._owner.segment, *self._requests.popleft())
             if request in (0, -1, 2**64 - 1):
                 raise EngineError("Mooncake did not take a request")
             self._under_way.append(request)

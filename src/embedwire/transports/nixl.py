@@ -109,17 +109,15 @@ class NixlSendingEngine(SendingEngine):
         self.agent: Any = _agent()
         self._registrations: list[Any] = []
         self._flights: set[NixlFlight] = set()
-        self._peer: Any = None
-        self._base = 0
+        self.peer: Any = None
+        self.base = 0
 
     def register(self, address: int, nbytes: int) -> None:
-        self._registrations.append(
-            _said(self.agent.register_memory, [(address, nbytes, 0, "")], _MEMORY)
-        )
+        self._registrations.append(_said(self.agent.register_memory, [(address, nbytes, 0, "")], _MEMORY))
 
     def connect(self, address: bytes) -> None:
-        self._base = int.from_bytes(address[:8], "little")
-        self._peer = _said(self.agent.add_remote_agent, address[8:])
+        self.base = int.from_bytes(address[:8], "little")
+        self.peer = _said(self.agent.add_remote_agent, address[8:])
 
     def begin(self, batch: Sequence[Run]) -> Flight:
         return _said(self._begin, batch)
@@ -127,9 +125,9 @@ class NixlSendingEngine(SendingEngine):
     def _begin(self, batch: Sequence[Run]) -> Flight:
         ours = self.agent.get_xfer_descs([(source, nbytes, 0) for source, _, nbytes in batch], _MEMORY)
         theirs = self.agent.get_xfer_descs(
-            [(self._base + offset, nbytes, 0) for _, offset, nbytes in batch], _MEMORY
+            [(self.base + offset, nbytes, 0) for _, offset, nbytes in batch], _MEMORY
         )
-        handle = self.agent.initialize_xfer("WRITE", ours, theirs, self._peer)
+        handle = self.agent.initialize_xfer("WRITE", ours, theirs, self.peer)
         flight = NixlFlight(self, handle, "PROC")
         self._flights.add(flight)
         flight._state = self.agent.transfer(handle)
@@ -146,7 +144,7 @@ class NixlSendingEngine(SendingEngine):
                 self.agent.release_xfer_handle(flight.handle)
             self.drop(flight)
         with suppress(Exception):
-            self.agent.remove_remote_agent(self._peer)
+            self.agent.remove_remote_agent(self.peer)
         for registration in self._registrations:
             with suppress(Exception):
                 self.agent.deregister_memory(registration)

@@ -61,6 +61,7 @@ def test_an_image_goes_to_both_sides_in_the_same_bytes(
         "items": 1,
         "total_tokens": 100,
         "ttft_ms": None,
+        "transfers": {},
     }
     (asked,), (body,) = encoder.bodies, language.bodies
     part = {"type": "image_url", "image_url": {"url": image_url(b"one")}}

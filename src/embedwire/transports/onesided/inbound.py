@@ -54,9 +54,7 @@ class OneSidedInbound(Inbound):
         self._region = memory.cast("B")
         self._array = np.frombuffer(self._region, np.uint8)
         address, nbytes = self._array.ctypes.data, self._region.nbytes
-        self._door = Door(
-            self._host, make_engine=lambda: self._make_engine(address, nbytes, host=self._host)
-        )
+        self._door = Door(self._host, make_engine=lambda: self._make_engine(address, nbytes, host=self._host))
         self._descriptor = msgspec.msgpack.encode(
             greeting.Descriptor(
                 self.name, self._host, self._door.port, self._door.nonce, nbytes, greeting.CPU

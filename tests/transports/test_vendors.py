@@ -1,0 +1,78 @@
+"""The libraries behind the mooncake and nixl wires: one that is missing, a process that ends, and GPU memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from embedwire.errors import ConfigurationError
+from embedwire.transports import built_in, mooncake, names, nixl, open_inbound, open_outbound
+
+ADAPTERS: dict[str, ModuleType] = {"mooncake": mooncake, "nixl": nixl}
+MOVE = """
+import sys
+from embedwire.testing import wires
+getattr(wires, sys.argv[1])()
+print("moved")
+"""
+
+
+@pytest.mark.parametrize("wire", ADAPTERS)
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ModuleNotFoundError("No module named x"), {"mooncake": mooncake.PACKAGE, "nixl": nixl.PACKAGE}),
+        (
+            ImportError("libx.so.1: cannot open shared object file"),
+            {"mooncake": mooncake.SYSTEM_PACKAGES, "nixl": "shared library"},
+        ),
+    ],
+    ids=["package", "system"],
+)
+def test_a_missing_library_is_named(
+    wire: str, error: ImportError, words: dict[str, str], monkeypatch: Any
+) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(ADAPTERS[wire], "import_module", fail)
+    for open_half in (open_inbound, open_outbound):
+        with pytest.raises(ConfigurationError, match=words[wire]):
+            open_half(wire, host="127.0.0.1")
+
+
+def test_libraries_of_others_are_chosen_by_name_only() -> None:
+    assert built_in() == ("shm", "tcp")
+    assert set(names()) - set(built_in()) == set(ADAPTERS)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("wire", ADAPTERS)
+def test_a_process_that_used_it_ends_well(wire: str) -> None:
+    """Two copies of one library of the system, in one process, have made it end with a fault."""
+    if find_spec(wire) is None:
+        pytest.skip(f"{wire} is not installed")
+    try:
+        ADAPTERS[wire].load()
+    except ConfigurationError as reason:
+        pytest.skip(str(reason))
+    ended = subprocess.run(
+        [sys.executable, "-c", MOVE, wire], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert (ended.returncode, ended.stdout) == (0, "moved\n"), ended.stderr
+
+
+@pytest.mark.parametrize("wire", ADAPTERS)
+def test_gpu_memory_is_refused_as_long_as_no_wire_takes_it(wire: str) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU on this machine")
+    inbound = open_inbound(wire, host="127.0.0.1")
+    with pytest.raises((TypeError, ValueError)):
+        inbound.register(memoryview(torch.zeros(4096, dtype=torch.uint8, device="cuda")))
+    inbound.close()
