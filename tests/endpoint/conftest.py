@@ -125,7 +125,18 @@ def _is_idle_receiver(receiver: ReceiverEndpoint) -> bool:
     return True
 
 
-@pytest.fixture(params=["shm", "tcp", "mooncake", "nixl"])
+EVERY_WIRE = ("test_bytes", "test_writer")
+"""Modules about what passes through a wire. All else is about both ends, and goes over those that are built in."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``stage`` comes once a wire."""
+    if "stage" in metafunc.fixturenames:
+        others = tuple(WIRES) if metafunc.module.__name__.rpartition(".")[2] in EVERY_WIRE else ()
+        metafunc.parametrize("stage", ("shm", "tcp", *others), indirect=True)
+
+
+@pytest.fixture
 def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
     """Endpoints over each wire. Teardown is Rule 9: free + granted + quarantined = total, and all of it free."""
     if request.param in ("mooncake", "nixl"):

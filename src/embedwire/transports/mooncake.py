@@ -52,9 +52,15 @@ def load() -> Any:
         ) from error
 
 
+def _network() -> tuple[str, str]:
+    """Protocol and device, by the names that Mooncake's own users set: ``MOONCAKE_PROTOCOL`` (``tcp``, or ``rdma`` where there is a
+    network card for it) and ``MOONCAKE_DEVICE``."""
+    return os.environ.get("MOONCAKE_PROTOCOL", "tcp"), os.environ.get("MOONCAKE_DEVICE", "")
+
+
 def _engine(host: str) -> Any:
     engine = load().TransferEngine()
-    if engine.initialize(host, "P2PHANDSHAKE", "tcp", ""):
+    if engine.initialize(host, "P2PHANDSHAKE", *_network()):
         raise EngineError(f"Mooncake can not start an engine at {host}")
     _shorten_destructor(host, engine.get_rpc_port())
     return engine
