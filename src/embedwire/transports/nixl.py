@@ -60,7 +60,8 @@ def _said(call: Callable[..., T], *args: Any) -> T:
 
 
 def _agent(*, has_thread: bool) -> Any:
-    """An agent with UCX. ``has_thread``: a thread of the library moves what comes in; without it, work moves on when a handle is looked at."""
+    """An agent with UCX. ``has_thread``: a thread of the library moves what comes in; without it, work moves on when a handle is
+    looked at."""
     return _said(lambda: _make_agent(load(), has_thread=has_thread))
 
 
