@@ -40,20 +40,6 @@ _GLOG_LEVEL, _FATAL = "_ZN3fLI17FLAGS_minloglevelE", 3
 _TIMEVAL = struct.Struct("ll")
 
 
-def load() -> Any:
-    """Mooncake's module. Raises ConfigurationError that says what has to be installed."""
-    try:
-        return _quiet(import_module("mooncake.engine"))
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"transport 'mooncake' needs the package {PACKAGE} (or mooncake-transfer-engine): {error}"
-        ) from error
-    except ImportError as error:
-        raise ConfigurationError(
-            f"transport 'mooncake' needs the system's libraries {SYSTEM_PACKAGES}: {error}"
-        ) from error
-
-
 def _quiet(module: Any) -> Any:
     """It reports an error for every engine that it makes, on the user's terminal. Its own variable stops below errors, and is
     read when the library is loaded, so the level is raised in the copy of glog that it brings, unless the user has set that variable."""
@@ -68,6 +54,20 @@ def _quiet(module: Any) -> Any:
             for path in paths:
                 ctypes.c_int.in_dll(ctypes.CDLL(path), _GLOG_LEVEL).value = _FATAL
     return module
+
+
+def load() -> Any:
+    """Mooncake's module. Raises ConfigurationError that says what has to be installed."""
+    try:
+        return _quiet(import_module("mooncake.engine"))
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"transport 'mooncake' needs the package {PACKAGE} (or mooncake-transfer-engine): {error}"
+        ) from error
+    except ImportError as error:
+        raise ConfigurationError(
+            f"transport 'mooncake' needs the system's libraries {SYSTEM_PACKAGES}: {error}"
+        ) from error
 
 
 def _engine(host: str) -> Any:
