@@ -23,6 +23,7 @@ from embedwire.errors import TransferError
 from embedwire.limits import Limits
 from embedwire.memory.layout import multimodal
 from embedwire.testing.payload import differing, payload
+from embedwire.transports.onesided.outbound import OneSidedRegion
 from embedwire.transports.shm import ShmRegion
 from embedwire.transports.tcp.outbound import TcpRegion
 
@@ -40,7 +41,7 @@ class Hold:
     def __init__(self) -> None:
         self.is_on = False
         self.go = threading.Event()
-        for region in (ShmRegion, TcpRegion):
+        for region in (ShmRegion, TcpRegion, OneSidedRegion):
             self._wrap(region)
 
     def _wrap(self, region: Any) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from embedwire.errors import ConfigurationError
+from embedwire.testing import wires
 from embedwire.transports import built_in, mooncake, names, nixl, open_inbound, open_outbound
 
 ADAPTERS: dict[str, ModuleType] = {"mooncake": mooncake, "nixl": nixl}
@@ -54,7 +57,7 @@ def test_libraries_of_others_are_chosen_by_name_only() -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("wire", ADAPTERS)
 def test_a_process_that_used_it_ends_well(wire: str) -> None:
-    """Two copies of one library of the system, in one process, have made it end with a fault."""
+    """And says nothing of its own. Two copies of one library of the system, in one process, have made it end with a fault."""
     if find_spec(wire) is None:
         pytest.skip(f"{wire} is not installed")
     try:
@@ -64,7 +67,51 @@ def test_a_process_that_used_it_ends_well(wire: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", MOVE, wire], capture_output=True, text=True, check=False, timeout=100
     )
-    assert (ended.returncode, ended.stdout) == (0, "moved\n"), ended.stderr
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "moved\n", "")
+
+
+def test_what_the_user_wants_to_hear_of_mooncake_is_heard(monkeypatch: Any) -> None:
+    if find_spec("mooncake") is None:
+        pytest.skip("mooncake is not installed")
+    monkeypatch.setenv("MC_LOG_LEVEL", "ERROR")
+    ended = subprocess.run(
+        [sys.executable, "-c", MOVE, "mooncake"], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert "transfer_metadata" in ended.stderr
+
+
+def test_a_nixl_agent_has_no_thread_that_spins() -> None:
+    """The one that receives has a thread, which sleeps until something comes; the one that sends needs none."""
+    try:
+        wires.nixl()
+    except ConfigurationError as reason:
+        pytest.skip(f"nixl is not installed: {reason}")
+    memory = np.zeros(4096, np.uint8)
+    first = nixl.NixlSendingEngine()  # with it comes a thread of UCX, for all of them
+    before = tasks()
+    sending = nixl.NixlSendingEngine()
+    assert not tasks() - before
+    receiving = nixl.NixlReceivingEngine(memory.ctypes.data, memory.nbytes)
+    (thread,) = tasks() - before
+    assert is_asleep(thread), "it has not slept within 1000 looks"
+    receiving.close()
+    sending.close()
+    assert not tasks() - before
+    first.close()
+
+
+def tasks() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+def is_asleep(thread: str) -> bool:
+    """Whether the thread sleeps at any of many looks: one that spins is running, or waits for a processor, at all of them."""
+    states = set()
+    for _ in range(1000):
+        with open(f"/proc/self/task/{thread}/stat") as stat:
+            states.add(stat.read().rpartition(")")[2].split()[0])
+        os.sched_yield()
+    return "S" in states
 
 
 @pytest.mark.parametrize("wire", ADAPTERS)

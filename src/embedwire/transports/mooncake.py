@@ -8,6 +8,7 @@ shortened. Everything else is ``onesided``'s.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import struct
@@ -34,14 +35,31 @@ REQUEST_BYTES_MAX = 2**20
 REQUESTS_MAX = 64
 """Of one batch, under way at a time."""
 _LOOK_S = 0.02
+_GLOG_LEVEL, _FATAL = "_ZN3fLI17FLAGS_minloglevelE", 3
+"""The variable of glog below which nothing is said, and its highest value."""
 _TIMEVAL = struct.Struct("ll")
+
+
+def _quiet(module: Any) -> Any:
+    """It reports an error for every engine that it makes, on the user's terminal. Its own variable stops below errors, and is
+    read when the library is loaded, so the level is raised in the copy of glog that it brings, unless the user has set that variable."""
+    if "MC_LOG_LEVEL" not in os.environ:
+        with open("/proc/self/maps") as maps:
+            paths = {
+                line.split(maxsplit=5)[-1].strip()
+                for line in maps
+                if "/mooncake" in line and "/libglog" in line
+            }
+        with suppress(OSError, ValueError):  # another build of it: then it talks
+            for path in paths:
+                ctypes.c_int.in_dll(ctypes.CDLL(path), _GLOG_LEVEL).value = _FATAL
+    return module
 
 
 def load() -> Any:
     """Mooncake's module. Raises ConfigurationError that says what has to be installed."""
-    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
     try:
-        return import_module("mooncake.engine")
+        return _quiet(import_module("mooncake.engine"))
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"transport 'mooncake' needs the package {PACKAGE} (or mooncake-transfer-engine): {error}"

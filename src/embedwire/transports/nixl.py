@@ -29,6 +29,8 @@ from embedwire.transports.onesided.engine import (
 
 PACKAGE = "nixl"
 _MEMORY = "DRAM"
+_THREAD_LOOKS_US = 1000
+"""The thread of a receiving agent looks this often, besides whenever something has come. 0 would make it spin."""
 T = TypeVar("T")
 
 
@@ -57,17 +59,30 @@ def _said(call: Callable[..., T], *args: Any) -> T:
         raise EngineError(f"NIXL: {type(error).__name__}: {error}") from error
 
 
-def _agent() -> Any:
-    api = load()
+def _agent(*, has_thread: bool) -> Any:
+    """An agent with UCX. ``has_thread``: a thread of the library moves what comes in; without it, work moves on when a handle is
+    looked at."""
+    return _said(lambda: _make_agent(load(), has_thread=has_thread))
+
+
+def _make_agent(api: Any, *, has_thread: bool) -> Any:
+    # The library's own constructor makes that thread spin on a core for as long as the agent lives. So the agent
+    # begins without a back end, and gets another inner one, whose thread sleeps until something comes.
     name = f"embedwire-{secrets.token_hex(8)}"
-    return _said(lambda: api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"])))
+    agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
+    config = api.nixlBind.nixlAgentConfig()
+    config.useProgThread = has_thread
+    config.pthrDelay = _THREAD_LOOKS_US
+    agent.agent = api.nixlBind.nixlAgent(name, config)
+    agent.create_backend("UCX", {})
+    return agent
 
 
 class NixlReceivingEngine(ReceivingEngine):
     """An agent with one registration."""
 
     def __init__(self, address: int, nbytes: int) -> None:
-        self._agent = _agent()
+        self._agent = _agent(has_thread=True)
         self._registration = _said(self._agent.register_memory, [(address, nbytes, 0, "")], _MEMORY)
         metadata: bytes = _said(self._agent.get_agent_metadata)
         self._address = address.to_bytes(8, "little") + metadata
@@ -106,7 +121,7 @@ class NixlSendingEngine(SendingEngine):
     """An agent that only writes."""
 
     def __init__(self) -> None:
-        self.agent: Any = _agent()
+        self.agent: Any = _agent(has_thread=False)  # only moves when it is looked at, and then at once
         self._registrations: list[Any] = []
         self._flights: set[NixlFlight] = set()
         self.peer: Any = None
