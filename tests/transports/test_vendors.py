@@ -70,6 +70,35 @@ def test_a_process_that_used_it_ends_well(wire: str) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "moved\n", "")
 
 
+REFUSED = """
+import numpy as np
+from embedwire.transports import nixl
+plugin = any("libplugin_UCX" in line for line in open("/proc/self/maps"))
+inbound, outbound = nixl.NixlInbound(host="127.0.0.1"), nixl.NixlOutbound(host="127.0.0.1")
+print("loaded before:", plugin, "after:", any("libplugin_UCX" in line for line in open("/proc/self/maps")))
+memory = np.zeros(16, np.uint8)
+receiving = nixl.NixlReceivingEngine(memory.ctypes.data, memory.nbytes)
+address = receiving.address()
+receiving.close()
+try:
+    nixl.NixlSendingEngine().connect(address)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_nixl_is_ready_before_the_first_session_and_keeps_the_output_clean() -> None:
+    """UCX takes half a second to load, which a first session had to afford out of its time-out; and it reports on standard output."""
+    try:
+        nixl.load()
+    except ConfigurationError as reason:
+        pytest.skip(f"nixl is not installed: {reason}")
+    ended = subprocess.run(
+        [sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert ended.stdout == "loaded before: False after: True\nEngineError\n"
+
+
 def test_what_the_user_wants_to_hear_of_mooncake_is_heard(monkeypatch: Any) -> None:
     if find_spec("mooncake") is None:
         pytest.skip("mooncake is not installed")

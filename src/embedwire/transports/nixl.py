@@ -13,6 +13,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
@@ -35,20 +36,31 @@ T = TypeVar("T")
 
 
 def load() -> Any:
-    """NIXL's module. Raises ConfigurationError that says what has to be installed."""
+    """NIXL's module, with all that an agent needs. Raises ConfigurationError that says what has to be installed."""
+    # UCX says on standard output what also comes back as an error.
+    os.environ.setdefault("UCX_LOG_LEVEL", "FATAL")
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     if not glob.glob("/sys/class/infiniband/*"):
         # Of no use here, and it brings libibverbs and libnl-route in a second copy: beside the system's own, the
         # process would end with a fault in their destructors.
         os.environ.setdefault("UCX_MODULES", "^ib")
     try:
-        return import_module("nixl._api")
+        return _ready(import_module("nixl._api"))
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"transport 'nixl' needs the package {PACKAGE}: {error}") from error
     except ImportError as error:
         raise ConfigurationError(
             f"transport 'nixl' needs a shared library that package {PACKAGE} does not bring: {error}"
         ) from error
+    except EngineError as error:
+        raise ConfigurationError(f"transport 'nixl' does not work here: {error}") from error
+
+
+@cache
+def _ready(api: Any) -> Any:
+    """Once a process: the first agent takes half a second to load UCX, which would come out of the first session's time-out."""
+    _said(lambda: _make_agent(api, has_thread=False))
+    return api
 
 
 def _said(call: Callable[..., T], *args: Any) -> T:
