@@ -24,6 +24,7 @@ from vllm.v1.worker.ec_connector_model_runner_mixin import ECConnectorModelRunne
 from vllm.v1.worker.gpu.ec_connector import ActiveECConnector
 
 from embedwire.engines.vllm import connector as module
+from embedwire.engines.vllm import consumer
 from embedwire.engines.vllm.connector import EmbedwireECConnector
 from embedwire.engines.vllm.items import content_hash_of
 from embedwire.errors import ConfigurationError
@@ -109,9 +110,9 @@ class Pair:
         assert params is not None
         return {"embedwire": {"ticket": "", "items": params}}
 
-    def step(self, worker: Any, scheduler: Any, cache: dict[str, torch.Tensor]) -> Any:
+    def step(self, worker: Any, scheduler: Any, cache: dict[str, torch.Tensor], *, tokens: int = 1) -> Any:
         """One step of the workers as the model runner of that shape has it."""
-        metadata = scheduler.build_connector_meta(SimpleNamespace())
+        metadata = scheduler.build_connector_meta(SimpleNamespace(total_num_scheduled_tokens=tokens))
         output = SimpleNamespace(ec_connector_metadata=metadata, finished_req_ids=set())
         ec_transfer_state._EC_CONNECTOR_AGENT = worker
         if self.shape == "V1":
@@ -209,6 +210,30 @@ def test_an_item_between_two_hooks(pair: Pair) -> None:
         pass
     pair.fetcher.update_connector_output(output)
     assert torch.equal(pair.language_cache["a"], rows(10, 4))
+
+
+def test_a_step_without_work_waits_for_items(pair: Pair, monkeypatch: Any) -> None:
+    """But not while another step is on its way, nor when nobody is waiting: one item makes one step put off, however long it takes."""
+    monkeypatch.setattr(consumer, "IDLE_WAIT_S", PATIENCE_S)
+    desk = pair.fetcher._fetcher.desk
+    waits: list[set[str]] = []
+    real = desk.wait
+    monkeypatch.setattr(desk, "wait", lambda names, **more: (waits.append(set(names)), real(names, **more)))
+    params = pair.encode("e", {"a": rows(40, 4)}, 40)
+    asked = request("r", ["a"], 40, **params)
+    working = pair.step(pair.copier, pair.fetcher, pair.language_cache)
+    assert not pair.fetcher.ensure_cache_available(asked, 0)
+    pair.step(pair.copier, pair.fetcher, pair.language_cache, tokens=0)
+    assert waits == []
+    with working as output:
+        pass
+    pair.fetcher.update_connector_output(output)
+    pair.step(pair.copier, pair.fetcher, pair.language_cache, tokens=0)
+    assert waits == [{"r"}]
+    assert pair.fetcher.ensure_cache_available(asked, 0)
+    pair.step(pair.copier, pair.fetcher, pair.language_cache, tokens=0)
+    assert waits == [{"r"}]
+    pair.fetcher.request_finished(asked)
 
 
 def test_what_fails_alone(pair: Pair) -> None:

@@ -2,7 +2,7 @@
 
 Owns the requests and the clock; the servers are the caller's: a router with encoders and language servers behind it, and as baseline an
 encoder and a language server that share files (``ECExampleConnector``), or a second router. Both stacks get the same requests in turns,
-each with pictures that neither has seen, and have to give the same answers. One thread a request.
+each with pictures that neither has seen, after a rest, and have to give the same answers. One thread a request.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from embedwire.errors import ConfigurationError, EmbedwireError
 
 WARM_UP = 2
 """Requests to each stack before the clock runs."""
+REST_S = 1.5
+"""Between the two stacks' turns. A vLLM process that waits for work keeps a core busy for a second after its last piece (``SpinCondition``
+in its ``shm_broadcast.py``), which the other stack's turn would pay for where cores are few."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +104,7 @@ def measure(stacks: Stacks, load: Load, *, on_progress: Callable[[], object] = l
     ):
         for number in range(WARM_UP + load.repeat):
             body = next(bodies)
-            for which in (0, 1) if number % 2 else (1, 0):
+            for which in _turns(number):
                 ttft_s, text = ways[which](client, body)
                 if number >= WARM_UP:
                     figures[which].ttft_s.append(ttft_s)
@@ -109,13 +112,20 @@ def measure(stacks: Stacks, load: Load, *, on_progress: Callable[[], object] = l
             on_progress()
         for number in range(load.repeat):
             batch = [next(bodies) for _ in range(load.concurrency)]
-            for which in (0, 1) if number % 2 else (1, 0):
+            for which in _turns(number):
                 began = time.monotonic()
                 answers = list(pool.map(lambda body, ask=ways[which]: ask(client, body), batch))
                 figures[which].per_s.append(len(batch) / (time.monotonic() - began))
                 figures[which].texts += [text for _, text in answers]
             on_progress()
     return _case(load, *figures, baseline=stacks.baseline)
+
+
+def _turns(number: int) -> Iterator[int]:
+    """Whose turn it is: each stack is first as often as the other, and finds the machine at rest."""
+    for which in (0, 1) if number % 2 else (1, 0):
+        time.sleep(REST_S)
+        yield which
 
 
 def steps(load: Load) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -118,6 +118,19 @@ class ItemDesk:
             return Verdict.FAILED
         is_here = self._waiters[waiter].is_admitted and all(self._items[key].is_ready for key in wanted)
         return Verdict.READY if is_here else Verdict.PENDING
+
+    def wait(self, waiters: Collection[str], *, timeout_s: float) -> None:
+        """Until one of these requests is ready or has failed, ``timeout_s`` at most. For a caller that has nothing else to do."""
+        until = time.monotonic() + timeout_s
+        while not any(self._is_settled(waiter) for waiter in waiters):
+            try:
+                self._on_end(self._ended.get(timeout=max(0.0, until - time.monotonic())))
+            except Empty:
+                break
+
+    def _is_settled(self, waiter: str) -> bool:
+        entry = self._waiters.get(waiter)
+        return entry is None or (entry.is_admitted and all(self._items[k].is_ready for k in entry.wanted))
 
     def refuse(self, waiter: str, failure: ItemFailure) -> None:
         """A request can not be served, for a reason that its owner knows."""

@@ -161,7 +161,11 @@ class EmbedwireECConnector(ECConnectorBase):
             self._fetcher.read(request, index)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        loads = Loads(0) if self._fetcher is None else self._fetcher.take_loads()
+        loads = (
+            Loads(0)
+            if self._fetcher is None
+            else self._fetcher.take_loads(scheduler_output.total_num_scheduled_tokens)
+        )
         return StepMetadata(loads, () if self._teller is None else self._teller.take_wanted())
 
     def update_connector_output(self, connector_output: ECConnectorOutput) -> None:

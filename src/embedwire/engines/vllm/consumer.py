@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+IDLE_WAIT_S = 0.005
+"""How long the scheduler waits for items when there is nothing else to do; what else comes in may wait as long."""
 NO_ITEM = b"greeting"
 """Shorter than any hash, so never that of an item."""
 
@@ -98,9 +100,11 @@ class ConsumerScheduler:
         self._reporter = CauseReporter(settings.report_to)
         self._asked: dict[str, _Asked] = {}
         self._unavailable: set[str] = set()
+        self._pending: set[str] = set()
         self._loads: dict[str, Handle] = {}
         self._step = 0
         self._steps_under_way: list[int] = []
+        self._last_work = self._last_done = 0
 
     def greet(self, addresses: Sequence[str], *, timeout_s: float) -> None:
         """Ask encoders for an item that nobody has. Raises ConfigurationError for one that makes other rows than this server reads; one
@@ -128,6 +132,10 @@ class ConsumerScheduler:
                 if feature.mm_position.offset + feature.mm_position.length > num_computed_tokens:
                     wanted |= self._need(request, index, asked)
         verdict = self.desk.ask(name, wanted)
+        if verdict is Verdict.PENDING:
+            self._pending.add(name)
+        else:
+            self._pending.discard(name)
         if verdict is Verdict.FAILED:
             self._give_up(name, asked)
         elif verdict is Verdict.READY and not asked.came:
@@ -145,9 +153,17 @@ class ConsumerScheduler:
         if self.desk.handle(key) is not None:
             self._loads[feature.identifier] = self.desk.pin(f"step {self._step + 1}", key)
 
-    def take_loads(self) -> Loads:
-        """What the next step reads. Its items stay here until the workers have said that they are past it."""
+    def take_loads(self, scheduled_tokens: int) -> Loads:
+        """What the next step reads. Its items stay here until the workers have said that they are past it.
+
+        A step of no tokens goes out to all workers like any other. When nobody has work, and a request waits for its items, it is
+        put off until they are here.
+        """
         self._step += 1
+        if scheduled_tokens:
+            self._last_work = self._step
+        elif self._pending and self._last_work <= self._last_done:
+            self.desk.wait(self._pending, timeout_s=IDLE_WAIT_S)
         loads, self._loads = Loads(self._step, self._loads), {}
         if loads.handles:
             self._steps_under_way.append(self._step)
@@ -155,6 +171,7 @@ class ConsumerScheduler:
 
     def on_loaded(self, step: int) -> None:
         """All workers are past this step, and so past those before, whether they had work for them or not."""
+        self._last_done = max(self._last_done, step)
         done = [number for number in self._steps_under_way if number <= step]
         self._steps_under_way = [number for number in self._steps_under_way if number > step]
         for number in done:
@@ -176,6 +193,7 @@ class ConsumerScheduler:
         """The request is over, however it went. For its answer: how each item came here."""
         asked = self._asked.pop(request.request_id, None)
         self._unavailable.discard(request.request_id)
+        self._pending.discard(request.request_id)
         self.desk.forget(request.request_id)
         return {"embedwire": {"items": asked.came}} if asked is not None and asked.came else {}
 
