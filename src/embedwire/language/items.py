@@ -116,21 +116,24 @@ class ItemDesk:
         self._go_on()
         if waiter in self._failed:
             return Verdict.FAILED
-        is_here = self._waiters[waiter].is_admitted and all(self._items[key].is_ready for key in wanted)
-        return Verdict.READY if is_here else Verdict.PENDING
+        return Verdict.READY if self._are_here(self._waiters[waiter], wanted) else Verdict.PENDING
 
-    def wait(self, waiters: Collection[str], *, timeout_s: float) -> None:
-        """Until one of these requests is ready or has failed, ``timeout_s`` at most. For a caller that has nothing else to do."""
+    def wait(self, *, timeout_s: float) -> None:
+        """Until one of the requests that are pending is ready or has failed, ``timeout_s`` at most; not at all when none is. For a caller
+        that has nothing else to do."""
         until = time.monotonic() + timeout_s
-        while not any(self._is_settled(waiter) for waiter in waiters):
+        pending = {n: entry for n, entry in self._waiters.items() if not self._are_here(entry, entry.wanted)}
+        while pending and not any(self._is_settled(name, entry) for name, entry in pending.items()):
             try:
                 self._on_end(self._ended.get(timeout=max(0.0, until - time.monotonic())))
             except Empty:
                 break
 
-    def _is_settled(self, waiter: str) -> bool:
-        entry = self._waiters.get(waiter)
-        return entry is None or (entry.is_admitted and all(self._items[k].is_ready for k in entry.wanted))
+    def _is_settled(self, waiter: str, entry: _Waiter) -> bool:
+        return waiter in self._failed or self._are_here(entry, entry.wanted)
+
+    def _are_here(self, entry: _Waiter, keys: Collection[ItemKey]) -> bool:
+        return entry.is_admitted and all(self._items[key].is_ready for key in keys)
 
     def refuse(self, waiter: str, failure: ItemFailure) -> None:
         """A request can not be served, for a reason that its owner knows."""

@@ -100,7 +100,6 @@ class ConsumerScheduler:
         self._reporter = CauseReporter(settings.report_to)
         self._asked: dict[str, _Asked] = {}
         self._unavailable: set[str] = set()
-        self._pending: set[str] = set()
         self._loads: dict[str, Handle] = {}
         self._step = 0
         self._steps_under_way: list[int] = []
@@ -132,10 +131,6 @@ class ConsumerScheduler:
                 if feature.mm_position.offset + feature.mm_position.length > num_computed_tokens:
                     wanted |= self._need(request, index, asked)
         verdict = self.desk.ask(name, wanted)
-        if verdict is Verdict.PENDING:
-            self._pending.add(name)
-        else:
-            self._pending.discard(name)
         if verdict is Verdict.FAILED:
             self._give_up(name, asked)
         elif verdict is Verdict.READY and not asked.came:
@@ -162,8 +157,8 @@ class ConsumerScheduler:
         self._step += 1
         if scheduled_tokens:
             self._last_work = self._step
-        elif self._pending and self._last_work <= self._last_done:
-            self.desk.wait(self._pending, timeout_s=IDLE_WAIT_S)
+        elif self._last_work <= self._last_done:
+            self.desk.wait(timeout_s=IDLE_WAIT_S)
         loads, self._loads = Loads(self._step, self._loads), {}
         if loads.handles:
             self._steps_under_way.append(self._step)
@@ -193,7 +188,6 @@ class ConsumerScheduler:
         """The request is over, however it went. For its answer: how each item came here."""
         asked = self._asked.pop(request.request_id, None)
         self._unavailable.discard(request.request_id)
-        self._pending.discard(request.request_id)
         self.desk.forget(request.request_id)
         return {"embedwire": {"items": asked.came}} if asked is not None and asked.came else {}
 
