@@ -6,6 +6,8 @@ The configuration, the metadata and the context managers are vLLM's; only the mo
 from __future__ import annotations
 
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from vllm.v1.worker.ec_connector_model_runner_mixin import ECConnectorModelRunne
 from vllm.v1.worker.gpu.ec_connector import ActiveECConnector
 
 from embedwire.engines.vllm import connector as module
-from embedwire.engines.vllm import consumer
+from embedwire.engines.vllm import consumer, cores
 from embedwire.engines.vllm.connector import EmbedwireECConnector
 from embedwire.engines.vllm.items import content_hash_of
 from embedwire.errors import ConfigurationError
@@ -213,25 +215,59 @@ def test_an_item_between_two_hooks(pair: Pair) -> None:
 
 
 def test_a_step_without_work_waits_for_items(pair: Pair, monkeypatch: Any) -> None:
-    """But not while another step is on its way, nor when nobody is waiting."""
+    """Once a step, neither behind work nor before it, and not when others are new."""
     monkeypatch.setattr(consumer, "IDLE_WAIT_S", 10_000)
-    desk = pair.fetcher._fetcher.desk
+    fetcher, desk = pair.fetcher, pair.fetcher._fetcher.desk
     waits: list[float] = []
-    real = desk.wait
-    monkeypatch.setattr(desk, "wait", lambda timeout_s: (waits.append(timeout_s), real(timeout_s=timeout_s)))
-    params = pair.encode("e", {"a": rows(40, 4)}, 40)
-    asked = request("r", ["a"], 40, **params)
-    working = pair.step(pair.copier, pair.fetcher, pair.language_cache)
-    assert not pair.fetcher.ensure_cache_available(asked, 0)
-    pair.step(pair.copier, pair.fetcher, pair.language_cache, tokens=0)
-    assert waits == []
+    monkeypatch.setattr(desk, "wait", lambda timeout_s: waits.append(timeout_s))
+    here = request("here", ["a"], 40, **pair.encode("e", {"a": rows(40, 4)}, 40))
+    params = pair.encode("f", {"b": rows(40, 5)}, 40)
+    pair.keeper._keeper.shelf.expect(content_hash_of("coming"))
+    params["embedwire"]["items"]["coming"] = params["embedwire"]["items"]["b"]
+    coming, other = request("coming", ["coming"], 40, **params), request("other", ["coming"], 40, **params)
+    assert pair.wait(here)
+
+    working = pair.step(pair.copier, fetcher, pair.language_cache)
+    assert not fetcher.ensure_cache_available(coming, 0)  # the last step had work
+    with pair.step(pair.copier, fetcher, pair.language_cache, tokens=0):
+        pass
+    assert not fetcher.ensure_cache_available(coming, 0)  # which is not done yet
     with working as output:
         pass
-    pair.fetcher.update_connector_output(output)
-    pair.step(pair.copier, pair.fetcher, pair.language_cache, tokens=0)
+    fetcher.update_connector_output(output)
+    assert fetcher.ensure_cache_available(here, 0)
+    assert not fetcher.ensure_cache_available(coming, 0)  # the next step has work
+    assert waits == []
+    with pair.step(pair.copier, fetcher, pair.language_cache, tokens=0):
+        pass
+    assert not fetcher.ensure_cache_available(other, 0)
+    assert waits == []
+    assert not fetcher.ensure_cache_available(coming, 0)
+    assert not fetcher.ensure_cache_available(other, 0)
     assert waits == [10_000]
+    for asked in (here, coming, other):
+        fetcher.request_finished(asked)
+
+
+def test_transfers_take_short_turns_on_a_core(pair: Pair) -> None:
+    """On both sides: whatever else runs in these processes waits busily, or computes."""
+    mine = [
+        t.native_id for t in threading.enumerate() if t.name in ("embedwire-sender", "embedwire-receiver")
+    ]
+    assert len(mine) == 2
+    told = [Path(f"/proc/self/task/{number}/sched").read_text() for number in (os.getpid(), *mine)]
+    usual, *turns = [re.search(r"slice\s*:\s*(\d+)", text) for text in told]
+    if usual is None or all(turn and turn[1] == usual[1] for turn in turns):
+        pytest.skip("this system gives all threads the same turns, or does not tell")
+    assert [turn and int(turn[1]) for turn in turns] == [cores.TURN_NS] * 2
+
+
+def test_what_came_while_a_step_waited_is_in_it(pair: Pair, monkeypatch: Any) -> None:
+    monkeypatch.setattr(consumer, "IDLE_WAIT_S", PATIENCE_S)
+    asked = request("r", ["a"], 40, **pair.encode("e", {"a": rows(40, 4)}, 40))
+    with pair.step(pair.copier, pair.fetcher, pair.language_cache, tokens=0):
+        pass
     assert pair.fetcher.ensure_cache_available(asked, 0)
-    pair.step(pair.copier, pair.fetcher, pair.language_cache, tokens=0)
     pair.fetcher.request_finished(asked)
 
 

@@ -1,8 +1,8 @@
-"""How soon does the first token come, and how many requests a second, beside vLLM's own file-based connector, or another router?
+"""How soon does the first token come, and how many requests a second, beside another stack: vLLM's own file-based connector, or a router?
 
-Owns the requests and the clock; the servers are the caller's: a router with encoders and language servers behind it, and as baseline an
-encoder and a language server that share files (``ECExampleConnector``), or a second router. Both stacks get the same requests in turns,
-each with pictures that neither has seen, after a rest, and have to give the same answers. One thread a request.
+Owns the requests and the clock; the servers are the caller's: of each stack either a router with servers behind it, or an encoder and a
+language server, which are then asked one after the other from here. Both stacks get the same requests in turns, each with pictures that
+neither has seen, after a rest, and have to give the same answers. One thread a request.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import io
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
 import numpy as np
 
 from embedwire.errors import ConfigurationError, EmbedwireError
+from embedwire.serve.calls import KEPT_IDLE_S
 
 WARM_UP = 2
 """Requests to each stack before the clock runs."""
@@ -30,25 +32,44 @@ in its ``shm_broadcast.py``), which the other stack's turn would pay for where c
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stacks:
-    """Where the servers are: URLs without a path. All serve one model under one name. The baseline is ``baseline_router``, or an encoder
-    and a language server."""
+class Stack:
+    """Where its servers are: URLs without a path, either of a router, or of an encoder and a language server."""
 
-    router: str
-    baseline_router: str = ""
-    baseline_encoder: str = ""
-    baseline_language: str = ""
-    timeout_s: float = 120.0
+    router: str = ""
+    encoder: str = ""
+    language: str = ""
 
     def __post_init__(self) -> None:
-        pair = bool(self.baseline_encoder), bool(self.baseline_language)
-        if pair != (not self.baseline_router,) * 2:
-            raise ConfigurationError("the baseline is either a router, or an encoder and a language server")
+        if (bool(self.encoder), bool(self.language)) != (not self.router,) * 2:
+            raise ConfigurationError("a stack is either a router, or an encoder and a language server")
 
     @property
-    def baseline(self) -> str:
+    def kind(self) -> str:
         """In words."""
-        return "router" if self.baseline_router else "ECExampleConnector"
+        return "router" if self.router else "connector"
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of all that is asked."""
+        return (self.router,) if self.router else (self.encoder, self.language)
+
+    def ask(self, client: httpx.Client, body: Mapping[str, Any]) -> tuple[float, str]:
+        """Seconds to the first token, and the text. Without a router: a request a picture to the encoder, all at once, then the whole
+        request to the language server, with what the encoder said of each."""
+        began = time.monotonic()
+        if self.router:
+            return _stream(client, self.router, body, began=began)
+        pictures = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+        with ThreadPoolExecutor(len(pictures)) as pool:
+            told = list(pool.map(lambda part: self._encode(client, body["model"], part), pictures))
+        if items := {name: entry for each in told for name, entry in each.items()}:
+            body = {**body, "ec_transfer_params": {"embedwire": {"items": items}}}
+        return _stream(client, self.language, body, began=began)
+
+    def _encode(self, client: httpx.Client, model: str, part: Mapping[str, Any]) -> dict[str, Any]:
+        request = {"model": model, "messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
+        answer = _checked(client.post(f"{self.encoder}/v1/chat/completions", json=request))
+        return answer.json().get("ec_transfer_params") or {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +93,7 @@ class Case:
     tokens: int
     repeat: int
     concurrency: int
+    ours: str
     baseline: str
     ttft_median_s: float
     baseline_ttft_median_s: float
@@ -89,23 +111,27 @@ class _Figures:
     texts: list[str] = field(default_factory=list)
 
 
-Ask = Callable[[httpx.Client, Mapping[str, Any]], tuple[float, str]]
-
-
-def measure(stacks: Stacks, load: Load, *, on_progress: Callable[[], object] = lambda: None) -> Case:
-    """Ask both in turns. Raises EmbedwireError for an answer that is none, and when the two stacks answer differently."""
-    other: Ask = _Router(stacks.baseline_router).ask if stacks.baseline_router else _Pair(stacks).ask
-    ways: tuple[Ask, Ask] = (_Router(stacks.router).ask, other)
-    figures = (_Figures(), _Figures())
-    bodies = _bodies(_model(stacks), load)
+def measure(
+    ours: Stack,
+    baseline: Stack,
+    load: Load,
+    *,
+    timeout_s: float = 120.0,
+    on_progress: Callable[[], object] = lambda: None,
+) -> Case:
+    """Ask both in turns; both serve one model under one name. Raises EmbedwireError for an answer that is none, and when the two stacks
+    answer differently."""
+    stacks, figures = (ours, baseline), (_Figures(), _Figures())
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEPT_IDLE_S)
     with (
-        httpx.Client(timeout=stacks.timeout_s, trust_env=False) as client,
+        httpx.Client(timeout=timeout_s, limits=limits, trust_env=False) as client,
         ThreadPoolExecutor(load.concurrency) as pool,
     ):
+        bodies = _bodies(_model(client, stacks), load)
         for number in range(WARM_UP + load.repeat):
             body = next(bodies)
             for which in _turns(number):
-                ttft_s, text = ways[which](client, body)
+                ttft_s, text = stacks[which].ask(client, body)
                 if number >= WARM_UP:
                     figures[which].ttft_s.append(ttft_s)
                     figures[which].texts.append(text)
@@ -114,11 +140,11 @@ def measure(stacks: Stacks, load: Load, *, on_progress: Callable[[], object] = l
             batch = [next(bodies) for _ in range(load.concurrency)]
             for which in _turns(number):
                 began = time.monotonic()
-                answers = list(pool.map(lambda body, ask=ways[which]: ask(client, body), batch))
+                answers = list(pool.map(partial(stacks[which].ask, client), batch))
                 figures[which].per_s.append(len(batch) / (time.monotonic() - began))
                 figures[which].texts += [text for _, text in answers]
             on_progress()
-    return _case(load, *figures, baseline=stacks.baseline)
+    return _case(load, *figures, kinds=(ours.kind, baseline.kind))
 
 
 def _turns(number: int) -> Iterator[int]:
@@ -133,7 +159,7 @@ def steps(load: Load) -> int:
     return WARM_UP + 2 * load.repeat
 
 
-def _case(load: Load, ours: _Figures, theirs: _Figures, *, baseline: str) -> Case:
+def _case(load: Load, ours: _Figures, theirs: _Figures, *, kinds: tuple[str, str]) -> Case:
     equal = sum(a == b for a, b in zip(ours.texts, theirs.texts, strict=True))
     if equal < len(ours.texts):
         raise EmbedwireError(
@@ -147,7 +173,8 @@ def _case(load: Load, ours: _Figures, theirs: _Figures, *, baseline: str) -> Cas
         tokens=load.tokens,
         repeat=load.repeat,
         concurrency=load.concurrency,
-        baseline=baseline,
+        ours=kinds[0],
+        baseline=kinds[1],
         ttft_median_s=ttft_s,
         baseline_ttft_median_s=baseline_s,
         ttft_ratio=baseline_s / ttft_s,
@@ -156,34 +183,6 @@ def _case(load: Load, ours: _Figures, theirs: _Figures, *, baseline: str) -> Cas
         rate_ratio=per_s / baseline_per_s,
         equal_answers=equal,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Router:
-    url: str
-
-    def ask(self, client: httpx.Client, body: Mapping[str, Any]) -> tuple[float, str]:
-        """Seconds to the first token, and the text."""
-        return _stream(client, self.url, body, began=time.monotonic())
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """What vLLM's own example does: a request a picture to the encoder, all at once, then the whole request to the language server."""
-
-    stacks: Stacks
-
-    def ask(self, client: httpx.Client, body: Mapping[str, Any]) -> tuple[float, str]:
-        """Seconds to the first token, and the text."""
-        began = time.monotonic()
-        pictures = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
-        with ThreadPoolExecutor(len(pictures)) as pool:
-            list(pool.map(lambda part: self._encode(client, body["model"], part), pictures))
-        return _stream(client, self.stacks.baseline_language, body, began=began)
-
-    def _encode(self, client: httpx.Client, model: str, part: Mapping[str, Any]) -> None:
-        request = {"model": model, "messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
-        _checked(client.post(f"{self.stacks.baseline_encoder}/v1/chat/completions", json=request))
 
 
 def _stream(client: httpx.Client, url: str, body: Mapping[str, Any], *, began: float) -> tuple[float, str]:
@@ -204,18 +203,18 @@ def _stream(client: httpx.Client, url: str, body: Mapping[str, Any], *, began: f
     return first_s or time.monotonic() - began, text
 
 
-def _checked(answer: httpx.Response) -> None:
+def _checked(answer: httpx.Response) -> httpx.Response:
     if answer.status_code != 200:
         raise EmbedwireError(f"{answer.url}: {answer.status_code} {answer.text[:300]}")
+    return answer
 
 
-def _model(stacks: Stacks) -> str:
-    with httpx.Client(timeout=stacks.timeout_s, trust_env=False) as client:
-        urls = (stacks.router, stacks.baseline_router, stacks.baseline_encoder, stacks.baseline_language)
-        for url in filter(None, urls):
-            answer = client.get(f"{url}/v1/models")
-            _checked(answer)
-    return str(answer.json()["data"][0]["id"])
+def _model(client: httpx.Client, stacks: Iterable[Stack]) -> str:
+    answers = [_checked(client.get(f"{url}/v1/models")) for stack in stacks for url in stack.urls]
+    names = {str(answer.json()["data"][0]["id"]) for answer in answers}
+    if len(names) > 1:
+        raise ConfigurationError(f"the servers serve several models: {', '.join(sorted(names))}")
+    return names.pop()
 
 
 def _bodies(model: str, load: Load) -> Iterator[dict[str, Any]]:

@@ -96,17 +96,16 @@ def transfer(
 @app.command()
 def vllm(
     *,
-    router: Annotated[str, typer.Option(help="Ours: a router in front of vLLM servers.")],
-    baseline_encoder: Annotated[str, typer.Option(help="A vLLM encoder with ECExampleConnector.")] = "",
-    baseline_language: Annotated[
-        str, typer.Option(help="A vLLM language server with the same storage.")
-    ] = "",
+    router: Annotated[str, typer.Option(help="Ours: a router in front of vLLM servers.")] = "",
+    encoder: Annotated[str, typer.Option(help="Ours without a router: an encoder with our connector.")] = "",
+    language: Annotated[str, typer.Option(help="And its language server.")] = "",
     baseline_router: Annotated[
-        str,
-        typer.Option(
-            help="Instead: another router, for example one that sends media where this one sends metadata."
-        ),
+        str, typer.Option(help="The baseline: any router or proxy in front of vLLM servers.")
     ] = "",
+    baseline_encoder: Annotated[
+        str, typer.Option(help="The baseline without a router: an encoder with ECExampleConnector.")
+    ] = "",
+    baseline_language: Annotated[str, typer.Option(help="And its language server.")] = "",
     images: Annotated[list[int] | None, typer.Option(help="Pictures a request; may be repeated [1].")] = None,
     side: Annotated[int, typer.Option(min=28, help="Width and height of a picture, in pixels.")] = 448,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 8,
@@ -116,8 +115,10 @@ def vllm(
 ) -> None:
     """How soon does the first token come, and how many requests a second, beside vLLM's own file-based connector, or another router?
 
-    The servers have to run already, all with one model: docs/benchmarks.md has the commands. Both stacks get the same requests in
-    turns, with pictures that neither has seen, and have to give the same answers. Ratios above 1 say that ours is sooner, or more.
+    Of each stack name either its router, or one encoder and one language server: then the command asks them itself, one after the
+    other, and connector stands beside connector. The servers have to run already, all with one model: docs/benchmarks.md has the
+    commands. Both stacks get the same requests in turns, with pictures that neither has seen, and have to give the same answers.
+    Ratios above 1 say that ours is sooner, or more.
 
     Exit code 0: measured, whatever the numbers; 2: not measured, with the cause.
     """
@@ -125,12 +126,8 @@ def vllm(
     from embedwire.bench.host import this_host
 
     check_writable(json)
-    stacks = bench.Stacks(
-        router=router,
-        baseline_router=baseline_router,
-        baseline_encoder=baseline_encoder,
-        baseline_language=baseline_language,
-    )
+    ours = bench.Stack(router=router, encoder=encoder, language=language)
+    baseline = bench.Stack(router=baseline_router, encoder=baseline_encoder, language=baseline_language)
     loads = [
         bench.Load(images=count, side=side, tokens=tokens, concurrency=concurrency, repeat=repeat)
         for count in images or (1,)
@@ -139,7 +136,7 @@ def vllm(
     with Progress(console=err, transient=True) as progress:
         bar = progress.add_task("measuring", total=sum(map(bench.steps, loads)))
         for load in loads:
-            cases.append(bench.measure(stacks, load, on_progress=lambda: progress.advance(bar)))
+            cases.append(bench.measure(ours, baseline, load, on_progress=lambda: progress.advance(bar)))
     numbers = ("images", "first token", "baseline", "ratio", "requests/s", "baseline/s", "rate")
     made = table("picture", *numbers, right=numbers)
     for case in cases:

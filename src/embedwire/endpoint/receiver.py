@@ -216,6 +216,11 @@ class ReceiverEndpoint(Driver):
         self._ended[cause.value] += 1
         self._receptions.pop(key).set_exception(TransferError(cause.value, detail))
 
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a room is open. Costs nothing, from any thread."""
+        return bool(self._receptions)
+
     def stats(self) -> ReceiverStats:
         """A snapshot."""
         return self.call(self._stats)

@@ -19,6 +19,9 @@ from embedwire.registry import Registry, Worker
 from embedwire.serve.faults import Fault, FaultError, fault_from, unreachable
 
 IDLE_CLIENTS_MAX = 64
+KEPT_IDLE_S = 2.0
+"""How long a connection is kept without a call. Servers hang up in their turn, and a call that is on its way just then is lost:
+uvicorn, and so vLLM, does it after 5 s (``VLLM_HTTP_TIMEOUT_KEEP_ALIVE``)."""
 RETRIED_STATUS = frozenset({502, 503, 504})
 """What another worker may not answer."""
 
@@ -98,7 +101,8 @@ class WorkerCalls:
 
     def _new_client(self) -> httpx.AsyncClient:
         timeout = httpx.Timeout(None, connect=self._connect_timeout_s)
-        return httpx.AsyncClient(verify=self._tls, timeout=timeout, trust_env=False)
+        limits = httpx.Limits(keepalive_expiry=KEPT_IDLE_S)
+        return httpx.AsyncClient(verify=self._tls, timeout=timeout, limits=limits, trust_env=False)
 
     async def close(self) -> None:
         """Close the connections to workers, when no request is under way any more."""

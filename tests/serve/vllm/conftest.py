@@ -143,7 +143,7 @@ class LanguageDouble:
             self.entered.put(body)
             failed = await self._fail(body)
             if body.get("stream"):
-                return StreamingResponse(self._events(request, failed), media_type="text/event-stream")
+                return StreamingResponse(self._events(body, failed), media_type="text/event-stream")
             if self.gate and not await held(request, self.gate):
                 self.disconnected.put(1)
                 return Response(status_code=499)
@@ -178,7 +178,7 @@ class LanguageDouble:
                 assert answer.status_code == 204
         return True
 
-    async def _events(self, request: Request, failed: bool) -> AsyncIterator[bytes]:
+    async def _events(self, body: dict[str, Any], failed: bool) -> AsyncIterator[bytes]:
         def chunk(**choice: Any) -> bytes:
             data = {"id": "c", "object": "chat.completion.chunk", "choices": [{"index": 0, **choice}]}
             return b"data: " + msgspec.json.encode(data) + b"\n\n"
@@ -194,7 +194,7 @@ class LanguageDouble:
             except asyncio.CancelledError:
                 self.disconnected.put(1)
                 raise
-        yield chunk(delta={"content": self.text(self.bodies[-1])}, finish_reason=None)
+        yield chunk(delta={"content": self.text(body)}, finish_reason=None)
         yield chunk(delta={}, finish_reason="stop")
         yield b"data: [DONE]\n\n"
 

@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 
 from embedwire.endpoint import ReceiverEndpoint
 from embedwire.engines.vllm.causes import CauseReporter
+from embedwire.engines.vllm.cores import nap_while, short_turns
 from embedwire.engines.vllm.items import content_hash_of, tensor_of
 from embedwire.engines.vllm.settings import ConnectorSettings
 from embedwire.errors import ConfigurationError, TransferError
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IDLE_WAIT_S = 0.005
-"""How long the scheduler waits for items when there is nothing else to do; what else comes in may wait as long."""
+IDLE_WAIT_S = 0.01
+"""How long one step is put off for items when there is nothing else to do; what else comes in may wait as long."""
 NO_ITEM = b"greeting"
 """Shorter than any hash, so never that of an item."""
 
@@ -84,19 +85,21 @@ class ConsumerScheduler:
     ) -> None:
         self._resolver = resolver
         self._may_encode = may_encode
-        self._receiver = ReceiverEndpoint(
-            layout,
-            num_blocks=settings.num_blocks,
-            block_size=settings.block_size,
-            default_allocate_tokens=settings.num_blocks * settings.block_size,
-            assembly_bytes=settings.staging_bytes,
-            host=settings.host,
-            transports=settings.transports,
-            limits=settings.limits,
-        )
+        with short_turns():
+            self._receiver = ReceiverEndpoint(
+                layout,
+                num_blocks=settings.num_blocks,
+                block_size=settings.block_size,
+                default_allocate_tokens=settings.num_blocks * settings.block_size,
+                assembly_bytes=settings.staging_bytes,
+                host=settings.host,
+                transports=settings.transports,
+                limits=settings.limits,
+            )
         self.desk = ItemDesk(
             self._receiver, memory_bytes=settings.staging_bytes, deadline_s=settings.item_deadline_s
         )
+        nap_while(lambda: self._receiver.is_receiving)
         self._reporter = CauseReporter(settings.report_to)
         self._asked: dict[str, _Asked] = {}
         self._unavailable: set[str] = set()
@@ -104,6 +107,7 @@ class ConsumerScheduler:
         self._step = 0
         self._steps_under_way: list[int] = []
         self._last_work = self._last_done = 0
+        self._patience_s = IDLE_WAIT_S
 
     def greet(self, addresses: Sequence[str], *, timeout_s: float) -> None:
         """Ask encoders for an item that nobody has. Raises ConfigurationError for one that makes other rows than this server reads; one
@@ -121,9 +125,13 @@ class ConsumerScheduler:
     # ------------------------------------------------------------------ what vLLM asks
 
     def is_available(self, request: Request, num_computed_tokens: int) -> bool:
-        """Whether all items that this request still reads are here. One that can not get them is named by :meth:`take_unavailable`."""
+        """Whether all items that this request still reads are here. One that can not get them is named by :meth:`take_unavailable`.
+
+        A step without work goes out to all workers like any other, and the items that come meanwhile wait for the next one. So when
+        nobody else has work, the step waits here for them; but of several new requests none before all have asked for theirs.
+        """
         name = request.request_id
-        if name not in self._asked:
+        if is_new := name not in self._asked:
             self._asked[name] = self._read(request)
         asked, wanted = self._asked[name], dict[ItemKey, str]()
         if self.desk.failure_of(name) is None:
@@ -131,6 +139,13 @@ class ConsumerScheduler:
                 if feature.mm_position.offset + feature.mm_position.length > num_computed_tokens:
                     wanted |= self._need(request, index, asked)
         verdict = self.desk.ask(name, wanted)
+        may_wait = self._patience_s > 0 and self._is_idle and not (is_new and len(self._asked) > 1)
+        if verdict is Verdict.PENDING and may_wait:
+            self.desk.wait(timeout_s=self._patience_s)
+            self._patience_s = 0.0
+            verdict = self.desk.ask(name, wanted)
+        if verdict is Verdict.READY:
+            self._patience_s = 0.0  # the next step has work
         if verdict is Verdict.FAILED:
             self._give_up(name, asked)
         elif verdict is Verdict.READY and not asked.came:
@@ -149,16 +164,11 @@ class ConsumerScheduler:
             self._loads[feature.identifier] = self.desk.pin(f"step {self._step + 1}", key)
 
     def take_loads(self, scheduled_tokens: int) -> Loads:
-        """What the next step reads. Its items stay here until the workers have said that they are past it.
-
-        A step of no tokens goes out to all workers like any other. When nobody has work, and a request waits for its items, it is
-        put off until they are here.
-        """
+        """What the next step reads. Its items stay here until the workers have said that they are past it."""
         self._step += 1
+        self._patience_s = IDLE_WAIT_S
         if scheduled_tokens:
             self._last_work = self._step
-        elif self._last_work <= self._last_done:
-            self.desk.wait(timeout_s=IDLE_WAIT_S)
         loads, self._loads = Loads(self._step, self._loads), {}
         if loads.handles:
             self._steps_under_way.append(self._step)
@@ -213,6 +223,11 @@ class ConsumerScheduler:
             for name, item in ask.items.items()
         }
         return _Asked(ask.ticket, offered)
+
+    @property
+    def _is_idle(self) -> bool:
+        """The last step had no work, and none with work is under way."""
+        return self._last_work < self._step and self._last_work <= self._last_done
 
     def _need(self, request: Request, index: int, asked: _Asked) -> dict[ItemKey, str]:
         feature = request.mm_features[index]

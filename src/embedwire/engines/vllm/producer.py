@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from embedwire.encode.items import ItemShelf
+from embedwire.engines.vllm.cores import nap_while, short_turns
 from embedwire.engines.vllm.items import arrays_of, content_hash_of
 from embedwire.engines.vllm.settings import ConnectorSettings
 from embedwire.errors import ConfigurationError, EmbedwireError
@@ -40,15 +41,17 @@ class ProducerWorker:
         self._layout = layout
         self._address_file = address_file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedwire-items")
-        self.shelf = ItemShelf(
-            layout,
-            memory_bytes=settings.items_bytes,
-            host=settings.host,
-            port=settings.port,
-            transports=settings.transports,
-            limits=settings.limits,
-        )
+        with short_turns():
+            self.shelf = ItemShelf(
+                layout,
+                memory_bytes=settings.items_bytes,
+                host=settings.host,
+                port=settings.port,
+                transports=settings.transports,
+                limits=settings.limits,
+            )
         write_address(address_file, self.shelf.address)
+        nap_while(lambda: True)
 
     def save(self, identifier: str, output: torch.Tensor) -> None:
         """Take a copy now: outputs of a batch share their memory, and vLLM may use it again. What takes longer is done behind it; who asks

@@ -1,0 +1,62 @@
+"""Who gets a core in vLLM's processes: the threads of a transfer share theirs with a busy wait.
+
+A vLLM process that waits for another calls ``sched_yield`` in a loop, until a second has passed without a message (``SpinCondition`` in
+its ``shm_broadcast.py``). With fewer cores than such processes a thread that has a message to pass on waits for its turn: on two cores
+with Linux 6.18 for a quarter of a second at times. So the busy wait naps while that matters, and threads of a transfer take short turns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+NAP_S = 20e-6
+"""The system adds its timer's slack, 50 µs. A step of a model takes milliseconds."""
+TURN_NS = 100_000
+"""The least that Linux gives; its own choice is above a millisecond."""
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+"""Numbers of the system call, by machine."""
+_ATTRIBUTES = struct.Struct("=IIQiIQQQ")
+"""``struct sched_attr``: size, policy, flags, nice, priority, runtime, deadline, period."""
+
+
+def nap_while(is_called_for: Callable[[], bool]) -> None:
+    """From now on this process's busy wait sleeps between two looks whenever ``is_called_for()``, which has to be cheap. Nothing happens
+    with a vLLM that waits in another way."""
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    look_again: Callable[[], None] | None = getattr(shm_broadcast, "sched_yield", None)
+    if look_again is None:
+        return
+
+    def give_way() -> None:
+        if is_called_for():
+            time.sleep(NAP_S)
+        else:
+            look_again()
+
+    shm_broadcast.sched_yield = give_way
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Threads that are started meanwhile take short turns on a core, and so are let in before another thread's longer one is over: what
+    Linux 6.12 and later makes of ``sched_runtime``, without any privilege. Elsewhere nothing happens."""
+    _ask_for_turns(TURN_NS)
+    try:
+        yield
+    finally:
+        _ask_for_turns(0)
+
+
+def _ask_for_turns(runtime_ns: int) -> None:
+    """Of this length, for the calling thread; 0 leaves it to the system."""
+    if platform.system() == "Linux" and (number := _SCHED_SETATTR.get(platform.machine())):
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, os.SCHED_OTHER, 0, nice, 0, runtime_ns, 0, 0)
+        ctypes.CDLL(None).syscall(ctypes.c_long(number), 0, attributes, 0)
