@@ -15,6 +15,7 @@ from embedwire.encode.items import ItemShelf
 from embedwire.endpoint import ReceiverEndpoint, Reception
 from embedwire.errors import NeverFitsError, OverloadedError, TransferError, UsageError
 from embedwire.memory.layout import item
+from embedwire.protocol.messages import Announce
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -83,6 +84,20 @@ def test_several_readers_fetch_one_item(reader: Any) -> None:
         ] * 2
         assert shelf.stats().memory_reserved_bytes == 310 * 64
         assert fetched[0].result().report.rounds != (300,)
+
+
+def test_an_item_that_is_here_is_announced_once(reader: Any, monkeypatch: Any) -> None:
+    """Each message wakes two threads on its way."""
+    with ItemShelf(LAYOUT) as shelf:
+        shelf.put(b"a", rows(60, 1))
+        said: list[object] = []
+        say = shelf._endpoint._say
+        monkeypatch.setattr(
+            shelf._endpoint, "_say", lambda peer, message: (said.append(message), say(peer, message))
+        )
+        assert value_of(fetch(reader, shelf, b"a"), 60) == 1
+        announced = [message for message in said if isinstance(message, Announce)]
+        assert [message.ready for message in announced] == [True]
 
 
 def test_an_unknown_item_is_refused_at_once(reader: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +93,23 @@ def desk() -> Iterator[Desk]:
         assert made.desk.used_bytes == sum(i.key.tokens for i in kept) * 64
         assert receiver.stats().blocks_free == 2
     made.desk.close()
+
+
+def test_all_items_of_a_request_are_asked_for_in_one_go(desk: Desk, monkeypatch: Any) -> None:
+    """Whoever asks waits for the endpoint's thread once, however many they are."""
+    keys = [desk.put(bytes([number]), 5, number) for number in range(1, 5)]
+    hops: list[int] = []
+    call = desk.receiver.call
+    monkeypatch.setattr(
+        desk.receiver,
+        "call",
+        lambda task: (hops.append(threading.get_ident() == here), call(task))[1],
+    )
+    here = threading.get_ident()
+    desk.ask("r", *keys)
+    assert sum(hops) == 1
+    desk.until(READY, "r", *keys)
+    desk.desk.forget("r")
 
 
 def test_a_request_gets_all_its_items(desk: Desk) -> None:

@@ -85,9 +85,11 @@ class Bench:
     def say(self, message: Any, now: float = 1.0) -> list[SenderAction]:
         return self.core.on_message(message, now=now)
 
-    def offer(self, key: RoomKey = KEY, total: int = 300, now: float = 1.0) -> list[SenderAction]:
+    def offer(
+        self, key: RoomKey = KEY, total: int = 300, now: float = 1.0, digests: tuple[int, ...] = ()
+    ) -> list[SenderAction]:
         aux = (total, *[0] * (AUX_WORDS - 1))
-        return self.core.offer(key, total_tokens=total, aux=aux, content_hash=b"", now=now)
+        return self.core.offer(key, total_tokens=total, aux=aux, content_hash=b"", now=now, digests=digests)
 
     def write(self) -> Write:
         """A room in the middle of its first write."""
@@ -427,6 +429,15 @@ def test_an_item_is_wanted_once_and_then_offered() -> None:
     (announced,) = said(bench.offer())
     assert isinstance(announced, Announce)
     assert [a for a in bench.say(Open(**TO, room=8)) if isinstance(a, Want)] == []
+
+
+def test_what_is_ready_when_it_is_offered_is_announced_once() -> None:
+    bench = Bench()
+    bench.say(Open(**TO, room=7, item=b"hash"))
+    (announced,) = said(bench.offer(digests=(9,)))
+    assert isinstance(announced, Announce)
+    assert (announced.ready, announced.digests) == (True, (9,))
+    assert bench.core.ready(KEY, source_ms=5.0, digests=(9,), now=1.0) == []
 
 
 def test_an_item_that_is_not_kept_ends_at_once() -> None:

@@ -77,14 +77,11 @@ class Offer(Future[SendReport]):
         parts = {share: self._part(arrays, share) for share in set(self.shares.values())}
         self._fill({key: parts[share] for key, share in self.shares.items()})
 
-    def fill_with(self, filling: Filling) -> None:
-        """The same with what has been summed up before, for a room of one lane."""
-        if self.done():
-            return
-        if len(self.shares) != 1:
-            raise UsageError(f"a room of {len(self.shares)} lanes is filled with arrays")
+    def filled_with(self, filling: Filling) -> None:
+        """What has been summed up before is the source of a room of one lane from the start. On the driver's thread."""
+        (key,) = self.shares
         self._check(filling.source.tokens)
-        self._fill(dict.fromkeys(self.shares, filling))
+        self.sources[key] = filling.source
 
     def _check(self, tokens: int) -> None:
         if tokens != self.total_tokens:

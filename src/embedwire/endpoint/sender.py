@@ -171,11 +171,11 @@ class SenderEndpoint(Driver):
         offer = Offer(self, key, total_tokens, row, lanes_of_sender(0, senders=1, readers=1))
 
         def lend() -> None:
-            self._core.check_offer(list(offer.shares))
-            self._announce(offer, content_hash)
+            self._core.check_offer([key])
+            offer.filled_with(filling)
+            self._announce(offer, content_hash, digests=filling.digests)
 
         self.call(lend)
-        offer.fill_with(filling)
         return offer
 
     def refuse(self, key: RoomKey, cause: Cause, detail: str) -> None:
@@ -195,7 +195,7 @@ class SenderEndpoint(Driver):
             raise OverloadedError(f"{need} bytes of source memory are not free now")
         self._announce(offer, content_hash)
 
-    def _announce(self, offer: Offer, content_hash: bytes) -> None:
+    def _announce(self, offer: Offer, content_hash: bytes, *, digests: tuple[int, ...] = ()) -> None:
         for key, share in offer.shares.items():
             self._offers[key] = offer
             actions = self._core.offer(
@@ -203,6 +203,7 @@ class SenderEndpoint(Driver):
                 total_tokens=len(share),
                 aux=offer.aux,
                 content_hash=content_hash,
+                digests=digests,
                 now=time.monotonic(),
             )
             self._carry_out(actions)

@@ -252,10 +252,10 @@ class ItemDesk:
         if not self._make_room(sum(map(self._bytes, missing)), keeping=entry.wanted.keys() - set(missing)):
             return False
         entry.is_admitted = True
-        for key, address in entry.wanted.items():
-            item = self._items.pop(key, None) or self._fetch(key, address)
+        self._fetch({key: entry.wanted[key] for key in missing})
+        for key in entry.wanted:
+            item = self._items[key] = self._items.pop(key)  # the one used last
             item.waiters.add(waiter)
-            self._items[key] = item  # the one used last
         return True
 
     def _make_room(self, need: int, *, keeping: set[ItemKey]) -> bool:
@@ -274,15 +274,30 @@ class ItemDesk:
     def _bytes(self, key: ItemKey) -> int:
         return key.tokens * self._layout.token_bytes
 
-    def _fetch(self, key: ItemKey, address: str) -> _Item:
-        free = self._budget.limit_bytes - self._budget.used_bytes - self._bytes(key)
-        item = _Item(key, address, self._spares.take(self._layout, key.tokens, spare_bytes=max(0, free)))
-        assert self._budget.try_reserve(item, self._bytes(key))
+    def _fetch(self, wanted: Mapping[ItemKey, str]) -> None:
+        """Open a room for each. The endpoint's thread is waited for once."""
+        fetched = []
+        for key, address in wanted.items():
+            free = self._budget.limit_bytes - self._budget.used_bytes - self._bytes(key)
+            segment = self._spares.take(self._layout, key.tokens, spare_bytes=max(0, free))
+            item = self._items[key] = _Item(key, address, segment)
+            assert self._budget.try_reserve(item, self._bytes(key))
+            fetched.append(item)
+
+        def open_all() -> None:
+            for item in fetched:
+                self._open(item)
+
+        if fetched:
+            self._receiver.call(open_all)
+
+    def _open(self, item: _Item) -> None:
+        """On the endpoint's thread."""
         try:
             item.reception = self._receiver.open(
                 1 + secrets.randbelow(ROOM_MAX),
-                address,
-                item=key.content_hash,
+                item.address,
+                item=item.key.content_hash,
                 make_assembly=partial(self._assemble, item),
             )
         except EmbedwireError as error:
@@ -290,7 +305,6 @@ class ItemDesk:
             self._ended.put(item)
         else:
             item.reception.add_done_callback(lambda _: self._ended.put(item))
-        return item
 
     def _assemble(self, item: _Item, tokens: int) -> Arrays:
         """On the endpoint's thread."""

@@ -84,12 +84,22 @@ class SenderCore:
             )
 
     def offer(
-        self, key: RoomKey, *, total_tokens: int, aux: tuple[int, ...], content_hash: bytes, now: float
+        self,
+        key: RoomKey,
+        *,
+        total_tokens: int,
+        aux: tuple[int, ...],
+        content_hash: bytes,
+        now: float,
+        digests: tuple[int, ...] = (),
     ) -> list[SenderAction]:
-        """A room whose source memory is reserved. Raises as :meth:`check_offer` does."""
+        """A room whose source memory is reserved; with ``digests`` (of :meth:`ready`) it can be written from already. Raises as
+        :meth:`check_offer` does."""
         self.check_offer((key,))
         assert aux[AUX_TOTAL_TOKENS] >= total_tokens
         room = SenderTransfer(key, total_tokens=total_tokens, aux=aux, content_hash=content_hash)
+        if digests:
+            room.on_ready(0.0, digests)
         self.rooms[key] = room
         self._timers.set(_RoomDue(key), now + self.limits.open_wait_s)
         peer = self._pending_opens.pop(key, None)
