@@ -263,14 +263,13 @@ def test_who_waits_for_an_item_does_not_depend_on_who_asked_first(
     with ThreadPoolExecutor() as pool:
         with hang_up_after(f"{router}/v1/chat/completions", chat("first", b"x")):
             encoder.entered.get(timeout=WAIT_S)
-            second = pool.submit(post, router, chat("second", b"x"))
-            while httpx.get(f"{router}/health").json()["under_way"] < 2:
-                pass
+            second = pool.submit(post, router, chat("second", b"x", b"y"))
+            encoder.entered.get(timeout=WAIT_S)  # y is asked for, and so x is waited for
         while httpx.get(f"{router}/health").json()["under_way"] > 1:
             pass
         gate.set()
         assert second.result().status_code == 200
-    assert len(encoder.bodies) == 1
+    assert len(encoder.bodies) == 2
 
 
 @pytest.mark.parametrize("fails", [(500, "boom"), (503, "busy")])
