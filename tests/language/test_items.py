@@ -112,6 +112,17 @@ def test_all_items_of_a_request_are_asked_for_in_one_go(desk: Desk, monkeypatch:
     desk.desk.forget("r")
 
 
+def test_a_receiver_that_is_closed_fails_the_request() -> None:
+    with ItemShelf(LAYOUT) as shelf:
+        receiver = ReceiverEndpoint(LAYOUT, num_blocks=2, block_size=8)
+        made = Desk(shelf, receiver)
+        receiver.close()
+        made.until(FAILED, "r", ItemKey(b"a", 5))
+        made.desk.forget("r")
+        assert made.desk.used_bytes == 0
+        made.desk.close()
+
+
 def test_a_request_gets_all_its_items(desk: Desk) -> None:
     """Longer than the pool, and mapped by whoever has the handle; the next request finds them here, in no room."""
     a, b = desk.put(b"a", 25, 1), desk.put(b"b", 10, 2)

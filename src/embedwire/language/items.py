@@ -288,8 +288,13 @@ class ItemDesk:
             for item in fetched:
                 self._open(item)
 
-        if fetched:
-            self._receiver.call(open_all)
+        try:
+            if fetched:
+                self._receiver.call(open_all)
+        except EmbedwireError as error:  # it is closed
+            for item in fetched:
+                item.problem = str(error)
+                self._ended.put(item)
 
     def _open(self, item: _Item) -> None:
         """On the endpoint's thread."""
