@@ -18,7 +18,7 @@ from contextlib import contextmanager
 NAP_S = 20e-6
 """The system adds its timer's slack, 50 µs. A step of a model takes milliseconds."""
 TURN_NS = 100_000
-"""The least that Linux gives; its own choice is above a millisecond."""
+"""The least that Linux gives; its own choice is a millisecond or more."""
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 """Numbers of the system call, by machine."""
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")
@@ -55,8 +55,9 @@ def short_turns() -> Iterator[None]:
 
 
 def _ask_for_turns(runtime_ns: int) -> None:
-    """Of this length, for the calling thread; 0 leaves it to the system."""
-    if platform.system() == "Linux" and (number := _SCHED_SETATTR.get(platform.machine())):
+    """Of this length, for the calling thread, unless its owner has given it a policy of its own; 0 leaves it to the system."""
+    number = _SCHED_SETATTR.get(platform.machine()) if platform.system() == "Linux" else None
+    if number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, os.SCHED_OTHER, 0, nice, 0, runtime_ns, 0, 0)
         ctypes.CDLL(None).syscall(ctypes.c_long(number), 0, attributes, 0)
