@@ -16,6 +16,18 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="where the models of tests that can choose run: cpu, cuda"
+    )
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where models run, as torch names it."""
+    return str(request.config.getoption("--device"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny_model_dir(family)``: the directory of a tiny checkpoint. Nobody writes into it."""
@@ -43,15 +55,16 @@ def picture() -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
-def undivided(tiny_model_dir: Callable[[str], Path]) -> Callable[[str, str], Any]:
-    """``undivided(family, dtype)``: the whole tiny model, as plain transformers loads it."""
+def undivided(tiny_model_dir: Callable[[str], Path]) -> Callable[..., Any]:
+    """``undivided(family, dtype, device="cpu")``: the whole tiny model, as plain transformers loads it."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     @functools.cache
-    def load(family: str, dtype: str) -> Any:
-        return AutoModelForImageTextToText.from_pretrained(
+    def load(family: str, dtype: str, device: str = "cpu") -> Any:
+        whole = AutoModelForImageTextToText.from_pretrained(
             tiny_model_dir(family), dtype=getattr(torch, dtype)
-        ).eval()
+        )
+        return whole.eval().to(device)
 
     return load

@@ -54,8 +54,6 @@ RANK_START_S = 300.0
 """The ranks of a group have found each other and read their weights within this."""
 RANK_STEP_S = 60.0
 """Within a step, no rank of a group waits longer than this for another."""
-COPY_BYTES = 256 * 2**10
-"""Memory is copied in pieces of this size, and summed up piece by piece: source and target of one fit into a processor's own cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

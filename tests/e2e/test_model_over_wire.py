@@ -1,6 +1,7 @@
 """A real model in two halves with a real transfer between them, against the same model undivided: equal bits.
 
 Everything runs in one process here, over real sockets and shared memory; the pool is so small that each embedding takes several rounds.
+With ``--device cuda`` both halves and the undivided model run on a GPU.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ class Answer:
 class Halves:
     """Both halves of one checkpoint, their endpoints and services."""
 
-    def __init__(self, model: Path, dtype: str, **pool: Any) -> None:
-        self.encoder = TransformersEncoder(str(model), dtype=dtype)
-        self.language = TransformersLanguage(str(model), dtype=dtype)
+    def __init__(self, model: Path, dtype: str, device: str, **pool: Any) -> None:
+        self.encoder = TransformersEncoder(str(model), dtype=dtype, device=device)
+        self.language = TransformersLanguage(str(model), dtype=dtype, device=device)
         self.sender = SenderEndpoint(self.encoder.layout)
         self.receiver = ReceiverEndpoint(self.language.layout, **pool)
         self.encode = EncodeService(self.encoder, self.sender)
@@ -99,11 +100,11 @@ class Halves:
 
 
 @pytest.fixture
-def halves() -> Iterator[Callable[..., Halves]]:
+def halves(device: str) -> Iterator[Callable[..., Halves]]:
     made: list[Halves] = []
 
-    def make(*args: Any, **pool: Any) -> Halves:
-        made.append(Halves(*args, **pool))
+    def make(model: Path, dtype: str, **pool: Any) -> Halves:
+        made.append(Halves(model, dtype, device, **pool))
         return made[-1]
 
     yield make
@@ -128,6 +129,7 @@ def undivided_answer(
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     endless = copy.deepcopy(model.generation_config)
     endless.eos_token_id, endless.pad_token_id = -1, 0  # no token ends it
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with torch.inference_mode():
         logits = model(**inputs).logits[0]
         out = model.generate(**inputs, generation_config=endless, do_sample=False, max_new_tokens=STEPS)
@@ -145,11 +147,12 @@ def test_a_transfer_in_several_rounds_leaves_every_bit(
     tiny_model_dir: Any,
     undivided: Any,
     picture: Any,
+    device: str,
 ) -> None:
     """Prefill logits and 32 greedy ids equal those of the undivided model, one request at a time."""
     both = halves(tiny_model_dir(family), dtype, num_blocks=2, block_size=4)
     prompt = chat([picture(*size, seed=seed) for seed, size in enumerate(pictures)])
-    logits, ids = undivided_answer(undivided(family, dtype), both.encoder, prompt)
+    logits, ids = undivided_answer(undivided(family, dtype, device), both.encoder, prompt)
 
     answer = both.ask(prompt).wait()
     assert answer.ids == ids
@@ -159,19 +162,19 @@ def test_a_transfer_in_several_rounds_leaves_every_bit(
 
     both.encode.take_up(1000, prompt)
     received = both.receiver.open(1000, both.sender.address).result(DEADLINE_S)
-    half = load_language_half(tiny_model_dir(family), dtype=dtype)
+    half = load_language_half(tiny_model_dir(family), dtype=dtype, device=device)
     assert torch.equal(half.prefill(assemble(received), half.new_cache(), all_positions=True), logits)
     received.release()
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
 def test_a_pool_of_one_block_moves_a_prompt_of_thousands_of_tokens(
-    family: str, halves: Any, tiny_model_dir: Any, undivided: Any, picture: Any
+    family: str, halves: Any, tiny_model_dir: Any, undivided: Any, picture: Any, device: str
 ) -> None:
     """Scenario 12: one block of 16 tokens, and the ids are those of the undivided model."""
     both = halves(tiny_model_dir(family), "float32", num_blocks=1, block_size=16)
     prompt = chat([picture(84, 84)], text="all work and no play makes a dull boy. " * 400)
-    logits, ids = undivided_answer(undivided(family, "float32"), both.encoder, prompt)
+    logits, ids = undivided_answer(undivided(family, "float32", device), both.encoder, prompt)
     answer = both.ask(prompt).wait()
     assert answer.report is not None
     assert answer.report.total_tokens == len(logits) > 3000
@@ -180,7 +183,7 @@ def test_a_pool_of_one_block_moves_a_prompt_of_thousands_of_tokens(
 
 
 def test_64_requests_at_once_through_four_blocks(
-    halves: Any, tiny_model_dir: Any, undivided: Any, picture: Any
+    halves: Any, tiny_model_dir: Any, undivided: Any, picture: Any, device: str
 ) -> None:
     """Scenarios 16 and 31: all are answered, and each gets the answer to its own pictures."""
     family = "qwen2_5_vl"
@@ -189,7 +192,9 @@ def test_64_requests_at_once_through_four_blocks(
         chat([picture(28 * (1 + n % 4), 56, seed=n) for _ in range(n % 4)], text=f"This is number {n}.")
         for n in range(16)
     ]
-    expected = [undivided_answer(undivided(family, "float32"), both.encoder, prompt)[1] for prompt in prompts]
+    expected = [
+        undivided_answer(undivided(family, "float32", device), both.encoder, prompt)[1] for prompt in prompts
+    ]
     answers = [both.ask(prompts[n % 16]) for n in range(64)]
     for n, answer in enumerate(answers):
         assert answer.wait().ids == expected[n % 16], f"request {n}"

@@ -209,7 +209,7 @@ def test_grants_that_lie(stage: Any, context: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "descriptor", [b"", b"\xc1", os.urandom(4096), b"\x95\xa5shm/1\xa9../../etc\xc4\x00\x01"]
+    "descriptor", [b"", b"\xc1", os.urandom(4096), b"\x95\xa5shm/2\xa9../../etc\xc4\x00\x01"]
 )
 def test_a_region_that_is_none(stage: Any, context: Any, descriptor: bytes) -> None:
     """Scenario 29: refused with each wire's reason; no file or host of the peer's choice is touched."""

@@ -12,6 +12,7 @@ from embedwire.endpoint import ReceiverEndpoint
 from embedwire.errors import ConfigurationError, TransportError, UsageError
 from embedwire.limits import ROOM_MAX
 from embedwire.memory.pool import BlockPool
+from embedwire.protocol.messages import Message
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -58,6 +59,25 @@ def test_released_memory_admits_the_next(stage: Any) -> None:
     assert receiver.stats().blocks_free == receiver.stats().blocks_total
     first.release()
     stage.check(second, TOKENS)
+
+
+def test_who_waits_hears_before_the_sender(stage: Any, monkeypatch: Any) -> None:
+    """An embedding that is here waits for no message about it."""
+    heard: list[str] = []
+    say = ReceiverEndpoint._say
+
+    def spy(self: ReceiverEndpoint, address: str, message: Message) -> None:
+        heard.append(type(message).__name__)
+        say(self, address, message)
+
+    monkeypatch.setattr(ReceiverEndpoint, "_say", spy)
+    sender, receiver = stage.sender(), stage.receiver()
+    stage.offer(sender, 1, TOKENS)
+    reception = receiver.open(1, sender.address)
+    reception.add_done_callback(lambda _: heard.append("the one who waits"))
+    stage.check(reception, TOKENS)
+    stage.until(lambda: sender.stats().ended)
+    assert heard.index("the one who waits") < heard.index("Done")
 
 
 @pytest.mark.parametrize(

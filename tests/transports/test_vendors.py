@@ -25,6 +25,16 @@ print("moved")
 """
 
 
+def load_or_skip(wire: str) -> None:
+    """Skips where the library, or one that it needs, is not installed."""
+    if find_spec(wire) is None:
+        pytest.skip(f"{wire} is not installed")
+    try:
+        ADAPTERS[wire].load()
+    except ConfigurationError as reason:
+        pytest.skip(str(reason))
+
+
 @pytest.mark.parametrize("wire", ADAPTERS)
 @pytest.mark.parametrize(
     ("error", "words"),
@@ -58,12 +68,7 @@ def test_libraries_of_others_are_chosen_by_name_only() -> None:
 @pytest.mark.parametrize("wire", ADAPTERS)
 def test_a_process_that_used_it_ends_well(wire: str) -> None:
     """And says nothing of its own. Two copies of one library of the system, in one process, have made it end with a fault."""
-    if find_spec(wire) is None:
-        pytest.skip(f"{wire} is not installed")
-    try:
-        ADAPTERS[wire].load()
-    except ConfigurationError as reason:
-        pytest.skip(str(reason))
+    load_or_skip(wire)
     ended = subprocess.run(
         [sys.executable, "-c", MOVE, wire], capture_output=True, text=True, check=False, timeout=100
     )
@@ -148,6 +153,7 @@ def test_gpu_memory_is_refused_as_long_as_no_wire_takes_it(wire: str) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no GPU on this machine")
+    load_or_skip(wire)
     inbound = open_inbound(wire, host="127.0.0.1")
     with pytest.raises((TypeError, ValueError)):
         inbound.register(memoryview(torch.zeros(4096, dtype=torch.uint8, device="cuda")))

@@ -58,6 +58,7 @@ def demo(
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Of weights and embeddings.")
     ] = "float32",
+    device: Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1.")] = "cpu",
     tensor_parallel_size: Annotated[
         int, typer.Option(min=1, max=RANKS_MAX, help="Processes over which the language server is divided.")
     ] = 1,
@@ -84,6 +85,7 @@ def demo(
     quieten()
     variables = {
         "EMBEDWIRE_DTYPE": dtype,
+        "EMBEDWIRE_DEVICE": device,
         "EMBEDWIRE_TRANSPORT": transport,
         "EMBEDWIRE_TENSOR_PARALLEL_SIZE": str(tensor_parallel_size),
         "EMBEDWIRE_DELIVERY": delivery,
@@ -99,7 +101,7 @@ def demo(
                 cluster, name, images, status, encoder_ranks=encoder_tensor_parallel_size
             )
         status.update("asking the undivided model, in a process of its own")
-        expected = _undivided_ids(name, images, dtype=dtype)
+        expected = _undivided_ids(name, images, dtype=dtype, device=device)
     ids = answer["choices"][0]["token_ids"]
     claims.insert(0, _same_ids(ids, expected))
     _show(answer, claims, is_random=model is None)
@@ -244,15 +246,16 @@ def _same_ids(ids: Sequence[int], expected: Sequence[int]) -> Claim:
     )
 
 
-def _undivided_ids(model: str, images: Sequence[bytes], *, dtype: str) -> list[int]:
+def _undivided_ids(model: str, images: Sequence[bytes], *, dtype: str, device: str) -> list[int]:
     parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": QUESTION}]
     prompt = {
         "messages": [{"role": "user", "content": parts}],
         "media": [base64.b64encode(image).decode() for image in images],
         "max_tokens": MAX_TOKENS,
     }
+    reference = [sys.executable, "-m", "embedwire.engines.transformers.reference", model]
     ended = subprocess.run(
-        [sys.executable, "-m", "embedwire.engines.transformers.reference", model, "--dtype", dtype],
+        [*reference, "--dtype", dtype, "--device", device],
         input=json_text.dumps(prompt),
         capture_output=True,
         text=True,

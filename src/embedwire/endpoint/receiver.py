@@ -346,6 +346,8 @@ class ReceiverEndpoint(Driver):
 
     def _do(self, action: ReceiverAction) -> None:
         match action:
+            case Send(_, messages.Done()) if any(isinstance(later, Finished) for later in self._pending):
+                self._pending.append(action)  # who waits for the embedding comes before the sender's memory
             case Send(address, message):
                 self._say(address, message)
                 if isinstance(message, messages.Grant) and message.key in self._core.lanes.rooms:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from embedwire.errors import ConfigurationError, UsageError
-from embedwire.limits import AUX_WORDS, COPY_BYTES
+from embedwire.limits import AUX_WORDS
 from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import Rows
@@ -96,14 +96,11 @@ class BlockPool:
                 raise UsageError(f"field {name}: the array to read into is read-only")
         runs = self.geometry.runs(block_indices, start=start, tokens=tokens)
         for index, (field, target) in enumerate(zip(self._fields, rows, strict=True)):
-            step = max(1, COPY_BYTES // target.shape[1])
             for token, slot, count in runs:
-                for first in range(0, count, step):
-                    last = min(first + step, count)
-                    piece = target[token + first : token + last]
-                    np.copyto(piece, field[slot + first : slot + last])
-                    if sums is not None:
-                        sums.add(index, piece)
+                piece = target[token : token + count]
+                np.copyto(piece, field[slot : slot + count])
+                if sums is not None:
+                    sums.add(index, piece)
 
     def copy_from(
         self,

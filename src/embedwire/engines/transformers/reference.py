@@ -1,6 +1,6 @@
 """What the undivided model answers: the proof that dividing it changes nothing. Prints JSON.
 
-    python -m embedwire.engines.transformers.reference MODEL [--dtype bfloat16] < prompt.json
+    python -m embedwire.engines.transformers.reference MODEL [--dtype bfloat16] [--device cuda] < prompt.json
 
 ``prompt.json`` is ``{"messages": [...], "media": [base64, ...], "max_tokens": n}``, with messages as in
 :class:`~embedwire.encode.interface.ChatPrompt`. Plain transformers does the rest, with nothing of ours but the prompt's
@@ -27,7 +27,13 @@ from embedwire.engines.transformers.processing import PromptProcessor
 
 
 def greedy_ids(
-    model: str, prompt: ChatPrompt, *, max_tokens: int, dtype: str, threads: int | None = None
+    model: str,
+    prompt: ChatPrompt,
+    *,
+    max_tokens: int,
+    dtype: str,
+    device: str = "cpu",
+    threads: int | None = None,
 ) -> list[int]:
     """The first ``max_tokens`` token ids of the undivided model's greedy answer; it does not stop at its end-of-text token."""
     if threads is not None:
@@ -37,18 +43,18 @@ def greedy_ids(
     processor = PromptProcessor(path, config, max_tokens=config.text_config.max_position_embeddings)
     processed = processor.process(prompt)
     whole = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype_of(dtype), local_files_only=True)
+    whole.to(device)
     ids = torch.from_numpy(processed.ids).long()[None]
     inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in processed.pixels.items()}
     if family_of(config).mrope:
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     whole.generation_config.eos_token_id = None
     with torch.inference_mode():
         answer = whole.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,
             do_sample=False,
-            **inputs,
+            **{name: tensor.to(device) for name, tensor in inputs.items()},
         )
     return [int(token) for token in answer[0, ids.shape[1] :]]
 
@@ -66,6 +72,7 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     content = json.load(sys.stdin)
@@ -74,6 +81,7 @@ def main() -> None:
         prompt_of(content),
         max_tokens=content["max_tokens"],
         dtype=options.dtype,
+        device=options.device,
         threads=options.threads,
     )
     print(json.dumps({"token_ids": ids}))

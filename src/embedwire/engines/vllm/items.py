@@ -57,9 +57,21 @@ def arrays_of(tensor: torch.Tensor, layout: Layout) -> dict[str, np.ndarray]:
     return {FIELD: data.view(field.numpy_dtype)}
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory. From a GPU it goes to page-locked memory, which torch keeps for later ones: fresh pages take far longer
+    than the copy."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+
 def tensor_of(arrays: Any, device: torch.device | str) -> torch.Tensor:
-    """An item as a tensor (rows, width) of its own on ``device``."""
+    """An item as a tensor (rows, width) of its own on ``device``. The arrays have been read when this returns; on a GPU the tensor is whole
+    for what is queued on the current stream from then on."""
     array: np.ndarray = arrays[FIELD]
     dtype = getattr(torch, str(array.dtype))
     data = torch.from_numpy(array.view(np.uint8)).view(dtype)
-    return data.clone() if torch.device(device).type == "cpu" else data.to(device)
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return data.clone()
+    return data.pin_memory().to(device, non_blocking=True) if kind == "cuda" else data.to(device)

@@ -20,7 +20,7 @@ import torch
 
 from embedwire.encode.items import ItemShelf
 from embedwire.engines.vllm.cores import nap_while, short_turns
-from embedwire.engines.vllm.items import arrays_of, content_hash_of
+from embedwire.engines.vllm.items import arrays_of, content_hash_of, to_host
 from embedwire.engines.vllm.settings import ConnectorSettings
 from embedwire.errors import ConfigurationError, EmbedwireError
 from embedwire.memory.layout import Layout
@@ -73,7 +73,7 @@ class ProducerWorker:
         try:
             if ready is not None:
                 ready.synchronize()
-            self.shelf.put(item, arrays_of(copy.cpu(), self._layout))
+            self.shelf.put(item, arrays_of(to_host(copy), self._layout))
         except EmbedwireError as error:
             logger.warning("an item is not kept: %s", error)
             self.shelf.give_up(item, str(error))
