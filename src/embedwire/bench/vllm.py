@@ -2,7 +2,8 @@
 
 Owns the requests and the clock; the servers are the caller's: of each stack either a router with servers behind it, or an encoder and a
 language server, which are then asked one after the other from here. Both stacks get the same requests in turns, each with pictures that
-neither has seen, after a rest, and have to give the same answers. One thread a request.
+neither has seen, after a rest, and have to give the same answers. An answer without a token is lost: it is counted, and what was measured
+with it is not. One thread a request.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class Case:
     baseline_requests_per_s: float
     rate_ratio: float
     equal_answers: int
+    lost_answers: int
+    baseline_lost_answers: int
 
 
 @dataclass(slots=True)
@@ -109,6 +112,22 @@ class _Figures:
     ttft_s: list[float] = field(default_factory=list)
     per_s: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+
+    def add(self, ttft_s: float, text: str) -> None:
+        """One request by itself."""
+        self.texts.append(text)
+        if text:
+            self.ttft_s.append(ttft_s)
+
+    def add_batch(self, texts: list[str], took_s: float) -> None:
+        """Requests that were sent at once."""
+        self.texts += texts
+        if all(texts):
+            self.per_s.append(len(texts) / took_s)
+
+    @property
+    def lost(self) -> int:
+        return self.texts.count("")
 
 
 def measure(
@@ -119,8 +138,8 @@ def measure(
     timeout_s: float = 120.0,
     on_progress: Callable[[], object] = lambda: None,
 ) -> Case:
-    """Ask both in turns; both serve one model under one name. Raises EmbedwireError for an answer that is none, and when the two stacks
-    answer differently."""
+    """Ask both in turns; both serve one model under one name. Raises EmbedwireError for an error, when the two stacks answer differently,
+    and when one of them loses so much that nothing is left to measure."""
     stacks, figures = (ours, baseline), (_Figures(), _Figures())
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEPT_IDLE_S)
     with (
@@ -131,18 +150,17 @@ def measure(
         for number in range(WARM_UP + load.repeat):
             body = next(bodies)
             for which in _turns(number):
-                ttft_s, text = stacks[which].ask(client, body)
+                answer = stacks[which].ask(client, body)
                 if number >= WARM_UP:
-                    figures[which].ttft_s.append(ttft_s)
-                    figures[which].texts.append(text)
+                    figures[which].add(*answer)
             on_progress()
         for number in range(load.repeat):
             batch = [next(bodies) for _ in range(load.concurrency)]
             for which in _turns(number):
                 began = time.monotonic()
                 answers = list(pool.map(partial(stacks[which].ask, client), batch))
-                figures[which].per_s.append(len(batch) / (time.monotonic() - began))
-                figures[which].texts += [text for _, text in answers]
+                took_s = time.monotonic() - began
+                figures[which].add_batch([text for _, text in answers], took_s)
             on_progress()
     return _case(load, *figures, kinds=(ours.kind, baseline.kind))
 
@@ -160,11 +178,12 @@ def steps(load: Load) -> int:
 
 
 def _case(load: Load, ours: _Figures, theirs: _Figures, *, kinds: tuple[str, str]) -> Case:
-    equal = sum(a == b for a, b in zip(ours.texts, theirs.texts, strict=True))
-    if equal < len(ours.texts):
-        raise EmbedwireError(
-            f"{len(ours.texts) - equal} of {len(ours.texts)} answers differ between the two stacks"
-        )
+    both = [pair for pair in zip(ours.texts, theirs.texts, strict=True) if all(pair)]
+    if differ := sum(a != b for a, b in both):
+        raise EmbedwireError(f"{differ} of {len(both)} answers differ between the two stacks")
+    for kind, figures in zip(("ours", "the baseline"), (ours, theirs), strict=True):
+        if not figures.ttft_s or not figures.per_s:
+            raise EmbedwireError(f"{kind} lost {figures.lost} of {len(figures.texts)} answers")
     ttft_s, baseline_s = statistics.median(ours.ttft_s), statistics.median(theirs.ttft_s)
     per_s, baseline_per_s = statistics.median(ours.per_s), statistics.median(theirs.per_s)
     return Case(
@@ -181,7 +200,9 @@ def _case(load: Load, ours: _Figures, theirs: _Figures, *, kinds: tuple[str, str
         requests_per_s=per_s,
         baseline_requests_per_s=baseline_per_s,
         rate_ratio=per_s / baseline_per_s,
-        equal_answers=equal,
+        equal_answers=len(both),
+        lost_answers=ours.lost,
+        baseline_lost_answers=theirs.lost,
     )
 
 

@@ -117,8 +117,8 @@ def vllm(
 
     Of each stack name either its router, or one encoder and one language server: then the command asks them itself, one after the
     other, and connector stands beside connector. The servers have to run already, all with one model: docs/benchmarks.md has the
-    commands. Both stacks get the same requests in turns, with pictures that neither has seen, and have to give the same answers.
-    Ratios above 1 say that ours is sooner, or more.
+    commands. Both stacks get the same requests in turns, with pictures that neither has seen, and have to give the same answers; one
+    without a token is counted as lost. Ratios above 1 say that ours is sooner, or more.
 
     Exit code 0: measured, whatever the numbers; 2: not measured, with the cause.
     """
@@ -151,6 +151,11 @@ def vllm(
             f"{case.rate_ratio:.2f}",
         )
     out.print(made)
+    for case in cases:
+        for who, lost in (("ours", case.lost_answers), ("the baseline", case.baseline_lost_answers)):
+            if lost:
+                asked = case.repeat * (1 + case.concurrency)
+                out.print(f"With {case.images} a request, {who} answered {lost} of {asked} without a token.")
     write_json(json, {"host": asdict(host), "cases": [asdict(case) for case in cases]})
 
 

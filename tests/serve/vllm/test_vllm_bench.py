@@ -52,7 +52,35 @@ def test_stacks_that_answer_differently_are_no_baseline(servers: Any, monkeypatc
         measure(pair(servers, 0), pair(servers, 1), LOAD)
 
 
-def test_an_answer_that_is_none_ends_it(servers: Any) -> None:
+@pytest.mark.parametrize("number", [0, 1], ids=["ours", "the baseline"])
+def test_a_lost_answer_is_counted_and_not_measured(servers: Any, monkeypatch: Any, number: int) -> None:
+    """One of those that are asked alone, and one of the last batch."""
+    for _ in range(2):
+        servers.encoder()
+        servers.language()
+    answers = 0
+
+    def text(self: Any, body: Any) -> str:
+        nonlocal answers
+        answers += self is servers.languages[number]
+        is_lost = self is servers.languages[number] and answers in (bench.WARM_UP + 1, EACH // 2)
+        return "" if is_lost else "an answer"
+
+    monkeypatch.setattr(type(servers.languages[number]), "text", text)
+    case = measure(pair(servers, 0), pair(servers, 1), LOAD)
+    assert (case.lost_answers, case.baseline_lost_answers) == ((2, 0), (0, 2))[number]
+    assert case.equal_answers == EACH // 2 - bench.WARM_UP - 2
+
+
+def test_a_stack_that_loses_all_is_not_measured(servers: Any, monkeypatch: Any) -> None:
+    servers.encoder()
+    servers.language()
+    monkeypatch.setattr(type(servers.languages[0]), "text", lambda self, body: "")
+    with pytest.raises(EmbedwireError, match=r"ours lost 8 of 8 answers"):
+        measure(pair(servers, 0), pair(servers, 0), LOAD)
+
+
+def test_an_error_ends_it(servers: Any) -> None:
     servers.encoder(fails=(500, "no memory"))
     servers.language()
     with pytest.raises(EmbedwireError, match=r"500 .*no memory"):
