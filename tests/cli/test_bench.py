@@ -37,3 +37,14 @@ def test_the_command_writes_host_and_cases(embedwire: Run, tmp_path: Path) -> No
     ]
     assert all(c.keys() == CASE_FIELDS for c in found["cases"])
     assert size(300 * 64) in ended.stdout
+
+
+def test_a_row_with_ranks_is_one_line_of_80_characters(embedwire: Run) -> None:
+    ended = embedwire(
+        "bench", "transfer", "--tokens", 16384, "--token-bytes", 64, "--transport", "shm", "--ranks", 1, "--ranks", 2,
+        "--repeat", 1,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    _, head, *rows = ended.stdout.splitlines()
+    assert head.split()[-1] == "ranks"
+    assert [row.split()[0] for row in rows] == ["shm", "shm"]

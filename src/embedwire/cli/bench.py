@@ -218,24 +218,31 @@ def _subjects(
 
 
 def _show(cases: Sequence[Case]) -> None:
-    numbers = ("size", "tokens", "pool", "rounds", "median", "GiB/s", "baseline", "ratio", "resume")
-    with_ranks = ("ranks",) if any(case.ranks > 1 for case in cases) else ()
-    made = table("wire", *numbers, *with_ranks, right=(*numbers, *with_ranks))
-    for case in cases:
-        made.add_row(
-            case.transport,
-            size(case.bytes),
-            str(case.tokens),
-            str(case.pool_tokens),
-            str(case.rounds),
-            f"{case.median_s * 1000:.2f} ms",
-            f"{case.bytes / case.median_s / 2**30:.2f}",
-            f"{case.baseline_median_s * 1000:.2f} ms",
-            f"{case.ratio:.2f}",
-            "" if case.resume_cost is None else f"{case.resume_cost:.2f}",
-            *(_ranks(case) for _ in with_ranks),
-        )
+    with_ranks = any(case.ranks > 1 for case in cases)
+    rows = [_numbers(case, with_ranks=with_ranks) for case in cases]
+    made = table("wire", *rows[0], right=tuple(rows[0]))
+    for case, row in zip(cases, rows, strict=True):
+        made.add_row(case.transport, *row.values())
     out.print(made)
+
+
+def _numbers(case: Case, *, with_ranks: bool) -> dict[str, str]:
+    """Column to cell. With ranks two columns that follow from others make room, so that a row fits into 80 characters."""
+    cells = {
+        "size": size(case.bytes),
+        "tokens": str(case.tokens),
+        "pool": str(case.pool_tokens),
+        "rounds": str(case.rounds),
+        "median": f"{case.median_s * 1000:.2f} ms",
+        "GiB/s": f"{case.bytes / case.median_s / 2**30:.2f}",
+        "baseline": f"{case.baseline_median_s * 1000:.2f} ms",
+        "ratio": f"{case.ratio:.2f}",
+        "resume": "" if case.resume_cost is None else f"{case.resume_cost:.2f}",
+    }
+    if with_ranks:
+        del cells["GiB/s"], cells["baseline"]
+        cells["ranks"] = _ranks(case)
+    return cells
 
 
 def _ranks(case: Case) -> str:
