@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embedwire.cli.screen import size
+from embedwire.bench.transfer import Case
+from embedwire.cli import bench
+from embedwire.cli.screen import out, size
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
@@ -39,12 +41,14 @@ def test_the_command_writes_host_and_cases(embedwire: Run, tmp_path: Path) -> No
     assert size(300 * 64) in ended.stdout
 
 
-def test_a_row_with_ranks_is_one_line_of_80_characters(embedwire: Run) -> None:
-    ended = embedwire(
-        "bench", "transfer", "--tokens", 16384, "--token-bytes", 64, "--transport", "shm", "--ranks", 1, "--ranks", 2,
-        "--repeat", 1,
+def test_a_row_with_ranks_is_one_line_of_80_characters() -> None:
+    case = Case(
+        transport="mooncake", tokens=16384, token_bytes=4096, bytes=2**26, pool_tokens=16384, window_rounds=2, rounds=16,
+        repeat=9, median_s=0.04269, best_s=0.03, baseline="", baseline_median_s=0.02232, ratio=0.62, one_round_median_s=0.04,
+        resume_cost=1.05, ranks=4, delivery="replicate", one_rank_median_s=0.04, ranks_ratio=0.93,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    _, head, *rows = ended.stdout.splitlines()
+    with out.capture() as said:
+        bench._show([case])
+    head, row = said.get().splitlines()
     assert head.split()[-1] == "ranks"
-    assert [row.split()[0] for row in rows] == ["shm", "shm"]
+    assert row.split()[-3:] == ["4", "replicate:", "0.93"]
