@@ -56,15 +56,22 @@ def picture() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def undivided(tiny_model_dir: Callable[[str], Path]) -> Callable[..., Any]:
-    """``undivided(family, dtype, device="cpu")``: the whole tiny model, as plain transformers loads it."""
+    """``undivided(family, dtype, device="cpu")``: the whole tiny model, as plain transformers loads it. Of what it was asked before it
+    remembers nothing."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     @functools.cache
-    def load(family: str, dtype: str, device: str = "cpu") -> Any:
+    def load(family: str, dtype: str, device: str) -> Any:
         whole = AutoModelForImageTextToText.from_pretrained(
             tiny_model_dir(family), dtype=getattr(torch, dtype)
         )
         return whole.eval().to(device)
 
-    return load
+    def get(family: str, dtype: str, device: str = "cpu") -> Any:
+        whole = load(family, dtype, device)
+        if hasattr(whole.model, "rope_deltas"):  # the position delta of its last prompt
+            whole.model.rope_deltas = None
+        return whole
+
+    return get

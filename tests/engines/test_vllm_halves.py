@@ -61,7 +61,8 @@ def expected(seed: int) -> torch.Tensor:
 def test_items_go_from_device_to_device(keeper: ProducerWorker, desk: ItemDesk, device: str) -> None:
     """Every bit, although each output's memory is overwritten as soon as it was saved."""
     output = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16, device=device)
-    work = torch.ones(512 if device == "cpu" else 4096, 512 if device == "cpu" else 4096, device=device)
+    side = 512 if device == "cpu" else 4096
+    work = torch.ones(side, side, device=device)
     with torch.cuda.stream(torch.cuda.Stream()) if output.is_cuda else nullcontext():  # as in vLLM
         for number in range(ITEMS):
             tower(output, work, seed=number)
@@ -81,4 +82,4 @@ def test_items_go_from_device_to_device(keeper: ProducerWorker, desk: ItemDesk, 
         found = cache[f"item {number}"]
         assert found.device.type == torch.device(device).type
         assert torch.equal(found.cpu(), expected(number)), f"item {number}"
-    assert min(desk.report(key).rounds[0] for key in keys.values()) < ROWS
+    assert max(desk.report(key).rounds[0] for key in keys.values()) < ROWS
