@@ -114,7 +114,7 @@ def test_doctor_says_which_wire_is_broken(monkeypatch: pytest.MonkeyPatch) -> No
     from embedwire.cli import doctor
     from embedwire.memory.pool import BlockPool
 
-    monkeypatch.setattr(BlockPool, "get_buf", lambda *arguments, **named: None)
+    monkeypatch.setattr(BlockPool, "get_rows", lambda *arguments, **named: None)
     found = doctor._wire("tcp")
     assert (found.state, found.is_needed) == ("broken", True)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from embedwire.endpoint import SenderEndpoint
+from embedwire.endpoint import SenderEndpoint, writer
 from embedwire.limits import Limits
 from embedwire.protocol.messages import Status
 from embedwire.transports.shm import ShmInbound
@@ -81,3 +81,23 @@ def test_statuses_of_a_room_are_few(stage: Any, said: list[str]) -> None:
     rounds = receiver.stats().rounds_total
     assert rounds == 40
     assert said.count("status") < rounds
+
+
+@pytest.mark.parametrize(("asleep_after_s", "told"), [(1e9, 1), (-1.0, 9)])
+def test_a_slice_is_told_when_the_receiver_may_be_asleep(
+    stage: Any, monkeypatch: pytest.MonkeyPatch, asleep_after_s: float, told: int
+) -> None:
+    """The first one, and each that comes long after the one before: of a round of ten slices one, or all but the last."""
+    only_shm(stage)
+    monkeypatch.setattr(writer, "ASLEEP_AFTER_S", asleep_after_s)
+    monkeypatch.setattr(writer, "SLICE_BYTES", 200 * stage.layout.token_bytes)
+    landed: list[int] = []
+    real = SenderEndpoint.landed
+
+    def tell(self: SenderEndpoint, write: Any, tokens: int) -> None:
+        landed.append(tokens)
+        real(self, write, tokens)
+
+    monkeypatch.setattr(SenderEndpoint, "landed", tell)
+    stage.move(stage.sender(), stage.receiver(num_blocks=16), 1, TOKENS)
+    assert landed == [200 * number for number in range(1, told + 1)]

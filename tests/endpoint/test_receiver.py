@@ -133,14 +133,14 @@ def test_an_assembly_that_can_not_be_made(stage: Any, stamped: Any) -> None:
 
 def test_a_drain_that_fails(stage: Any, monkeypatch: Any) -> None:
     """Scenario 30: the room ends at once on both sides, the thread goes on, and so do other rooms."""
-    real, failures = BlockPool.get_buf, [RuntimeError("injected")]
+    real, failures = BlockPool.get_rows, [RuntimeError("injected")]
 
-    def get_buf(*args: Any, **more: Any) -> None:
+    def get_rows(*args: Any, **more: Any) -> None:
         if failures:
             raise failures.pop()
         real(*args, **more)
 
-    monkeypatch.setattr(BlockPool, "get_buf", get_buf)
+    monkeypatch.setattr(BlockPool, "get_rows", get_rows)
     sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
     offer = stage.offer(sender, 1, TOKENS)
     failure = stage.failure_of(receiver.open(1, sender.address))

@@ -90,7 +90,8 @@ def desk() -> Iterator[Desk]:
         made.desk.forget("")
         kept = made.desk._items.values()
         assert all(i.is_ready and not i.waiters for i in kept)
-        assert made.desk.used_bytes == sum(i.key.tokens for i in kept) * 64
+        assert made.desk.used_bytes == sum(i.key.tokens for i in kept) * 64 == made.desk._idle_bytes
+        assert set(made.desk._idle) == set(made.desk._items) == set().union(*made.desk._here.values())
         assert receiver.stats().blocks_free == 2
     made.desk.close()
 
@@ -296,3 +297,24 @@ def test_a_pin_keeps_an_item_here(desk: Desk) -> None:
     desk.desk.forget("step 1")
     desk.until(READY, "r2", b)
     assert desk.value(b) == 2
+
+
+def test_making_room_costs_the_same_however_many_items_are_here(steps_of: Any) -> None:
+    """In vLLM's scheduler, with the memory full: one more item takes the place of another."""
+
+    def steps(items: int) -> int:
+        with ItemShelf(LAYOUT) as shelf, ReceiverEndpoint(LAYOUT, num_blocks=2, block_size=8) as receiver:
+            desk = Desk(shelf, receiver)
+            desk.desk = ItemDesk(receiver, memory_bytes=items * 64, deadline_s=30.0)
+            for number in range(items):
+                key = desk.put(number.to_bytes(8, "big"), 1, number)
+                desk.until(READY, f"request {number}", key)
+                desk.desk.forget(f"request {number}")
+            assert desk.desk.used_bytes == items * 64
+            taken: int = steps_of(lambda: desk.desk._make_room(64, keeping=()))
+            assert desk.desk.used_bytes == (items - 1) * 64
+            taken += steps_of(lambda: desk.desk.find(b"nobody's"))
+        desk.desk.close()
+        return taken
+
+    assert steps(20) == steps(200)

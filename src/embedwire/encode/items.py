@@ -7,7 +7,6 @@ thread; the methods may be called from any other.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -31,15 +30,8 @@ assert CONTENT_HASH_BYTES_MAX >= 32
 @dataclass(slots=True)
 class _Kept:
     filling: Filling
-    used: int
-    """Larger for an item that was put or asked for later."""
     was_fetched: bool = False
     lent: set[Offer] = field(default_factory=set)
-
-    @property
-    def rank(self) -> tuple[bool, int]:
-        """What goes first has the least."""
-        return not self.was_fetched, self.used
 
 
 class ItemShelf:
@@ -59,7 +51,9 @@ class ItemShelf:
         self._budget = Budget(memory_bytes)
         self._kept: dict[bytes, _Kept] = {}
         self._coming: dict[bytes, list[RoomKey]] = {}
-        self._clock = itertools.count()
+        # What nobody fetches now, in order of last use: the items that were fetched before, and those that never were.
+        self._fetched: dict[bytes, None] = {}
+        self._unfetched: dict[bytes, None] = {}
         self._endpoint = SenderEndpoint(
             layout, host=host, port=port, transports=transports, limits=limits, on_wanted=self._on_wanted
         )
@@ -130,7 +124,8 @@ class ItemShelf:
     def _put(self, item: bytes, filling: Filling) -> None:
         if item not in self._kept:
             self._make_room(item, filling.source.tokens * self.layout.token_bytes)
-            self._kept[item] = _Kept(filling, next(self._clock))
+            self._kept[item] = _Kept(filling)
+            self._rest(item)
         for key in self._coming.pop(item, ()):
             self._lend(key, item)
 
@@ -138,14 +133,18 @@ class ItemShelf:
         if not self._budget.can_ever(need):
             raise NeverFitsError(f"an item of {need} bytes; there are {self._budget.limit_bytes} for all")
         while not self._budget.try_reserve(item, need):
-            idle = [name for name, kept in self._kept.items() if not kept.lent]
+            idle = self._fetched or self._unfetched
             if not idle:
                 raise OverloadedError(
                     f"{need} bytes for an item are not free now: all others are being fetched"
                 )
-            oldest = min(idle, key=lambda name: self._kept[name].rank)
-            del self._kept[oldest]
+            oldest = next(iter(idle))
+            del idle[oldest], self._kept[oldest]
             self._budget.release(oldest)
+
+    def _rest(self, item: bytes) -> None:
+        """Nobody fetches it now; it was the last to be used."""
+        (self._fetched if self._kept[item].was_fetched else self._unfetched)[item] = None
 
     def _give_up(self, item: bytes, cause: Cause, detail: str) -> None:
         def give_up() -> None:
@@ -166,17 +165,22 @@ class ItemShelf:
 
     def _lend(self, key: RoomKey, item: bytes) -> None:
         kept = self._kept[item]
-        kept.used = next(self._clock)
+        for idle in (self._fetched, self._unfetched):
+            idle.pop(item, None)
         try:
             offer = self._endpoint.lend(key, kept.filling, content_hash=item)
         except OverloadedError as error:
             self._endpoint.refuse(key, Cause.OVERLOADED, str(error))
+            if not kept.lent:
+                self._rest(item)
             return
         kept.lent.add(offer)
-        offer.add_done_callback(partial(self._on_end, kept))
+        offer.add_done_callback(partial(self._on_end, item))
 
-    @staticmethod
-    def _on_end(kept: _Kept, offer: Future[object]) -> None:
-        """On the driver's thread, as every end of an offer."""
+    def _on_end(self, item: bytes, offer: Future[object]) -> None:
+        """On the driver's thread, as every end of an offer. What is lent stays kept."""
+        kept = self._kept[item]
         kept.lent.discard(offer)
         kept.was_fetched = kept.was_fetched or not isinstance(offer.exception(), TransferError)
+        if not kept.lent:
+            self._rest(item)

@@ -6,15 +6,13 @@ Owns the region and everything that points into it. It knows rounds, not rooms, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from embedwire.limits import SLICE_BYTES
 from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.geometry import PoolGeometry
-from embedwire.memory.layout import Layout
+from embedwire.memory.layout import Layout, Rows
 from embedwire.memory.pool import BlockPool
 from embedwire.protocol.actions import Drain, Round
 from embedwire.protocol.handshake import Offered
@@ -72,17 +70,18 @@ class Landing:
         return all(inbound.is_gone(incarnation) for inbound in self._inbounds.values())
 
     def drain(
-        self, drain: Drain, arrays: Mapping[str, np.ndarray], sums: FieldDigests, *, row: int
+        self, drain: Drain, assembly: Sequence[Rows], sums: FieldDigests, *, row: int
     ) -> tuple[int, ...] | None:
-        """Copy what has landed of a round into ``arrays``, where its room's first token is ``row``, and add it to the sums. Returns a
-        copy of the aux row with the first tokens."""
+        """Copy what has landed of a round into the assembly's rows, where its room's first token is ``row``, and add it to the sums.
+        Returns a copy of the aux row with the first tokens."""
         assert self._pool is not None
         blocks, start = drain.round.block_indices, drain.round.start_token
         step = max(1, SLICE_BYTES // self._layout.token_bytes)
         for first in range(drain.from_token, drain.to_token, step):
             last = min(first + step, drain.to_token)
-            rows = {name: array[row + first : row + last] for name, array in arrays.items()}
-            self._pool.get_buf(blocks, rows, start=first - start, tokens=last - first, sums=sums)
+            self._pool.get_rows(
+                blocks, assembly, row=row + first, start=first - start, tokens=last - first, sums=sums
+            )
             os.sched_yield()  # to threads of messages that were put on this core, however idle the others are
         return self._pool.read_aux(blocks[0]) if drain.from_token == 0 else None
 

@@ -396,9 +396,9 @@ class ReceiverEndpoint(Driver):
                 reception.arrays = self._member.assemble(key, total_tokens)
             else:
                 reception.arrays = reception.make_assembly(total_tokens)
-            rows = self.layout.rows(reception.arrays)
-            if len(rows[0]) != total_tokens:
-                raise UsageError(f"an assembly of {len(rows[0])} rows for {total_tokens} tokens")
+            reception.rows = self.layout.rows(reception.arrays)
+            if len(reception.rows[0]) != total_tokens:
+                raise UsageError(f"an assembly of {len(reception.rows[0])} rows for {total_tokens} tokens")
             if not all(array.flags.writeable for array in reception.arrays.values()):
                 raise UsageError("an assembly that can not be written to")
         except Exception as error:
@@ -411,7 +411,7 @@ class ReceiverEndpoint(Driver):
             return  # it failed meanwhile; its blocks may be somebody else's
         reception = self._receptions[drain.key.of_room]
         sums = reception.sums[drain.key]
-        aux = self._landing.drain(drain, reception.arrays, sums, row=room.first_row)
+        aux = self._landing.drain(drain, reception.rows, sums, row=room.first_row)
         digests = sums.digest() if drain.to_token == room.total_tokens else None
         self._rounds_total += drain.to_token == drain.round.end_token
         self._bytes_total += (drain.to_token - drain.from_token) * self.layout.token_bytes
@@ -436,7 +436,7 @@ class ReceiverEndpoint(Driver):
         received = Received(key.room, key.attempt, arrays, aux, self._report(room), self._release_once(key))
         self._release_with_arrays(arrays, lambda: self._leave(key))
         self._ended[Cause.DONE.value] += 1
-        reception.arrays = {}
+        reception.arrays, reception.rows = {}, ()
         reception.set_result(received)
 
     def _report(self, room: Room) -> ReceiveReport:

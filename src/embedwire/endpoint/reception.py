@@ -13,6 +13,7 @@ import numpy as np
 
 from embedwire.endpoint.stats import ReceiveReport
 from embedwire.memory.checksum import FieldDigests
+from embedwire.memory.layout import Rows
 from embedwire.protocol.messages import RoomKey
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Reception(Future[Received]):
         self._endpoint = endpoint
         self.make_assembly = make_assembly
         self.arrays: Arrays = {}
+        self.rows: tuple[Rows, ...] = ()  # the same as bytes, checked
         self.sums: defaultdict[RoomKey, FieldDigests] = defaultdict(partial(FieldDigests, endpoint.layout))
 
     def cancel(self, detail: str = "the client no longer wants it") -> bool:

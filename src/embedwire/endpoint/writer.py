@@ -6,13 +6,16 @@ So a receiver that is slow or frozen holds up nobody else. It owns the wire's se
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from embedwire.endpoint.watch import WATCH_S
 from embedwire.errors import TransportError
 from embedwire.limits import SLICE_BYTES, Limits
 from embedwire.memory.geometry import PoolGeometry
@@ -28,8 +31,9 @@ logger = logging.getLogger(__name__)
 REPORTS_A_ROUND = 16
 """Progress within a round is told in at most this many steps: enough for the receiver to drain while the rest is written, and few enough
 that telling does not take the processor from those who copy."""
-SLICES_A_REPORT = 16
-"""Over a wire with marks the receiver sees each slice by itself; it is told this often, in case that it sleeps."""
+ASLEEP_AFTER_S = WATCH_S / 2
+"""Over a wire with marks the receiver sees each slice by itself while it looks. It is told of one that comes so long after the last, since
+it may have gone to sleep meanwhile."""
 
 
 class WriterEvents(Protocol):
@@ -98,6 +102,7 @@ class SessionWriter:
         self._doubts: list[
             tuple[RemoteRegion, Write]
         ] = []  # writes that may still land; the writer's thread alone
+        self._marked_at = -math.inf
         self._closer: threading.Thread | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"embedwire-writer-{peer:x}", daemon=True)
@@ -219,7 +224,8 @@ class SessionWriter:
                 return
             if region.has_marks:
                 region.set_mark(ticket, landed)
-                is_due = slices % SLICES_A_REPORT == 0
+                before, self._marked_at = self._marked_at, time.monotonic()
+                is_due = self._marked_at - before > ASLEEP_AFTER_S
                 os.sched_yield()  # to threads of messages that were put on this core, however idle the others are
             else:
                 is_due = (landed - told) * REPORTS_A_ROUND >= total

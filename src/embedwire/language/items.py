@@ -59,6 +59,7 @@ class _Item:
     key: ItemKey
     address: str
     segment: Segment
+    nbytes: int
     waiters: set[str] = field(default_factory=set)
     handle: Handle | None = None
     reception: Reception | None = None
@@ -97,7 +98,10 @@ class ItemDesk:
         self._deadline_s = deadline_s
         self._clock = clock
         self._spares = SpareSegments()
-        self._items: dict[ItemKey, _Item] = {}  # in order of last use
+        self._items: dict[ItemKey, _Item] = {}
+        self._here: dict[bytes, set[ItemKey]] = {}  # those that are ready, by hash
+        self._idle: dict[ItemKey, _Item] = {}  # those of which nobody has use, in order of last use
+        self._idle_bytes = 0
         self._waiters: dict[str, _Waiter] = {}
         self._line: deque[str] = deque()
         self._failed: dict[str, ItemFailure] = {}
@@ -164,10 +168,7 @@ class ItemDesk:
 
     def find(self, content_hash: bytes) -> ItemKey | None:
         """An item of that hash which is here, whatever its rows."""
-        found = (
-            key for key, item in self._items.items() if key.content_hash == content_hash and item.is_ready
-        )
-        return next(found, None)
+        return next(iter(self._here.get(content_hash, ())), None)
 
     def report(self, key: ItemKey) -> ReceiveReport:
         """How an item came that is here."""
@@ -182,7 +183,7 @@ class ItemDesk:
             raise UsageError(f"item {key.content_hash.hex()} is not here")
         entry = self._waiters.setdefault(waiter, _Waiter({}, until=float("inf"), is_admitted=True))
         entry.wanted[key] = self._items[key].address
-        self._items[key].waiters.add(waiter)
+        self._occupy(waiter, self._items[key])
         return handle
 
     @property
@@ -195,6 +196,8 @@ class ItemDesk:
         for item in self._items.values():
             item.segment.close()
         self._items.clear()
+        self._here.clear()
+        self._idle.clear()
         self._spares.close()
 
     # ------------------------------------------------------------------ the line
@@ -249,25 +252,25 @@ class ItemDesk:
     def _admit(self, waiter: str) -> bool:
         entry = self._waiters[waiter]
         missing = [key for key in entry.wanted if key not in self._items]
-        if not self._make_room(sum(map(self._bytes, missing)), keeping=entry.wanted.keys() - set(missing)):
+        if not self._make_room(sum(map(self._bytes, missing)), keeping=entry.wanted):
             return False
         entry.is_admitted = True
         self._fetch({key: entry.wanted[key] for key in missing})
         for key in entry.wanted:
-            item = self._items[key] = self._items.pop(key)  # the one used last
-            item.waiters.add(waiter)
+            self._occupy(waiter, self._items[key])
         return True
 
-    def _make_room(self, need: int, *, keeping: set[ItemKey]) -> bool:
-        idle = [i for i in self._items.values() if i.is_ready and not i.waiters and i.key not in keeping]
-        free = self._budget.limit_bytes - self._budget.used_bytes
-        if need > free + sum(self._bytes(item.key) for item in idle):
+    def _make_room(self, need: int, *, keeping: Collection[ItemKey]) -> bool:
+        kept = [item for key in keeping if (item := self._idle.get(key)) is not None]
+        if need > self._free_bytes + self._idle_bytes - sum(item.nbytes for item in kept):
             return False
-        for item in idle:
-            if need <= self._budget.limit_bytes - self._budget.used_bytes:
-                break
-            self._drop(item)
+        while need > self._free_bytes:
+            self._drop(next(item for item in self._idle.values() if item.key not in keeping))
         return True
+
+    @property
+    def _free_bytes(self) -> int:
+        return self._budget.limit_bytes - self._budget.used_bytes
 
     # ------------------------------------------------------------------ items
 
@@ -278,10 +281,11 @@ class ItemDesk:
         """Open a room for each. The endpoint's thread is waited for once."""
         fetched = []
         for key, address in wanted.items():
-            free = self._budget.limit_bytes - self._budget.used_bytes - self._bytes(key)
-            segment = self._spares.take(self._layout, key.tokens, spare_bytes=max(0, free))
-            item = self._items[key] = _Item(key, address, segment)
-            assert self._budget.try_reserve(item, self._bytes(key))
+            nbytes = self._bytes(key)
+            spare = max(0, self._free_bytes - nbytes)
+            segment = self._spares.take(self._layout, key.tokens, spare_bytes=spare)
+            item = self._items[key] = _Item(key, address, segment, nbytes)
+            assert self._budget.try_reserve(item, nbytes)
             fetched.append(item)
 
         def open_all() -> None:
@@ -330,8 +334,11 @@ class ItemDesk:
             for waiter in list(item.waiters):
                 self.refuse(waiter, failure)
         is_known = self._items.get(item.key) is item
-        if failure is not None and is_known:
+        if is_known and failure is not None:
             del self._items[item.key]
+        elif is_known:
+            self._here.setdefault(item.key.content_hash, set()).add(item.key)
+            self._rest(item)
         if failure is not None or not is_known:
             self._free(item)
 
@@ -350,9 +357,28 @@ class ItemDesk:
         if not item.waiters and not item.is_ready and item.reception is not None:
             del self._items[key]  # its memory stays reserved until nothing writes to it any more
             item.reception.cancel("no request waits for it any more")
+        self._rest(item)
+
+    def _occupy(self, waiter: str, item: _Item) -> None:
+        """It has one more user, and is the last to be used."""
+        item.waiters.add(waiter)
+        if self._idle.pop(item.key, None) is not None:
+            self._idle_bytes -= item.nbytes
+
+    def _rest(self, item: _Item) -> None:
+        """If it is here and has no user now, it may make room for others."""
+        if item.is_ready and not item.waiters and item.key not in self._idle:
+            self._idle[item.key] = item
+            self._idle_bytes += item.nbytes
 
     def _drop(self, item: _Item) -> None:
-        del self._items[item.key]
+        """It is idle."""
+        del self._items[item.key], self._idle[item.key]
+        self._idle_bytes -= item.nbytes
+        keys = self._here[item.key.content_hash]
+        keys.discard(item.key)
+        if not keys:
+            del self._here[item.key.content_hash]
         self._free(item)
 
     def _free(self, item: _Item) -> None:

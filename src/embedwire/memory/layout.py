@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +38,8 @@ class Field:
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
+    token_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes that one token takes in this field."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -48,15 +50,11 @@ class Field:
             raise ConfigurationError(
                 f"field {self.name!r}: shape {self.shape} has an empty axis; leave the field out"
             )
+        object.__setattr__(self, "token_bytes", self.numpy_dtype.itemsize * math.prod(self.shape))
 
     @property
     def numpy_dtype(self) -> np.dtype:
         return DTYPES[self.dtype]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token takes in this field."""
-        return self.numpy_dtype.itemsize * math.prod(self.shape)
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}"
@@ -70,6 +68,8 @@ class Layout:
     name: str
     fields: tuple[Field, ...]
     model: str = ""
+    token_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes that one token takes over all fields."""
 
     def __post_init__(self) -> None:
         names = [f.name for f in self.fields]
@@ -77,14 +77,10 @@ class Layout:
             raise ConfigurationError(
                 f"layout {self.name!r} needs at least one field and unique names, got {names}"
             )
+        object.__setattr__(self, "token_bytes", sum(f.token_bytes for f in self.fields))
 
     def __iter__(self) -> Iterator[Field]:
         return iter(self.fields)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token takes over all fields."""
-        return sum(f.token_bytes for f in self.fields)
 
     @property
     def fingerprint(self) -> str:

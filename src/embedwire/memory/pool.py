@@ -84,20 +84,32 @@ class BlockPool:
         *,
         start: int = 0,
         tokens: int,
-        sums: FieldDigests | None = None,
     ) -> None:
-        """Read [start, start + tokens) into the first ``tokens`` rows of ``out``; others stay as they are. ``sums`` grow by what has
-        come to lie there."""
+        """Read [start, start + tokens) into the first ``tokens`` rows of ``out``; others stay as they are."""
         rows = self.geometry.layout.rows(out)
         if tokens > len(rows[0]):
             raise UsageError(f"{tokens} tokens do not fit into arrays of {len(rows[0])} rows")
         for name, array in out.items():
             if not array.flags.writeable:
                 raise UsageError(f"field {name}: the array to read into is read-only")
+        self.get_rows(block_indices, rows, start=start, tokens=tokens)
+
+    def get_rows(
+        self,
+        block_indices: Sequence[int],
+        out: Sequence[Rows],
+        *,
+        row: int = 0,
+        start: int = 0,
+        tokens: int,
+        sums: FieldDigests | None = None,
+    ) -> None:
+        """The same for who has checked once: ``out`` are writable rows as :meth:`Layout.rows` gives them, one a field, and the tokens go
+        to those from ``row`` on. ``sums`` grow by what has come to lie there."""
         runs = self.geometry.runs(block_indices, start=start, tokens=tokens)
-        for index, (field, target) in enumerate(zip(self._fields, rows, strict=True)):
+        for index, (field, target) in enumerate(zip(self._fields, out, strict=True)):
             for token, slot, count in runs:
-                piece = target[token : token + count]
+                piece = target[row + token : row + token + count]
                 np.copyto(piece, field[slot : slot + count])
                 if sums is not None:
                     sums.add(index, piece)
