@@ -52,7 +52,7 @@ def until(condition: Callable[[], bool]) -> None:
 def asked_for(reader: ReceiverEndpoint, shelf: ItemShelf, name: bytes) -> Reception:
     """Ask for an item that is being made, and wait until the question has come in."""
     reception = fetch(reader, shelf, name)
-    until(lambda: bool(shelf._coming[name]))
+    until(lambda: bool(shelf._coming.get(name)))
     return reception
 
 
@@ -187,3 +187,16 @@ def test_putting_costs_the_same_however_many_items_are_kept(steps_of: Any) -> No
             return shelf._endpoint.call(lambda: steps_of(lambda: shelf._put(b"another", filling)))
 
     assert steps(20) == steps(200)
+
+
+def test_what_had_to_make_room_is_made_again() -> None:
+    """And so is what was given up; what is here or on its way is not."""
+    with ItemShelf(LAYOUT, memory_bytes=64) as shelf:
+        shelf.put(b"a", rows(1, 1))
+        assert not shelf.expect(b"a")
+        shelf.put(b"b", rows(1, 2))
+        assert shelf.expect(b"a")
+        assert not shelf.expect(b"a")
+        shelf.give_up(b"a", "it can not be made")
+        shelf.stats()  # behind it on the endpoint's thread
+        assert shelf.expect(b"a")

@@ -1,8 +1,8 @@
 """What an encoder has made, kept by its content hash: any number of receivers may fetch an item, each in a room of its own.
 
 Owns the items and their memory; it must not know what made them, nor who asks. It is a cache bounded in bytes: an item stays while
-somebody fetches it, then until others need its room, those that nobody has fetched yet last. All state belongs to the endpoint's driver
-thread; the methods may be called from any other.
+somebody fetches it, then until others need its room, those that nobody has fetched yet last. All state but their names belongs to
+the endpoint's driver thread; the methods may be called from any other.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class ItemShelf:
         self.layout = layout
         self._budget = Budget(memory_bytes)
         self._kept: dict[bytes, _Kept] = {}
+        self._named: set[bytes] = set()  # kept, or being made; any thread may look, and add
         self._coming: dict[bytes, list[RoomKey]] = {}
         # What nobody fetches now, in order of last use: the items that were fetched before, and those that never were.
         self._fetched: dict[bytes, None] = {}
@@ -65,15 +66,16 @@ class ItemShelf:
 
     def expect(self, item: bytes) -> bool:
         """An item of this hash is being made: who asks for it waits until it is :meth:`put` or given :meth:`up`. False when it is here
-        already, or being made."""
+        already, or being made. Waits for no thread."""
 
-        def expect() -> bool:
-            is_new = item not in self._kept and item not in self._coming
-            if is_new:
-                self._coming[item] = []
-            return is_new
+        def expect() -> None:
+            self._coming[item] = []
 
-        return self._endpoint.call(expect)
+        if item in self._named:
+            return False
+        self._named.add(item)
+        self._endpoint.post(expect)
+        return True
 
     def put(self, item: bytes, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep an item: field name to a C-contiguous array (T, *field.shape), which nobody may change any more. Summed up here, on the
@@ -125,6 +127,7 @@ class ItemShelf:
         if item not in self._kept:
             self._make_room(item, filling.source.tokens * self.layout.token_bytes)
             self._kept[item] = _Kept(filling)
+            self._named.add(item)
             self._rest(item)
         for key in self._coming.pop(item, ()):
             self._lend(key, item)
@@ -140,6 +143,7 @@ class ItemShelf:
                 )
             oldest = next(iter(idle))
             del idle[oldest], self._kept[oldest]
+            self._named.discard(oldest)
             self._budget.release(oldest)
 
     def _rest(self, item: bytes) -> None:
@@ -150,6 +154,8 @@ class ItemShelf:
         def give_up() -> None:
             for key in self._coming.pop(item, ()):
                 self._endpoint.refuse(key, cause, detail)
+            if item not in self._kept:
+                self._named.discard(item)
 
         self._endpoint.post(give_up)
 

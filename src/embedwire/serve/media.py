@@ -9,7 +9,6 @@ changes its address in between gains nothing. Every redirect is a new URL and go
 
 from __future__ import annotations
 
-import base64
 import binascii
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from types import TracebackType
 import anyio
 import anyio.to_thread
 import httpx
+import pybase64
 
 from embedwire.errors import ConfigurationError, InvalidRequestError
 from embedwire.serve.addresses import is_public
@@ -218,7 +218,7 @@ class MediaFetcher:
             raise MediaError("a data: URL has to hold base64", code="invalid_media_url")
         self._check_size(len(text) // 4 * 3 - text[-2:].count("="))
         try:
-            return base64.b64decode(text, validate=True)
+            return pybase64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise MediaError(f"a data: URL is not base64: {error}", code="invalid_media_url") from None
 

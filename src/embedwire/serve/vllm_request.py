@@ -6,13 +6,13 @@ and is passed on as it came. Pure; parsing runs on worker threads, since a body 
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import pybase64
 
 from embedwire.errors import InvalidRequestError
 from embedwire.serve.front import object_without
@@ -153,7 +153,7 @@ def items_of(asked: Asked, contents: Sequence[bytes]) -> list[Item]:
 def _item(model: str, media: MediaPart, content: bytes, options: Mapping[str, Any]) -> Item:
     url = media.url
     if url[:5].lower() != "data:":
-        url = "data:application/octet-stream;base64," + base64.b64encode(content).decode()
+        url = "data:application/octet-stream;base64," + pybase64.b64encode_as_string(content)
     part = media.with_url(url)
     told = media.with_url(url.partition(",")[0])
     if media.kind == "input_audio":
