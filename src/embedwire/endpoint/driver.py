@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -167,9 +168,7 @@ class Driver(ABC):
     def _read_all(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
         """The frames that are there, up to a bound; the poll tells of the rest."""
         frames: list[list[bytes]] = []
-        while len(frames) < FRAMES_PER_TURN_MAX:
-            try:
+        with suppress(zmq.Again):
+            while len(frames) < FRAMES_PER_TURN_MAX and socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 frames.append(socket.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                break
         return frames

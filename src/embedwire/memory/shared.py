@@ -39,7 +39,7 @@ class Segment:
         try:
             self._fd = os.memfd_create("embedwire-assembly", os.MFD_CLOEXEC)
             os.truncate(self._fd, nbytes)
-            self._memory = mmap.mmap(self._fd, nbytes)
+            self._memory = mmap.mmap(self._fd, nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
             raise TransportError(f"no shared assembly of {nbytes} bytes: {error}") from error
         self.nbytes = nbytes
