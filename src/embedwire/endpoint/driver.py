@@ -169,6 +169,6 @@ class Driver(ABC):
         """The frames that are there, up to a bound; the poll tells of the rest."""
         frames: list[list[bytes]] = []
         with suppress(zmq.Again):
-            while len(frames) < FRAMES_PER_TURN_MAX and socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            while len(frames) < FRAMES_PER_TURN_MAX and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 frames.append(socket.recv_multipart(zmq.NOBLOCK))
         return frames

@@ -310,11 +310,11 @@ class ReceiverEndpoint(Driver):
     def _look(self, now: float) -> None:
         """Take from the wire's marks what has landed in the rooms that are watched."""
         was_news = False
-        for key in self._watch.keys(now):
+        for key, inbound in self._watch.due(now):
             room = self._core.lanes.rooms.get(key)
             if room is None or not room.open_rounds:
                 self._watch.end(key)
-            elif actions := self._core.on_landed(key, self._watch.landed(room), now=now):
+            elif actions := self._core.on_landed(key, self._watch.landed(room, inbound), now=now):
                 was_news = True
                 self.carry_out(actions)
         if self._watch and not was_news:

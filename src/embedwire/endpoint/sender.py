@@ -7,6 +7,7 @@ one writer thread a receiver moves the bytes.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -68,6 +69,8 @@ later, or :meth:`SenderEndpoint.refuse` it."""
 
 STATUS_S = 0.002
 """Over a wire with marks a status waits for this long, for a newer one or the room's end: most often the receiver has seen it by then."""
+STATUS_WATCHED_S = 0.02
+"""So long where slice follows slice. Each message takes the processors from those who copy."""
 
 
 class SenderEndpoint(Driver):
@@ -310,8 +313,9 @@ class SenderEndpoint(Driver):
     def _do(self, action: SenderAction) -> None:
         match action:
             case Reply(peer, messages.Status() as status) if self._is_marked(peer):
-                due, *_ = self._held.get(status.key) or (time.monotonic() + STATUS_S,)
-                self._held[status.key] = (due, peer, status)
+                wait_s = STATUS_WATCHED_S if self._writers[peer].is_watched(status.key) else STATUS_S
+                held_due = self._held[status.key][0] if status.key in self._held else math.inf
+                self._held[status.key] = (min(held_due, time.monotonic() + wait_s), peer, status)
             case Reply(peer, message):
                 self._say(peer, message)
             case Attach(peer, hello):

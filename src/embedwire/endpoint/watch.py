@@ -36,14 +36,15 @@ class Watch:
         """The room is over, or holds no grant."""
         self._until.pop(key, None)
 
-    def keys(self, now: float) -> list[RoomKey]:
-        """Whom to look at."""
+    def due(self, now: float) -> list[tuple[RoomKey, Inbound]]:
+        """Whom to look at, and over which wire. One whose time is over is among them for the last time: the thread may have been away."""
+        found = [(key, inbound) for key, (inbound, _) in self._until.items()]
         self._until = {key: (inbound, until) for key, (inbound, until) in self._until.items() if now < until}
-        return list(self._until)
+        return found
 
-    def landed(self, room: ReceiverTransfer) -> int:
+    @staticmethod
+    def landed(room: ReceiverTransfer, inbound: Inbound) -> int:
         """The contiguous landed prefix of a room, as the marks under its open grants show it, in tokens."""
-        inbound, _ = self._until[room.key]
         landed = room.landed_tokens
         for granted in room.open_rounds:
             if landed < granted.start_token:

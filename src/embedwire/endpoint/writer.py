@@ -22,7 +22,7 @@ from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import Layout
 from embedwire.memory.source import Source
 from embedwire.protocol.actions import Peer, Write
-from embedwire.protocol.messages import Hello
+from embedwire.protocol.messages import Hello, RoomKey
 from embedwire.transports.contract import Outbound, Outcome, Piece, RemoteRegion, Slice
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ REPORTS_A_ROUND = 16
 """Progress within a round is told in at most this many steps: enough for the receiver to drain while the rest is written, and few enough
 that telling does not take the processor from those who copy."""
 ASLEEP_AFTER_S = WATCH_S / 2
-"""Over a wire with marks the receiver sees each slice by itself while it looks. It is told of one that comes so long after the last, since
-it may have gone to sleep meanwhile."""
+"""Over a wire with marks the receiver sees each slice by itself while it looks. It is told of one that comes so long after the room's last,
+since it may have gone to sleep meanwhile."""
 
 
 class WriterEvents(Protocol):
@@ -102,7 +102,8 @@ class SessionWriter:
         self._doubts: list[
             tuple[RemoteRegion, Write]
         ] = []  # writes that may still land; the writer's thread alone
-        self._marked_at = -math.inf
+        self._marked: tuple[RoomKey | None, float] = (None, -math.inf)  # the last one, and when
+        self._watched: RoomKey | None = None
         self._closer: threading.Thread | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"embedwire-writer-{peer:x}", daemon=True)
@@ -113,6 +114,16 @@ class SessionWriter:
         """Whether the receiver sees what has landed before it is told."""
         region = self._region
         return region is not None and region.has_marks
+
+    def is_watched(self, key: RoomKey) -> bool:
+        """Whether the receiver has seen the last slice of a room come soon after the one before it, and so looks for the next."""
+        return self._watched == key
+
+    def _note_mark(self, key: RoomKey) -> None:
+        last_key, last_at = self._marked
+        self._marked = (key, time.monotonic())
+        is_soon = last_key == key and self._marked[1] - last_at <= ASLEEP_AFTER_S
+        self._watched = key if is_soon else None
 
     def submit(self, job: WriteJob) -> None:
         """Queue a round. ``written`` is reported for it in any case."""
@@ -224,8 +235,8 @@ class SessionWriter:
                 return
             if region.has_marks:
                 region.set_mark(ticket, landed)
-                before, self._marked_at = self._marked_at, time.monotonic()
-                is_due = self._marked_at - before > ASLEEP_AFTER_S
+                self._note_mark(job.write.key)
+                is_due = not self.is_watched(job.write.key)
                 os.sched_yield()  # to threads of messages that were put on this core, however idle the others are
             else:
                 is_due = (landed - told) * REPORTS_A_ROUND >= total
@@ -244,8 +255,11 @@ class SessionWriter:
         except Exception:
             logger.exception("a write failed in a way that is our own fault")
             outcome = Outcome.UNKNOWN
+        has_mark = outcome is Outcome.LANDED and region.has_marks
+        if has_mark:
+            self._note_mark(job.write.key)
         self._events.written(job.write, outcome)
-        if outcome is Outcome.LANDED and region.has_marks:
+        if has_mark:
             # not sooner: what the receiver answers to it must find that our own driver knows
             region.set_mark(ticket, total)
         return outcome is not Outcome.UNKNOWN or self._renew(job.write)
