@@ -69,7 +69,8 @@ class ItemShelf:
         already, or being made. Waits for no thread."""
 
         def expect() -> None:
-            self._coming[item] = []
+            if item not in self._kept:
+                self._coming.setdefault(item, [])
 
         if item in self._named:
             return False
@@ -171,15 +172,13 @@ class ItemShelf:
 
     def _lend(self, key: RoomKey, item: bytes) -> None:
         kept = self._kept[item]
-        for idle in (self._fetched, self._unfetched):
-            idle.pop(item, None)
         try:
             offer = self._endpoint.lend(key, kept.filling, content_hash=item)
         except OverloadedError as error:
             self._endpoint.refuse(key, Cause.OVERLOADED, str(error))
-            if not kept.lent:
-                self._rest(item)
             return
+        for idle in (self._fetched, self._unfetched):
+            idle.pop(item, None)
         kept.lent.add(offer)
         offer.add_done_callback(partial(self._on_end, item))
 
