@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -11,13 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Empty
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
-from embedwire.cli.cluster import ChildFailed, Cluster
+from embedwire.cli.cluster import SIGNAL_WAIT_S, ChildFailed, Cluster
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
@@ -155,3 +157,24 @@ def test_stop_gives_the_exit_code_of_each() -> None:
         cluster.wait_ready([cluster.start("registry", "registry")], timeout_s=60)
         assert cluster.stop() == {"registry": 0}
         assert cluster.stop() == {}
+
+
+def test_no_wait_for_a_child_keeps_signals_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that came just as the wait began is heard of when it ends, however long the whole of it is."""
+    waits: list[float] = []
+
+    class Events:
+        def get(self, timeout: float | None = None) -> None:
+            waits.append(math.inf if timeout is None else timeout)
+            if len(waits) == 3:
+                raise KeyboardInterrupt
+            raise Empty
+
+    with Cluster({}) as cluster:
+        monkeypatch.setattr(cluster, "_events", Events())
+        with pytest.raises(KeyboardInterrupt):
+            cluster.watch()
+        assert waits == [SIGNAL_WAIT_S] * 3
+        waits.clear()
+        cluster.watch(timeout_s=0.0)
+        assert waits == [0.0]

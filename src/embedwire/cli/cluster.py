@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -31,6 +32,9 @@ STOP_MARGIN_S = 5.0
 """On top of the time that answers under way have: closing endpoints and engines."""
 CAUSE_WAIT_S = 1.0
 """When a child says that it can not go on, the one that is to blame for that may be seen to end within this."""
+SIGNAL_WAIT_S = 0.5
+"""No wait is longer at a time. Python looks for signals between two instructions, so of one that comes just as a wait for a queue
+begins it knows only when that ends: groups that were told to end as they became ready or loaded were seen not to, if rarely."""
 
 
 class ChildFailed(EmbedwireError):
@@ -123,9 +127,8 @@ class Cluster:
 
     def watch(self, *, timeout_s: float | None = None) -> None:
         """Wait for news of a child, for ``timeout_s`` at most. Raises ChildFailed when one has ended, or says that it can not go on."""
-        try:
-            child = self._events.get(timeout=timeout_s)
-        except Empty:
+        child = self._news(math.inf if timeout_s is None else timeout_s)
+        if child is None:
             return
         if "error" in child.facts:
             child = self._to_blame_for(child)
@@ -134,6 +137,16 @@ class Cluster:
         status = child.process.poll()
         if status is not None:
             raise ChildFailed(f"{child.name} has ended: {_meaning(status)}\n{child.last_words()}".rstrip())
+
+    def _news(self, timeout_s: float) -> Child | None:
+        until_s = time.monotonic() + timeout_s
+        while True:
+            left_s = until_s - time.monotonic()
+            try:
+                return self._events.get(timeout=max(0.0, min(left_s, SIGNAL_WAIT_S)))
+            except Empty:
+                if left_s <= SIGNAL_WAIT_S:
+                    return None
 
     def _to_blame_for(self, complaining: Child) -> Child:
         """Whoever ends without a word while others complain is the cause; else the first who complained."""
