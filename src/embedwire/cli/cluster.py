@@ -34,7 +34,7 @@ CAUSE_WAIT_S = 1.0
 """When a child says that it can not go on, the one that is to blame for that may be seen to end within this."""
 SIGNAL_WAIT_S = 0.5
 """No wait is longer at a time. Python looks for signals between two instructions, so of one that comes just as a wait for a queue
-begins it knows only when that ends: groups that were told to end as they became ready or loaded were seen not to, if rarely."""
+begins it knows only when that ends. That may be why a group that was told to end as it became ready was once seen not to."""
 
 
 class ChildFailed(EmbedwireError):
