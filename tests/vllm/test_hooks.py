@@ -22,6 +22,7 @@ import torch
 from vllm.distributed.ec_transfer import ec_transfer_state
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 from vllm.v1.worker.ec_connector_model_runner_mixin import ECConnectorModelRunnerMixin
 from vllm.v1.worker.gpu.ec_connector import ActiveECConnector
 
@@ -181,6 +182,25 @@ def test_an_item_goes_from_cache_to_cache(pair: Pair) -> None:
     pair.read(asked)
     assert pair.language_cache.keys() == wanted.keys()
     assert all(torch.equal(pair.language_cache[name], wanted[name]) for name in wanted)
+    pair.fetcher.request_finished(asked)
+
+
+def test_pixels_stay_in_the_scheduler(pair: Pair) -> None:
+    """Workers get what positions are worked out from, of each item that an encoder was named for. What may be encoded here stays whole, as
+    does what vLLM has put into its own shared memory."""
+    params = pair.encode("e", {"a": rows(10, 3), "shared": rows(10, 4)}, 10)
+    asked = request("r", ["a", "b", "shared"], 10, **params)
+    fields = {"image_grid_thw": True, "pixel_values": False, "anything": True}
+    for feature, names in zip(asked.mm_features, (fields, fields, {"address": False}), strict=True):
+        feature.data = MultiModalKwargsItem(
+            {
+                name: MultiModalFieldElem(torch.ones(3), MultiModalBatchedField(keep_on_cpu=keep))
+                for name, keep in names.items()
+            }
+        )
+    pair.fetcher.ensure_cache_available(asked, 0)
+    left = [set(feature.data) for feature in asked.mm_features]
+    assert left == [{"image_grid_thw", "anything"}, set(fields), {"address"}]
     pair.fetcher.request_finished(asked)
 
 

@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 from embedwire.endpoint import ReceiverEndpoint
 from embedwire.engines.vllm.causes import CauseReporter
 from embedwire.engines.vllm.cores import nap_while, short_turns
-from embedwire.engines.vllm.items import content_hash_of, tensor_of
+from embedwire.engines.vllm.items import content_hash_of, tensor_of, without_media
 from embedwire.engines.vllm.settings import ConnectorSettings
 from embedwire.errors import ConfigurationError, TransferError
 from embedwire.language.items import ItemDesk, ItemFailure, ItemKey, Verdict
@@ -133,6 +133,7 @@ class ConsumerScheduler:
         name = request.request_id
         if is_new := name not in self._asked:
             self._asked[name] = self._read(request)
+            self._leave_media(request, self._asked[name])
         asked, wanted = self._asked[name], dict[ItemKey, str]()
         if self.desk.failure_of(name) is None:
             for index, feature in enumerate(request.mm_features):
@@ -223,6 +224,12 @@ class ConsumerScheduler:
             for name, item in ask.items.items()
         }
         return _Asked(ask.ticket, offered)
+
+    def _leave_media(self, request: Request, asked: _Asked) -> None:
+        """What comes from an encoder is never encoded here, so its pixels do not go out to the workers: megabytes a picture."""
+        for feature in request.mm_features:
+            if feature.identifier in asked.wanted:
+                feature.data = without_media(feature.data, self._resolver.fields_for(feature.modality))
 
     @property
     def _is_idle(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,17 @@ def deepstack_levels(hf_config: Any) -> int:
     """How many levels of a vision tower go past its output into the first layers of the language model."""
     whole = getattr(hf_config, "thinker_config", hf_config)
     return len(getattr(getattr(whole, "vision_config", None), "deepstack_visual_indexes", None) or ())
+
+
+def without_media(data: Any, placeholder_fields: Collection[str]) -> Any:
+    """A feature's data as a worker needs them that does not encode it: without what only the vision tower reads. What is left are the
+    fields that size its place in the prompt, and those that vLLM keeps in host memory to work out positions. Data that are elsewhere
+    already (None; the address of vLLM's shared memory, which the worker has to acknowledge) stay as they are."""
+    if data is None or "address" in data:
+        return data
+    return type(data)(
+        {name: entry for name, entry in data.items() if entry.field.keep_on_cpu or name in placeholder_fields}
+    )
 
 
 def arrays_of(tensor: torch.Tensor, layout: Layout) -> dict[str, np.ndarray]:
