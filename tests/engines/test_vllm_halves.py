@@ -30,7 +30,7 @@ DEADLINE_S = 30.0
 @pytest.fixture
 def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ProducerWorker]:
     """An encoder's worker half; vLLM's busy wait is not there to be changed."""
-    monkeypatch.setattr(producer, "nap_while", lambda _: None)
+    monkeypatch.setattr(producer, "rest_while", lambda _: None)
     made = ProducerWorker(LAYOUT, ConnectorSettings(), address_file=str(tmp_path / "address.json"))
     yield made
     made.close()

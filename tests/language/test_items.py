@@ -97,18 +97,19 @@ def desk() -> Iterator[Desk]:
 
 
 def test_all_items_of_a_request_are_asked_for_in_one_go(desk: Desk, monkeypatch: Any) -> None:
-    """Whoever asks waits for the endpoint's thread once, however many they are."""
+    """Whoever asks wakes the endpoint's thread once, however many they are, and does not wait for it."""
     keys = [desk.put(bytes([number]), 5, number) for number in range(1, 5)]
-    hops: list[int] = []
-    call = desk.receiver.call
-    monkeypatch.setattr(
-        desk.receiver,
-        "call",
-        lambda task: (hops.append(threading.get_ident() == here), call(task))[1],
-    )
-    here = threading.get_ident()
-    desk.ask("r", *keys)
-    assert sum(hops) == 1
+    here, hops = threading.get_ident(), list[str]()
+
+    def counted(name: str) -> Callable[[Any], Any]:
+        inner = getattr(desk.receiver, name)
+        return lambda task: (hops.append(name) if threading.get_ident() == here else None, inner(task))[1]
+
+    with monkeypatch.context() as patched:
+        for name in ("call", "post"):
+            patched.setattr(desk.receiver, name, counted(name))
+        desk.ask("r", *keys)
+    assert hops == ["post"]
     desk.until(READY, "r", *keys)
     desk.desk.forget("r")
 
@@ -158,13 +159,66 @@ def test_a_request_that_ends_when_its_item_has_just_come(desk: Desk) -> None:
     """Nobody has looked since: its memory comes back all the same."""
     key = desk.put(b"a", 20, 5)
     desk.ask("r1", key)
-    reception = desk.desk._items[key].reception
-    assert reception is not None
-    reception.result(PATIENCE_S)
+    desk.wait(lambda: desk.desk.handle(key) is not None)
     desk.desk.forget("r1")
-    desk.wait(lambda: (desk.desk.forget(""), desk.desk.used_bytes)[1] == 0)
+    assert desk.desk.used_bytes == desk.desk._idle_bytes == 20 * 64
+    assert desk.ask("r2", key) is READY
+    assert desk.value(key) == 5
+
+
+def test_a_request_that_ends_before_its_room_is_opened(desk: Desk) -> None:
+    """The endpoint's thread is busy meanwhile. Then it opens none, and who asks for the item after that has it."""
+    key, gate = desk.put(b"a", 20, 5), threading.Event()
+    desk.receiver.post(lambda: (gate.wait(PATIENCE_S), None)[1])
+    desk.ask("r1", key)
+    desk.desk.forget("r1")
+    assert desk.desk.used_bytes == 20 * 64
+    gate.set()
+    desk.wait(lambda: desk.desk.used_bytes == 0)
+    assert not desk.receiver.stats().ended
     desk.until(READY, "r2", key)
     assert desk.value(key) == 5
+
+
+def test_an_item_is_fetched_before_a_request_wants_it(desk: Desk) -> None:
+    """As the sender comes to keep it. The request finds it here; two that are as early share its room."""
+    desk.receiver.subscribe(
+        desk.shelf.address, lambda address, name, tokens: desk.desk.prefetch(ItemKey(name, tokens), address)
+    )
+    sessions = desk.shelf._endpoint._core.sessions
+    desk.wait(lambda: [s.wire is not None and s.subscribes for s in sessions.copy().values()] == [True])
+    key = desk.put(b"a", 20, 5)
+    desk.wait(lambda: desk.desk.handle(key) is not None)
+    assert desk.ask("r", key) is READY
+    assert desk.value(key) == 5
+    late = desk.expect(b"b", 10)
+    desk.desk.prefetch(late, desk.shelf.address)
+    assert [desk.ask("r1", late), desk.ask("r2", late)] == [PENDING] * 2
+    desk.wait(lambda: desk.rooms == 1)  # that of the first may take a moment longer
+    desk.put(b"b", 10, 6)
+    desk.until(READY, "r1", late)
+    assert desk.ask("r2", late) is READY
+    assert desk.receiver.stats().ended == {"done": 2}
+
+
+def test_what_is_fetched_ahead_takes_nobodys_memory(desk: Desk) -> None:
+    """It comes after all who wait, goes first, and its end, if it does not come, is nobody's."""
+    a, b, c = (desk.put(name, 20, n) for n, name in enumerate((b"a", b"b", b"c")))
+    desk.until(READY, "r1", a)
+    desk.desk.prefetch(b, desk.shelf.address)
+    desk.wait(lambda: desk.desk.handle(b) is not None)
+    desk.desk.prefetch(ItemKey(b"huge", 41), desk.shelf.address)
+    desk.until(READY, "r2", c)  # in the place of b
+    assert desk.desk.handle(b) is None
+    desk.ask("r3", b)
+    desk.desk.prefetch(desk.put(b"d", 1, 4), desk.shelf.address)
+    assert desk.desk.used_bytes == 40 * 64
+    desk.desk.forget("r1")
+    desk.until(READY, "r3", b)
+    desk.desk.forget("r2")
+    desk.desk.prefetch(ItemKey(b"unknown", 2), desk.shelf.address)
+    desk.wait(lambda: ItemKey(b"unknown", 2) not in desk.desk._items)
+    assert not desk.desk._failed
 
 
 def test_waiting_ends_with_the_first_request_that_is_ready_or_has_failed(desk: Desk) -> None:

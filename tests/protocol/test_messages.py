@@ -29,6 +29,7 @@ from embedwire.protocol.messages import (
     Ended,
     Hello,
     Init,
+    Kept,
     Message,
     Open,
     Ping,
@@ -76,6 +77,7 @@ TO_RECEIVER: list[Message] = [
     Refused(**LIFE, nonce=4, cause=Cause.HANDSHAKE, detail="field 0"),
     Stranger(**LIFE),
     Pong(**LIFE),
+    Kept(**LIFE, content_hash=b"h", tokens=3),
     Announce(
         **LIFE,
         **ROOM,

@@ -16,8 +16,10 @@ from embedwire.protocol.actions import (
     Failed,
     Finished,
     Hangup,
+    Heard,
     Permit,
     ReceiverAction,
+    Reconnect,
     Revoke,
     Send,
 )
@@ -30,6 +32,7 @@ from embedwire.protocol.messages import (
     Ended,
     Hello,
     Init,
+    Kept,
     Message,
     Open,
     Ping,
@@ -112,6 +115,46 @@ def test_hello_then_open() -> None:
     assert isinstance(hello, Hello)
     assert sent(bench.core.on_tick(0.3)) == [hello]
     assert [type(m) for m in sent(bench.hear(bench.welcome()))] == [Open]
+
+
+def test_a_subscription_is_kept_up() -> None:
+    """Without a room: said hello until it is welcomed, then pinged, said hello again to a new life, reached anew when it is silent."""
+    bench = Bench(peer_silence_s=4.0)
+    (first,) = sent(bench.core.subscribe(ADDRESS, now=0.0))
+    assert isinstance(first, Hello)
+    assert first.subscribes
+    assert bench.core.subscribe(ADDRESS, now=0.0) == []
+    assert sent(bench.core.on_tick(1.1)) == [first]
+    kept = Kept(**FROM, content_hash=b"h", tokens=5)
+    assert bench.hear(kept) == []  # nobody has welcomed us
+    bench.hear(bench.welcome(), now=1.2)
+    assert bench.hear(kept) == [Heard(ADDRESS, b"h", 5)]
+    assert [type(m) for m in sent(bench.core.on_tick(2.2))] == [Ping]
+    (again,) = sent(bench.hear(Stranger(source=12, target=ME), now=2.3))
+    assert isinstance(again, Hello)
+    assert (again.subscribes, again.nonce > first.nonce) == (True, True)
+    assert Reconnect(ADDRESS) in bench.core.on_tick(7.0)
+    assert Hangup(ADDRESS) not in bench.core.on_tick(7.0 + 2 * IDLE_S)
+
+
+def test_a_subscription_to_a_sender_that_is_known() -> None:
+    """It is told of it, and its rooms go on; without a subscription nothing is heard of what it keeps."""
+    bench = Bench()
+    bench.fill()
+    assert bench.hear(Kept(**FROM, content_hash=b"h", tokens=5)) == []
+    (again,) = sent(bench.core.subscribe(ADDRESS, now=2.0))
+    assert isinstance(again, Hello)
+    assert again.subscribes
+    bench.hear(bench.welcome(), now=2.0)
+    assert [type(a) for a in bench.status(256)] == [Drain]
+
+
+def test_a_room_does_not_wait_for_a_subscription() -> None:
+    """Who only subscribes says hello rarely, but a room is asked for as soon as without."""
+    bench = Bench(retry_s=0.25, peer_silence_s=4.0)
+    bench.core.subscribe(ADDRESS, now=0.0)
+    assert [type(m) for m in sent(bench.core.open(KEY, ADDRESS, now=0.1))] == [Hello]
+    assert [type(m) for m in sent(bench.core.on_tick(0.4))] == [Hello]
 
 
 def test_a_whole_room() -> None:

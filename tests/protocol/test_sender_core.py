@@ -28,6 +28,7 @@ from embedwire.protocol.messages import (
     Grant,
     Hello,
     Init,
+    Kept,
     Message,
     Open,
     Ping,
@@ -112,6 +113,21 @@ def test_hello_is_answered_when_the_memory_is_in_reach() -> None:
     (again,) = said(core.on_message(hello(nonce=6), now=0.2))
     assert isinstance(again, Welcome)
     assert again.nonce == 6
+
+
+def test_who_subscribes_hears_of_items() -> None:
+    """Its latest hello says whether it does; nobody else is told, nor anyone whose memory is not in reach."""
+    bench = Bench()
+    for number in (6, 7):
+        bench.say(hello(number, nonce=1, subscribes=True))
+    bench.core.on_attached(6, "shm")
+    (kept,) = said(bench.core.keep(b"a", tokens=9))
+    assert kept == Kept(source=SENDER, target=6, content_hash=b"a", tokens=9)
+    bench.say(hello(nonce=3, subscribes=True))
+    bench.say(hello(nonce=2))  # late
+    assert [m.target for m in said(bench.core.keep(b"b", tokens=9))] == [PEER, 6]
+    bench.say(hello(nonce=4))
+    assert [m.target for m in said(bench.core.keep(b"c", tokens=9))] == [6]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,17 +48,27 @@ def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
         assert slice_of_a_new_thread() == usual
 
 
-def test_the_busy_wait_naps_while_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the loop of vLLM's own reader."""
-    events: list[str] = []
-    monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: events.append("yield"))
-    sleep: Callable[[float], None] = lambda _: events.append("nap")  # noqa: E731
-    monkeypatch.setattr(cores.time, "sleep", sleep)
+def test_the_busy_wait_rests_while_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In vLLM's own reader, which hears of a message all the same: of one that came before as well."""
+    looks: list[str] = []
+    monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: looks.append("yield"))
+    monkeypatch.setattr(shm_broadcast.SpinCondition, "wait", shm_broadcast.SpinCondition.wait)
     called_for = [True]
-    cores.nap_while(lambda: called_for[0])
-    condition = object.__new__(shm_broadcast.SpinCondition)
-    condition.is_reader, condition.busy_loop_s, condition.last_read = True, 1e9, 0.0
-    condition.wait()
+    cores.rest_while(lambda: called_for[0])
+    writer = shm_broadcast.MessageQueue(1, 1)
+    reader = shm_broadcast.MessageQueue.create_from_handle(writer.export_handle(), 0)
+    ready = threading.Thread(target=writer.wait_until_ready)
+    ready.start()
+    reader.wait_until_ready()
+    ready.join()
+    writer.enqueue("early")
+    assert reader.dequeue(timeout=20.0) == "early"
+    late = threading.Timer(0.2, writer.enqueue, ["late"])
+    late.start()
+    assert reader.dequeue(timeout=20.0) == "late"
+    assert not looks
     called_for[0] = False
-    condition.wait()
-    assert events == ["nap", "yield"]
+    later = threading.Timer(0.2, writer.enqueue, ["later"])
+    later.start()
+    assert reader.dequeue(timeout=20.0) == "later"
+    assert looks

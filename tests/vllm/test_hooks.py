@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
 import torch
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.distributed.ec_transfer import ec_transfer_state
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 from vllm.engine.arg_utils import EngineArgs
@@ -37,7 +38,9 @@ WIDTH, PATIENCE_S = 128, 20.0
 
 @pytest.fixture(autouse=True)
 def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And vLLM's way to wait is its own again afterwards."""
     monkeypatch.setattr(module, "_is_first_rank", lambda: True)
+    monkeypatch.setattr(SpinCondition, "wait", SpinCondition.wait)
 
 
 @pytest.fixture
@@ -390,6 +393,26 @@ def test_encoders_are_greeted_at_start(config: Callable[..., Any]) -> None:
         EmbedwireECConnector(right, ECConnectorRole.SCHEDULER).shutdown()
     finally:
         pair.close()
+
+
+def test_an_item_is_fetched_before_a_request_names_it(config: Callable[..., Any]) -> None:
+    """With ``prefetch``, as soon as one of ``encoders`` has made it: the request that names it may run at once."""
+    producing = config("ec_producer")
+    keeper = EmbedwireECConnector(producing, ECConnectorRole.WORKER)
+    keeper.start_worker_services()
+    shelf = keeper._keeper.shelf
+    consuming = config("ec_consumer", encoders=[shelf.address], prefetch=True)
+    fetcher = EmbedwireECConnector(consuming, ECConnectorRole.SCHEDULER)
+    keeper.save_caches({"a": rows(10, 3)}, "a")
+    deadline = time.monotonic() + PATIENCE_S
+    while not fetcher.has_cache_item("a"):
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    asked = request("r", ["a"], 10, embedwire={"items": {"a": {"addresses": [shelf.address], "tokens": 10}}})
+    assert fetcher.ensure_cache_available(asked, 0)
+    fetcher.request_finished(asked)
+    for half in (fetcher, keeper):
+        half.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ class ItemShelf:
             self._kept[item] = _Kept(filling)
             self._named.add(item)
             self._rest(item)
+            self._endpoint.tell_kept(item, tokens=filling.source.tokens)
         for key in self._coming.pop(item, ()):
             self._lend(key, item)
 

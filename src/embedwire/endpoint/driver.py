@@ -80,12 +80,13 @@ class Driver(ABC):
     def _next_due(self) -> float | None:
         """When ``_on_time`` has something to do."""
 
-    def post(self, task: Callable[[], None]) -> None:
-        """Run a task on the driver's thread, soon. Thread-safe; dropped when the driver has ended."""
+    def post(self, task: Callable[[], None]) -> bool:
+        """Run a task on the driver's thread, soon. Thread-safe; False, and dropped, when the driver has ended."""
         with self._gate:
             if self._is_open:
                 self._tasks.append(task)
                 os.eventfd_write(self._wake, 1)
+            return self._is_open
 
     def call(self, task: Callable[[], T]) -> T:
         """Run a task on the driver's thread and return what it returned. Raises UsageError when the driver has ended."""

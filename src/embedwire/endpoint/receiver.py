@@ -51,6 +51,7 @@ from embedwire.protocol.actions import (
     Failed,
     Finished,
     Hangup,
+    Heard,
     Permit,
     ReceiverAction,
     Reconnect,
@@ -64,6 +65,8 @@ from embedwire.protocol.topology import ALONE
 
 logger = logging.getLogger(__name__)
 
+OnKept = Callable[[str, bytes, int], None]
+"""Called with a sender's control address, and an item's content hash and tokens."""
 PROOF_POLL_S = 0.5
 """How often to look whether a peer that may still write to quarantined blocks is gone."""
 
@@ -118,6 +121,7 @@ class ReceiverEndpoint(Driver):
         super().__init__("embedwire-receiver")
         self._receptions: dict[RoomKey, Reception] = {}
         self._sockets: dict[Address, zmq.Socket[bytes]] = {}
+        self._subscriptions: dict[Address, OnKept] = {}
         self._silent: set[Address] = set()
         self._pending: deque[ReceiverAction] = deque()
         self._ended: Counter[str] = Counter()
@@ -164,6 +168,18 @@ class ReceiverEndpoint(Driver):
             raise UsageError(f"item has {len(item)} bytes; at most {CONTENT_HASH_BYTES_MAX}")
         key = RoomKey(room, attempt)
         return self.call(lambda: self._open(key, tuple(addresses), item, make_assembly))
+
+    def subscribe(self, address: str, on_kept: OnKept) -> None:
+        """From now on, call ``on_kept`` for each item that the sender at ``address`` begins to keep, also in a later life of it: on the
+        driver's thread, where it must not block. Raises UsageError for an address that is none."""
+
+        def subscribe() -> None:
+            if address not in self._sockets:
+                self._connect(address)
+            self._subscriptions[address] = on_kept
+            self.carry_out(self._core.subscribe(address, now=time.monotonic()))
+
+        self.call(subscribe)
 
     def _open(
         self, key: RoomKey, addresses: tuple[Address, ...], item: bytes, make_assembly: MakeAssembly | None
@@ -375,6 +391,8 @@ class ReceiverEndpoint(Driver):
                 if self._member is not None:
                     self._member.fail(key)
                 self.give_up(key, cause, detail)
+            case Heard(address, content_hash, tokens):
+                self._subscriptions[address](address, content_hash, tokens)
             case Reconnect(address):
                 self._silent.add(address)
             case Hangup(address):

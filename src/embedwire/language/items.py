@@ -1,7 +1,8 @@
 """Items on their way in, and here until the model has read them: shared by all requests that wait for them.
 
 Owns who waits for what, in which order memory is given out, and when an item may make room for another; it must not know what a request
-is, nor where the model reads. One thread calls it; what happens on the endpoint's thread is taken in with the next call.
+is, nor where the model reads. Any thread may call it. What ends is taken in on the endpoint's thread, which therefore never waits for
+anybody who holds the desk's lock and waits for it: nothing is done under the lock but bookkeeping.
 
 A request is admitted whole: it gets memory for all its items at once, first come first served, and holds none before. So no two requests
 can each hold what the other needs, and any amount of memory that holds the largest request serves all of them.
@@ -10,13 +11,13 @@ can each hold what the other needs, and any amount of memory that holds the larg
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from embedwire.endpoint.receiver import ReceiverEndpoint
@@ -97,6 +98,7 @@ class ItemDesk:
         self._budget = Budget(memory_bytes)
         self._deadline_s = deadline_s
         self._clock = clock
+        self._changed = threading.Condition()  # its lock is the desk's; notified when an item has ended
         self._spares = SpareSegments()
         self._items: dict[ItemKey, _Item] = {}
         self._here: dict[bytes, set[ItemKey]] = {}  # those that are ready, by hash
@@ -105,33 +107,32 @@ class ItemDesk:
         self._waiters: dict[str, _Waiter] = {}
         self._line: deque[str] = deque()
         self._failed: dict[str, ItemFailure] = {}
-        self._ended: SimpleQueue[_Item] = SimpleQueue()
 
     # ------------------------------------------------------------------ requests
 
     def ask(self, waiter: str, wanted: Mapping[ItemKey, str]) -> Verdict:
         """Where the items of a request are: key to the control address of a sender that keeps it. The first question is the order; the
         answer is FAILED until :meth:`forget`."""
-        if waiter not in self._waiters and waiter not in self._failed:
-            self._enter(waiter, wanted)
-        elif waiter in self._waiters and not self._waiters[waiter].wanted.keys() >= wanted.keys():
-            self._leave(waiter)  # it holds nothing while it waits for more
-            self._enter(waiter, wanted)
-        self._go_on()
-        if waiter in self._failed:
-            return Verdict.FAILED
-        return Verdict.READY if self._are_here(self._waiters[waiter], wanted) else Verdict.PENDING
+        with self._changed:
+            if waiter not in self._waiters and waiter not in self._failed:
+                self._enter(waiter, wanted)
+            elif waiter in self._waiters and not self._waiters[waiter].wanted.keys() >= wanted.keys():
+                self._leave(waiter)  # it holds nothing while it waits for more
+                self._enter(waiter, wanted)
+            self._go_on()
+            if waiter in self._failed:
+                return Verdict.FAILED
+            return Verdict.READY if self._are_here(self._waiters[waiter], wanted) else Verdict.PENDING
 
     def wait(self, *, timeout_s: float) -> None:
         """Until one of the requests that are pending is ready or has failed, ``timeout_s`` at most; not at all when none is. For a caller
         that has nothing else to do."""
-        until = time.monotonic() + timeout_s
-        pending = {n: entry for n, entry in self._waiters.items() if not self._are_here(entry, entry.wanted)}
-        while pending and not any(self._is_settled(name, entry) for name, entry in pending.items()):
-            try:
-                self._on_end(self._ended.get(timeout=max(0.0, until - time.monotonic())))
-            except Empty:
-                break
+        with self._changed:
+            pending = {n: e for n, e in self._waiters.items() if not self._are_here(e, e.wanted)}
+            self._changed.wait_for(
+                lambda: not pending or any(self._is_settled(name, entry) for name, entry in pending.items()),
+                timeout_s,
+            )
 
     def _is_settled(self, waiter: str, entry: _Waiter) -> bool:
         return waiter in self._failed or self._are_here(entry, entry.wanted)
@@ -139,52 +140,66 @@ class ItemDesk:
     def _are_here(self, entry: _Waiter, keys: Collection[ItemKey]) -> bool:
         return entry.is_admitted and all(self._items[key].is_ready for key in keys)
 
+    def prefetch(self, key: ItemKey, address: str) -> None:
+        """Fetch an item that no request has asked for yet, if there is memory for it that nobody has use of or waits for."""
+        with self._changed:
+            if key not in self._items and not self._line and self._make_room(self._bytes(key), keeping=()):
+                self._open_all([self._add(key, address)])
+
     def refuse(self, waiter: str, failure: ItemFailure) -> None:
         """A request can not be served, for a reason that its owner knows."""
-        self._leave(waiter)
-        self._failed[waiter] = failure
+        with self._changed:
+            self._leave(waiter)
+            self._failed[waiter] = failure
 
     def failure_of(self, waiter: str) -> ItemFailure | None:
         """Why a request failed."""
-        return self._failed.get(waiter)
+        with self._changed:
+            return self._failed.get(waiter)
 
     def let_go(self, waiter: str, key: ItemKey) -> None:
         """The request has no more use for one of its items. Harmless when it has none."""
-        entry = self._waiters.get(waiter)
-        if entry is not None and entry.wanted.pop(key, None) is not None and entry.is_admitted:
-            self._unpin(waiter, key)
-        self._go_on()
+        with self._changed:
+            entry = self._waiters.get(waiter)
+            if entry is not None and entry.wanted.pop(key, None) is not None and entry.is_admitted:
+                self._unpin(waiter, key)
+            self._go_on()
 
     def forget(self, waiter: str) -> None:
         """The request is over. What only it was waiting for is no longer fetched."""
-        self._failed.pop(waiter, None)
-        self._leave(waiter)
-        self._go_on()
+        with self._changed:
+            self._failed.pop(waiter, None)
+            self._leave(waiter)
+            self._go_on()
 
     def handle(self, key: ItemKey) -> Handle | None:
         """Where an item that is here lies, for :func:`embedwire.memory.shared.attach`."""
-        item = self._items.get(key)
-        return item.handle if item is not None and item.is_ready else None
+        with self._changed:
+            item = self._items.get(key)
+            return item.handle if item is not None and item.is_ready else None
 
     def find(self, content_hash: bytes) -> ItemKey | None:
         """An item of that hash which is here, whatever its rows."""
-        return next(iter(self._here.get(content_hash, ())), None)
+        with self._changed:
+            return next(iter(self._here.get(content_hash, ())), None)
 
     def report(self, key: ItemKey) -> ReceiveReport:
         """How an item came that is here."""
-        received = self._items[key].received
-        assert received is not None
-        return received.report
+        with self._changed:
+            received = self._items[key].received
+            assert received is not None
+            return received.report
 
     def pin(self, waiter: str, key: ItemKey) -> Handle:
-        """The same for somebody new, who keeps it here until :meth:`forget`. Raises UsageError when it is not here."""
-        handle = self.handle(key)
-        if handle is None:
-            raise UsageError(f"item {key.content_hash.hex()} is not here")
-        entry = self._waiters.setdefault(waiter, _Waiter({}, until=float("inf"), is_admitted=True))
-        entry.wanted[key] = self._items[key].address
-        self._occupy(waiter, self._items[key])
-        return handle
+        """The same as :meth:`handle` for somebody new, who keeps it here until :meth:`forget`. Raises UsageError when it is not here."""
+        with self._changed:
+            handle = self.handle(key)
+            if handle is None:
+                raise UsageError(f"item {key.content_hash.hex()} is not here")
+            entry = self._waiters.setdefault(waiter, _Waiter({}, until=float("inf"), is_admitted=True))
+            entry.wanted[key] = self._items[key].address
+            self._occupy(waiter, self._items[key])
+            return handle
 
     @property
     def used_bytes(self) -> int:
@@ -193,12 +208,13 @@ class ItemDesk:
 
     def close(self) -> None:
         """Free all memory, once the receiver is closed."""
-        for item in self._items.values():
-            item.segment.close()
-        self._items.clear()
-        self._here.clear()
-        self._idle.clear()
-        self._spares.close()
+        with self._changed:
+            for item in self._items.values():
+                item.segment.close()
+            self._items.clear()
+            self._here.clear()
+            self._idle.clear()
+            self._spares.close()
 
     # ------------------------------------------------------------------ the line
 
@@ -222,12 +238,7 @@ class ItemDesk:
             self._unpin(waiter, key)
 
     def _go_on(self) -> None:
-        """Take in what has ended, give up what is late, admit whom there is memory for."""
-        while True:
-            try:
-                self._on_end(self._ended.get_nowait())
-            except Empty:
-                break
+        """Give up what is late, admit whom there is memory for."""
         self._expire()
         while self._line and self._admit(self._line[0]):
             self._line.popleft()
@@ -255,9 +266,10 @@ class ItemDesk:
         if not self._make_room(sum(map(self._bytes, missing)), keeping=entry.wanted):
             return False
         entry.is_admitted = True
-        self._fetch({key: entry.wanted[key] for key in missing})
+        added = [self._add(key, entry.wanted[key]) for key in missing]
         for key in entry.wanted:
             self._occupy(waiter, self._items[key])
+        self._open_all(added)
         return True
 
     def _make_room(self, need: int, *, keeping: Collection[ItemKey]) -> bool:
@@ -277,43 +289,45 @@ class ItemDesk:
     def _bytes(self, key: ItemKey) -> int:
         return key.tokens * self._layout.token_bytes
 
-    def _fetch(self, wanted: Mapping[ItemKey, str]) -> None:
-        """Open a room for each. The endpoint's thread is waited for once."""
-        fetched = []
-        for key, address in wanted.items():
-            nbytes = self._bytes(key)
-            spare = max(0, self._free_bytes - nbytes)
-            segment = self._spares.take(self._layout, key.tokens, spare_bytes=spare)
-            item = self._items[key] = _Item(key, address, segment, nbytes)
-            assert self._budget.try_reserve(item, nbytes)
-            fetched.append(item)
+    def _add(self, key: ItemKey, address: str) -> _Item:
+        """There is room for it."""
+        nbytes = self._bytes(key)
+        segment = self._spares.take(self._layout, key.tokens, spare_bytes=max(0, self._free_bytes - nbytes))
+        item = self._items[key] = _Item(key, address, segment, nbytes)
+        assert self._budget.try_reserve(item, nbytes)
+        return item
+
+    def _open_all(self, items: Sequence[_Item]) -> None:
+        """Open a room for each, without waiting for the endpoint's thread."""
 
         def open_all() -> None:
-            for item in fetched:
+            for item in items:
                 self._open(item)
 
-        try:
-            if fetched:
-                self._receiver.call(open_all)
-        except EmbedwireError as error:  # it is closed
-            for item in fetched:
-                item.problem = str(error)
-                self._ended.put(item)
+        if items and not self._receiver.post(open_all):
+            for item in items:
+                item.problem = "the receiver is closed"
+                self._on_end(item)
 
     def _open(self, item: _Item) -> None:
         """On the endpoint's thread."""
-        try:
-            item.reception = self._receiver.open(
-                1 + secrets.randbelow(ROOM_MAX),
-                item.address,
-                item=item.key.content_hash,
-                make_assembly=partial(self._assemble, item),
-            )
-        except EmbedwireError as error:
-            item.problem = str(error)
-            self._ended.put(item)
-        else:
-            item.reception.add_done_callback(lambda _: self._ended.put(item))
+        with self._changed:
+            if self._items.get(item.key) is not item:
+                item.problem = "no request waits for it any more"
+                self._take_in(item)
+                return
+            try:
+                item.reception = self._receiver.open(
+                    1 + secrets.randbelow(ROOM_MAX),
+                    item.address,
+                    item=item.key.content_hash,
+                    make_assembly=partial(self._assemble, item),
+                )
+            except EmbedwireError as error:
+                item.problem = str(error)
+                self._take_in(item)
+            else:
+                item.reception.add_done_callback(lambda _: self._take_in(item))
 
     def _assemble(self, item: _Item, tokens: int) -> Arrays:
         """On the endpoint's thread."""
@@ -324,6 +338,13 @@ class ItemDesk:
             self._layout, tokens, aux=(tokens, *[0] * (AUX_WORDS - 1))
         )
         return arrays
+
+    def _take_in(self, item: _Item) -> None:
+        """On the endpoint's thread: it has ended."""
+        with self._changed:
+            self._on_end(item)
+            self._go_on()
+            self._changed.notify_all()
 
     def _on_end(self, item: _Item) -> None:
         failure = self._failure(item)
@@ -354,9 +375,10 @@ class ItemDesk:
     def _unpin(self, waiter: str, key: ItemKey) -> None:
         item = self._items[key]
         item.waiters.discard(waiter)
-        if not item.waiters and not item.is_ready and item.reception is not None:
+        if not item.waiters and not item.is_ready:
             del self._items[key]  # its memory stays reserved until nothing writes to it any more
-            item.reception.cancel("no request waits for it any more")
+            if item.reception is not None:
+                item.reception.cancel("no request waits for it any more")
         self._rest(item)
 
     def _occupy(self, waiter: str, item: _Item) -> None:

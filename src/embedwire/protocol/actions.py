@@ -155,6 +155,15 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """The sender at ``address``, to which this receiver subscribes, keeps an item of ``tokens`` tokens now."""
+
+    address: Address
+    content_hash: bytes
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Reconnect:
     """Nothing was heard from ``address`` for long: the connection may be what is dead, and not the sender."""
 
@@ -169,7 +178,9 @@ class Hangup:
 
 
 SenderAction: TypeAlias = Reply | Attach | Detach | Write | CancelWrites | Want | Release
-ReceiverAction: TypeAlias = Send | Assemble | Permit | Revoke | Drain | Finished | Failed | Reconnect | Hangup
+ReceiverAction: TypeAlias = (
+    Send | Assemble | Permit | Revoke | Drain | Finished | Failed | Heard | Reconnect | Hangup
+)
 
 
 # Events of a lane, for the room that it belongs to

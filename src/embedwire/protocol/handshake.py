@@ -38,7 +38,7 @@ class Offered:
 @dataclass(slots=True)
 class ReceiverSession:
     """One sender, as a receiver knows it. ``incarnation`` is 0 until it has welcomed us; ``wire`` is None while we say hello,
-    with this ``nonce``. ``is_fenced`` is about the last wire."""
+    with this ``nonce``. ``is_fenced`` is about the last wire. One that ``subscribes`` is kept up without rooms."""
 
     heard_at: float
     nonce: int
@@ -46,6 +46,7 @@ class ReceiverSession:
     wire: str | None = None
     is_fenced: bool = False
     rooms: set[RoomKey] = field(default_factory=set)
+    subscribes: bool = False
 
     def question(self, offered: Offered, *, source: int) -> Hello | Ping:
         """What the session itself waits for an answer to."""
@@ -59,6 +60,7 @@ class ReceiverSession:
             block_size=offered.block_size,
             num_blocks=offered.num_blocks,
             wires=offered.wires,
+            subscribes=self.subscribes,
         )
 
     def begin(self, welcome: Welcome, offered: Offered) -> None:
@@ -74,11 +76,13 @@ class ReceiverSession:
 
 @dataclass(slots=True)
 class SenderSession:
-    """One receiver, as a sender knows it. ``wire`` is None while it is being attached. ``nonce`` is that of its latest hello."""
+    """One receiver, as a sender knows it. ``wire`` is None while it is being attached. ``nonce`` and ``subscribes`` are those of its
+    latest hello."""
 
     hello: Hello
     nonce: int
     heard_at: float
+    subscribes: bool = False
     wire: str | None = None
     rooms: set[RoomKey] = field(default_factory=set)
 

@@ -9,6 +9,7 @@ other knowledge are checked while decoding; the rest is checked by the cores.
                                                     refused    we do not fit; which field differs
                                                     stranger   I do not know you; say hello again
     ping             are you there                  pong       yes
+                                                    kept       there is this item now, who subscribes
     open             tell me about this room        announce   total, aux, content hash; whether the source is ready
     init             round 0: write here            status     how far it has landed
     resume_transfer  round n: go on here
@@ -96,7 +97,8 @@ class Message(Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknow
 
 class Hello(Message, tag="hello", frozen=True, kw_only=True):
     """A receiver's first message. ``wires`` holds (name, descriptor) in order of preference. ``nonce`` comes back in the answer, so
-    that one which an earlier life of the sender gave to an earlier question is told from it."""
+    that one which an earlier life of the sender gave to an earlier question is told from it. With ``subscribes`` it wants to hear of
+    each item that the sender will keep from now on."""
 
     version: Count
     nonce: Count
@@ -106,6 +108,7 @@ class Hello(Message, tag="hello", frozen=True, kw_only=True):
     wires: Annotated[
         tuple[tuple[Text, Annotated[bytes, Meta(max_length=4096)]], ...], Meta(min_length=1, max_length=16)
     ]
+    subscribes: bool = False
 
 
 class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
@@ -135,6 +138,14 @@ class Ping(Message, tag="ping", frozen=True, kw_only=True):
 
 class Pong(Message, tag="pong", frozen=True, kw_only=True):
     """The answer to ping."""
+
+
+class Kept(Message, tag="kept", frozen=True, kw_only=True):
+    """To receivers that subscribe: there is an item of ``tokens`` tokens under this content hash now, and a room may be opened for it.
+    Nobody waits for this message, so it is said once; where it is lost, the item is fetched when it is needed."""
+
+    content_hash: ContentHash
+    tokens: Positive
 
 
 class RoomMessage(Message, frozen=True, kw_only=True):
@@ -215,7 +226,7 @@ class Ended(RoomMessage, tag="ended", frozen=True, kw_only=True):
 
 
 ToSender: TypeAlias = Hello | Ping | Open | Init | ResumeTransfer | Done | Abort
-ToReceiver: TypeAlias = Welcome | Refused | Stranger | Pong | Announce | Status | Ended
+ToReceiver: TypeAlias = Welcome | Refused | Stranger | Pong | Kept | Announce | Status | Ended
 
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()

@@ -162,6 +162,10 @@ class ReceiverCore:
             self._news.add(key)
         return self._follow(actions, now)
 
+    def subscribe(self, address: Address, *, now: float) -> list[ReceiverAction]:
+        """Hear of the items that the sender at ``address`` will keep from now on."""
+        return self._follow(self.lanes.subscribe(address, now=now), now)
+
     def open_failed(self, key: RoomKey, detail: str, *, now: float) -> list[ReceiverAction]:
         """This rank can not open a room that the others have: it is in line all the same, and fails on all."""
         room = self.rooms[key] = Room(key, {})

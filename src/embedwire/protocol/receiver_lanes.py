@@ -15,6 +15,7 @@ from embedwire.limits import DEFAULT_LIMITS, Limits
 from embedwire.protocol.actions import (
     Address,
     Hangup,
+    Heard,
     LaneAnnounced,
     LaneEvent,
     LaneFailed,
@@ -33,6 +34,7 @@ from embedwire.protocol.messages import (
     Announce,
     Cause,
     Ended,
+    Kept,
     Refused,
     RoomKey,
     RoomMessage,
@@ -111,18 +113,33 @@ class ReceiverLanes:
         self.check_open((key,))
         room = ReceiverTransfer(key, address, lane=lane, item=item, opened_at=now)
         self.rooms[key] = room
-        session = self.sessions.get(address)
-        if session is None:
-            session = self.sessions[address] = ReceiverSession(now, self._next_nonce())
-        if not session.rooms:
+        session = self._session(address, now)
+        was_idle = not session.rooms
+        session.rooms.add(key)
+        if was_idle:
             session.heard_at = now  # silence counts from the first question on
             if session.wire is None:
                 self._ask_session(address, session, now)
             else:
                 self._timers.set(_SessionDue(address), now + self.limits.peer_silence_s / 4)
-        session.rooms.add(key)
         self._ask(room)
         self._await(room, self.limits.open_wait_s + self.limits.peer_silence_s, now)
+        return self._take()
+
+    def _session(self, address: Address, now: float) -> ReceiverSession:
+        session = self.sessions.get(address)
+        if session is None:
+            session = self.sessions[address] = ReceiverSession(now, self._next_nonce())
+        return session
+
+    def subscribe(self, address: Address, *, now: float) -> list[LaneAction]:
+        """Hear of the items that the sender at ``address`` will keep from now on. The session is kept up, and begun anew when the sender
+        is."""
+        session = self._session(address, now)
+        if not session.subscribes:
+            session.subscribes = True
+            session.wire, session.nonce = None, self._next_nonce()
+            self._ask_session(address, session, now)
         return self._take()
 
     def abort(self, key: RoomKey, cause: Cause, detail: str, *, now: float) -> list[LaneAction]:
@@ -159,6 +176,8 @@ class ReceiverLanes:
             session.heard_at = now
             if isinstance(message, RoomMessage):
                 self._on_room_message(message, address, now)
+            elif isinstance(message, Kept) and session.subscribes:
+                self._actions.append(Heard(address, message.content_hash, message.tokens))
         return self._take()
 
     def _on_welcome(self, welcome: Welcome, address: Address, session: ReceiverSession, now: float) -> None:
@@ -439,7 +458,7 @@ class ReceiverLanes:
         if session is None:
             return
         silent_s = now - session.heard_at
-        if session.rooms:
+        if session.rooms or session.subscribes:
             if silent_s >= self.limits.peer_silence_s:
                 self._lose(
                     address, session, f"the sender at {address} said nothing for {silent_s:.1f} s", now
@@ -477,7 +496,8 @@ class ReceiverLanes:
 
     def _ask_session(self, address: Address, session: ReceiverSession, now: float) -> None:
         self._actions.append(Send(address, session.question(self.offered, source=self.incarnation)))
-        wait_s = self.limits.retry_s if session.wire is None else self.limits.peer_silence_s / 4
+        is_urgent = session.wire is None and session.rooms  # who only subscribes may wait
+        wait_s = self.limits.retry_s if is_urgent else self.limits.peer_silence_s / 4
         self._timers.set(_SessionDue(address), now + wait_s)
 
     def _send_grant(self, room: ReceiverTransfer, granted: Round) -> None:

@@ -30,6 +30,7 @@ from embedwire.protocol.messages import (
     Ended,
     Grant,
     Hello,
+    Kept,
     Message,
     Open,
     Ping,
@@ -136,6 +137,14 @@ class SenderCore:
                 self._end(peer, key, cause, detail)
         return self._take()
 
+    def keep(self, content_hash: bytes, *, tokens: int) -> list[SenderAction]:
+        """There is an item under this hash now: tell those who subscribe."""
+        for peer, session in self.sessions.items():
+            if session.subscribes and session.wire is not None:
+                kept = Kept(source=self.incarnation, target=peer, content_hash=content_hash, tokens=tokens)
+                self._say(peer, kept)
+        return self._take()
+
     # ------------------------------------------------------------------ what receivers say
 
     def on_message(self, message: ToSender, *, now: float) -> list[SenderAction]:
@@ -163,12 +172,13 @@ class SenderCore:
             return
         session = self.sessions.get(peer)
         if session is None:
-            self.sessions[peer] = SenderSession(hello, hello.nonce, now)
+            self.sessions[peer] = SenderSession(hello, hello.nonce, now, hello.subscribes)
             self._timers.set(_PeerDue(peer), now + self.limits.peer_silence_s)
             self._actions.append(Attach(peer, hello))
             return
         session.heard_at = now
-        session.nonce = max(session.nonce, hello.nonce)
+        if hello.nonce >= session.nonce:
+            session.nonce, session.subscribes = hello.nonce, hello.subscribes
         if session.wire is not None:
             self._welcome(peer, session.wire)
 

@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 
 from embedwire.endpoint import ReceiverEndpoint
 from embedwire.engines.vllm.causes import CauseReporter
-from embedwire.engines.vllm.cores import nap_while, short_turns
+from embedwire.engines.vllm.cores import rest_while, short_turns
 from embedwire.engines.vllm.items import content_hash_of, tensor_of, without_media
 from embedwire.engines.vllm.settings import ConnectorSettings
 from embedwire.errors import ConfigurationError, TransferError
@@ -99,7 +99,9 @@ class ConsumerScheduler:
         self.desk = ItemDesk(
             self._receiver, memory_bytes=settings.staging_bytes, deadline_s=settings.item_deadline_s
         )
-        nap_while(lambda: self._receiver.is_receiving)
+        for address in settings.encoders if settings.prefetch else ():
+            self._receiver.subscribe(address, self._on_kept)
+        rest_while(lambda: self._receiver.is_receiving)
         self._reporter = CauseReporter(settings.report_to)
         self._asked: dict[str, _Asked] = {}
         self._unavailable: set[str] = set()
@@ -121,6 +123,10 @@ class ConsumerScheduler:
                     raise ConfigurationError(f"encoder {address}: {error.detail}") from None
                 if error.cause != Cause.UNKNOWN_ITEM:
                     logger.warning("encoder %s is not there yet: %s", address, error)
+
+    def _on_kept(self, address: str, content_hash: bytes, tokens: int) -> None:
+        """On the receiver's thread. The request that will want it is most often still being preprocessed."""
+        self.desk.prefetch(ItemKey(content_hash, tokens), address)
 
     # ------------------------------------------------------------------ what vLLM asks
 

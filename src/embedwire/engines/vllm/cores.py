@@ -1,8 +1,9 @@
 """Who gets a core in vLLM's processes: the threads of a transfer share theirs with a busy wait.
 
 A vLLM process that waits for another calls ``sched_yield`` in a loop, until a second has passed without a message (``SpinCondition`` in
-its ``shm_broadcast.py``). With fewer cores than such processes a thread that has a message to pass on waits for its turn: on two cores
-with Linux 6.18 for a quarter of a second at times. So the busy wait naps while that matters, and threads of a transfer take short turns.
+its ``shm_broadcast.py``); then it waits for the notification that comes with every message. With fewer cores than such processes a thread
+that has a message to pass on waits for its turn: on two cores with Linux 6.18 for a quarter of a second at times. So while that matters
+the process waits for the notification from the start, and threads of a transfer take short turns.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ import ctypes
 import os
 import platform
 import struct
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-NAP_S = 20e-6
-"""The system adds its timer's slack, 50 µs. A step of a model takes milliseconds."""
 TURN_NS = 100_000
 """The least that Linux gives; its own choice is a millisecond or more."""
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
@@ -25,22 +24,22 @@ _ATTRIBUTES = struct.Struct("=IIQiIQQQ")
 """``struct sched_attr``: size, policy, flags, nice, priority, runtime, deadline, period."""
 
 
-def nap_while(is_called_for: Callable[[], bool]) -> None:
-    """From now on this process's busy wait sleeps between two looks whenever ``is_called_for()``, which has to be cheap. Nothing happens
-    with a vLLM that waits in another way."""
+def rest_while(is_called_for: Callable[[], bool]) -> None:
+    """From now on this process waits without a core for what other processes of vLLM tell it, whenever ``is_called_for()``, which has to be
+    cheap. Nothing happens with a vLLM that waits in another way."""
     from vllm.distributed.device_communicators import shm_broadcast
 
-    look_again: Callable[[], None] | None = getattr(shm_broadcast, "sched_yield", None)
-    if look_again is None:
+    condition: Any = getattr(shm_broadcast, "SpinCondition", None)
+    if condition is None:
         return
+    look_or_wait: Callable[..., None] = condition.wait
 
-    def give_way() -> None:
+    def wait(self: Any, timeout_ms: int | None = None) -> None:
         if is_called_for():
-            time.sleep(NAP_S)
-        else:
-            look_again()
+            self.last_read = float("-inf")  # as if the last message were long ago
+        look_or_wait(self, timeout_ms)
 
-    shm_broadcast.sched_yield = give_way
+    condition.wait = wait
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from embedwire.encode.items import ItemShelf
-from embedwire.engines.vllm.cores import nap_while, short_turns
+from embedwire.engines.vllm.cores import rest_while, short_turns
 from embedwire.engines.vllm.items import arrays_of, content_hash_of, to_host
 from embedwire.engines.vllm.settings import ConnectorSettings
 from embedwire.errors import ConfigurationError, EmbedwireError
@@ -51,7 +51,7 @@ class ProducerWorker:
                 limits=settings.limits,
             )
         write_address(address_file, self.shelf.address)
-        nap_while(lambda: True)
+        rest_while(lambda: True)
 
     def save(self, identifier: str, output: torch.Tensor) -> None:
         """Take a copy now: outputs of a batch share their memory, and vLLM may use it again. What takes longer is done behind it; who asks

@@ -42,6 +42,9 @@ class ConnectorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Consumer: an encoder that has said nothing for this long, although it was asked, is lost."""
     encoders: tuple[str, ...] = ()
     """Consumer: addresses (``tcp://host:port``) of encoders to greet at start. One whose rows, dtype, model or options differ stops it."""
+    prefetch: bool = False
+    """Consumer: fetch each item as soon as one of ``encoders`` has made it, before a request names it. For language servers that get to
+    serve most of what these encode: each of them fetches all of it."""
     local_encode: bool = False
     """Consumer: encode here what no encoder was named for, where the request brought the media and the tower is loaded."""
     report_to: tuple[str, ...] = ()
