@@ -49,7 +49,7 @@ def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_busy_wait_rests_while_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In vLLM's own reader, which hears of a message all the same: of one that came before as well."""
+    """In vLLM's own reader, which hears of a message all the same: of one that came before as well, and where the notification is lost."""
     looks: list[str] = []
     monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: looks.append("yield"))
     monkeypatch.setattr(shm_broadcast.SpinCondition, "wait", shm_broadcast.SpinCondition.wait)
@@ -66,6 +66,11 @@ def test_the_busy_wait_rests_while_told(monkeypatch: pytest.MonkeyPatch) -> None
     late = threading.Timer(0.2, writer.enqueue, ["late"])
     late.start()
     assert reader.dequeue(timeout=20.0) == "late"
+    with monkeypatch.context() as patched:
+        patched.setattr(writer._spin_condition, "notify", lambda: None)
+        lost = threading.Timer(0.2, writer.enqueue, ["lost"])
+        lost.start()
+        assert reader.dequeue(timeout=20.0) == "lost"
     assert not looks
     called_for[0] = False
     later = threading.Timer(0.2, writer.enqueue, ["later"])

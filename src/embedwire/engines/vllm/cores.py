@@ -1,9 +1,10 @@
 """Who gets a core in vLLM's processes: the threads of a transfer share theirs with a busy wait.
 
 A vLLM process that waits for another calls ``sched_yield`` in a loop, until a second has passed without a message (``SpinCondition`` in
-its ``shm_broadcast.py``); then it waits for the notification that comes with every message. With fewer cores than such processes a thread
+its ``shm_broadcast.py``); then it waits for the notification that comes with a message. With fewer cores than such processes a thread
 that has a message to pass on waits for its turn: on two cores with Linux 6.18 for a quarter of a second at times. So while that matters
-the process waits for the notification from the start, and threads of a transfer take short turns.
+the process waits for notifications from the start, and threads of a transfer take short turns. Of two messages within a millisecond the
+second one's notification is often lost (the socket that sends them holds one, and learns late that it is gone), so it never waits long.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+REST_MS = 1
+"""So long until the next look, where no notification comes. A step of a model takes milliseconds."""
 TURN_NS = 100_000
 """The least that Linux gives; its own choice is a millisecond or more."""
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
@@ -25,8 +28,8 @@ _ATTRIBUTES = struct.Struct("=IIQiIQQQ")
 
 
 def rest_while(is_called_for: Callable[[], bool]) -> None:
-    """From now on this process waits without a core for what other processes of vLLM tell it, whenever ``is_called_for()``, which has to be
-    cheap. Nothing happens with a vLLM that waits in another way."""
+    """From now on this process waits almost without a core for what other processes of vLLM tell it, whenever ``is_called_for()``, which
+    has to be cheap. Nothing happens with a vLLM that waits in another way."""
     from vllm.distributed.device_communicators import shm_broadcast
 
     condition: Any = getattr(shm_broadcast, "SpinCondition", None)
@@ -37,6 +40,7 @@ def rest_while(is_called_for: Callable[[], bool]) -> None:
     def wait(self: Any, timeout_ms: int | None = None) -> None:
         if is_called_for():
             self.last_read = float("-inf")  # as if the last message were long ago
+            timeout_ms = REST_MS if timeout_ms is None else min(timeout_ms, REST_MS)
         look_or_wait(self, timeout_ms)
 
     condition.wait = wait
