@@ -71,8 +71,14 @@ def test_the_busy_wait_rests_while_told(monkeypatch: pytest.MonkeyPatch) -> None
         lost = threading.Timer(0.2, writer.enqueue, ["lost"])
         lost.start()
         assert reader.dequeue(timeout=20.0) == "lost"
-    assert not looks
-    called_for[0] = False
+        assert not looks
+        ends = threading.Timer(0.1, called_for.__setitem__, [0, False])
+        ends.start()
+        lost = threading.Timer(0.2, writer.enqueue, ["lost"])
+        lost.start()
+        assert reader.dequeue(timeout=20.0) == "lost"
+    assert looks
+    looks.clear()
     later = threading.Timer(0.2, writer.enqueue, ["later"])
     later.start()
     assert reader.dequeue(timeout=20.0) == "later"

@@ -3,8 +3,8 @@
 A vLLM process that waits for another calls ``sched_yield`` in a loop, until a second has passed without a message (``SpinCondition`` in
 its ``shm_broadcast.py``); then it waits for the notification that comes with a message. With fewer cores than such processes a thread
 that has a message to pass on waits for its turn: on two cores with Linux 6.18 for a quarter of a second at times. So while that matters
-the process waits for notifications from the start, and threads of a transfer take short turns. Of two messages within a millisecond the
-second one's notification is often lost (the socket that sends them holds one, and learns late that it is gone), so it never waits long.
+the process waits for notifications from the start, and threads of a transfer take short turns. Notifications get lost, supposedly where
+one message follows another within a millisecond: steps of a model stood still for seconds. So it never waits for them alone.
 """
 
 from __future__ import annotations
@@ -38,10 +38,14 @@ def rest_while(is_called_for: Callable[[], bool]) -> None:
     look_or_wait: Callable[..., None] = condition.wait
 
     def wait(self: Any, timeout_ms: int | None = None) -> None:
-        if is_called_for():
-            self.last_read = float("-inf")  # as if the last message were long ago
-            timeout_ms = REST_MS if timeout_ms is None else min(timeout_ms, REST_MS)
-        look_or_wait(self, timeout_ms)
+        if not is_called_for():
+            look_or_wait(self, timeout_ms)
+            return
+        last_read, self.last_read = self.last_read, float("-inf")  # as if the last message were long ago
+        try:
+            look_or_wait(self, REST_MS if timeout_ms is None else min(timeout_ms, REST_MS))
+        finally:
+            self.last_read = last_read
 
     condition.wait = wait
 
