@@ -183,7 +183,7 @@ class SenderEndpoint(Driver):
 
     def tell_kept(self, content_hash: bytes, *, tokens: int) -> None:
         """Say to receivers that subscribe: whoever asks for something under this hash gets it from now on."""
-        self.post(lambda: self._carry_out(self._core.keep(content_hash, tokens=tokens)))
+        self.call(lambda: self._carry_out(self._core.keep(content_hash, tokens=tokens)))
 
     def refuse(self, key: RoomKey, cause: Cause, detail: str) -> None:
         """Answer a receiver that wants something by its hash: it can not have it."""
