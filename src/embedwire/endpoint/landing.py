@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from embedwire.limits import SLICE_BYTES
 from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.geometry import PoolGeometry
@@ -76,13 +75,15 @@ class Landing:
         Returns a copy of the aux row with the first tokens."""
         assert self._pool is not None
         blocks, start = drain.round.block_indices, drain.round.start_token
-        step = max(1, SLICE_BYTES // self._layout.token_bytes)
-        for first in range(drain.from_token, drain.to_token, step):
-            last = min(first + step, drain.to_token)
-            self._pool.get_rows(
-                blocks, assembly, row=row + first, start=first - start, tokens=last - first, sums=sums
-            )
-            os.sched_yield()  # to threads of messages that were put on this core, however idle the others are
+        self._pool.get_rows(
+            blocks,
+            assembly,
+            row=row + drain.from_token,
+            start=drain.from_token - start,
+            tokens=drain.to_token - drain.from_token,
+            sums=sums,
+            on_piece=os.sched_yield,  # to threads of messages that were put on this core, however idle the others are
+        )
         return self._pool.read_aux(blocks[0]) if drain.from_token == 0 else None
 
     def close(self) -> None:

@@ -8,12 +8,12 @@ released.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from embedwire.errors import ConfigurationError, UsageError
-from embedwire.limits import AUX_WORDS
+from embedwire.limits import AUX_WORDS, SLICE_BYTES
 from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import Rows
@@ -103,16 +103,22 @@ class BlockPool:
         start: int = 0,
         tokens: int,
         sums: FieldDigests | None = None,
+        on_piece: Callable[[], object] = lambda: None,
     ) -> None:
         """The same for who has checked once: ``out`` are writable rows as :meth:`Layout.rows` gives them, one a field, and the tokens go
-        to those from ``row`` on. ``sums`` grow by what has come to lie there."""
+        to those from ``row`` on. ``sums`` grow by what has come to lie there. It goes on in pieces of SLICE_BYTES, and calls ``on_piece``
+        after each."""
         runs = self.geometry.runs(block_indices, start=start, tokens=tokens)
         for index, (field, target) in enumerate(zip(self._fields, out, strict=True)):
+            step = max(1, SLICE_BYTES // target.shape[1])
             for token, slot, count in runs:
-                piece = target[row + token : row + token + count]
-                np.copyto(piece, field[slot : slot + count])
-                if sums is not None:
-                    sums.add(index, piece)
+                for at in range(0, count, step):
+                    size = min(step, count - at)
+                    piece = target[row + token + at : row + token + at + size]
+                    np.copyto(piece, field[slot + at : slot + at + size])
+                    if sums is not None:
+                        sums.add(index, piece)
+                    on_piece()
 
     def copy_from(
         self,
