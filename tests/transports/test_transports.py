@@ -13,7 +13,12 @@ from embedwire.errors import ConfigurationError
 
 @pytest.mark.parametrize("name", transports.names())
 def test_every_name_opens_both_halves(name: str) -> None:
-    inbound = transports.open_inbound(name, host="127.0.0.1")
+    try:
+        inbound = transports.open_inbound(name, host="127.0.0.1")
+    except ConfigurationError as reason:
+        if name in transports.built_in():
+            raise
+        pytest.skip(f"{name} is not installed: {reason}")
     outbound = transports.open_outbound(name, host="127.0.0.1")
     assert (inbound.name, outbound.name) == (name, name)
     outbound.close()

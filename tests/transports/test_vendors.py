@@ -105,8 +105,7 @@ def test_nixl_is_ready_before_the_first_session_and_keeps_the_output_clean() -> 
 
 
 def test_what_the_user_wants_to_hear_of_mooncake_is_heard(monkeypatch: Any) -> None:
-    if find_spec("mooncake") is None:
-        pytest.skip("mooncake is not installed")
+    load_or_skip("mooncake")
     monkeypatch.setenv("MC_LOG_LEVEL", "ERROR")
     ended = subprocess.run(
         [sys.executable, "-c", MOVE, "mooncake"], capture_output=True, text=True, check=True, timeout=100

@@ -54,9 +54,10 @@ class Landing:
         return self._inbounds.get(name or "")
 
     def permit(self, granted: Round) -> None:
-        """Let writes under the round's ticket reach its blocks."""
-        spans = self._geometry.grant_spans(granted.block_indices)
-        for inbound in self._inbounds.values():
+        """Let writes under the round's ticket reach its blocks, over the wires that hold others back."""
+        fenced = [inbound for inbound in self._inbounds.values() if inbound.is_fenced]
+        spans = self._geometry.grant_spans(granted.block_indices) if fenced else []
+        for inbound in fenced:
             inbound.permit(granted.ticket, spans)
 
     def revoke(self, ticket: int) -> None:

@@ -65,7 +65,7 @@ class RoomKey(NamedTuple):
     @property
     def of_room(self) -> RoomKey:
         """The key of the room itself, which is that of its lane 0."""
-        return self._replace(lane=0)
+        return RoomKey(self.room, self.attempt) if self.lane else self
 
 
 class Cause(StrEnum):

@@ -7,7 +7,6 @@ and when it may begin, ``receiver_core`` knows, which alone calls this. Every pu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from embedwire.errors import OverloadedError, ProtocolViolation, UsageError
@@ -57,16 +56,6 @@ IDLE_S = 60.0
 LaneAction: TypeAlias = ReceiverAction | LaneEvent
 
 
-@dataclass(frozen=True, slots=True)
-class _RoomDue:
-    key: RoomKey
-
-
-@dataclass(frozen=True, slots=True)
-class _SessionDue:
-    address: Address
-
-
 class ReceiverLanes:
     """The receiving side of the protocol, for any number of lanes and senders."""
 
@@ -91,7 +80,7 @@ class ReceiverLanes:
         )
         self._tickets = 0
         self._nonces = 0
-        self._timers: Timers[_RoomDue | _SessionDue] = Timers()
+        self._timers: Timers[RoomKey | Address] = Timers()
         self._actions: list[LaneAction] = []
 
     # ------------------------------------------------------------------ what the owner of the assembly says
@@ -121,7 +110,7 @@ class ReceiverLanes:
             if session.wire is None:
                 self._ask_session(address, session, now)
             else:
-                self._timers.set(_SessionDue(address), now + self.limits.peer_silence_s / 4)
+                self._timers.set(address, now + self.limits.peer_silence_s / 4)
         self._ask(room)
         self._await(room, self.limits.open_wait_s + self.limits.peer_silence_s, now)
         return self._take()
@@ -374,13 +363,13 @@ class ReceiverLanes:
         del self.rooms[room.key]
         if room.key in self.admission.quarantined:
             return  # its end is still asked for, with the session
-        self._timers.clear(_RoomDue(room.key))
+        self._timers.clear(room.key)
         self.sessions[room.address].rooms.discard(room.key)
 
     def _end_quarantine(self, key: RoomKey, now: float) -> None:
         held = self.admission.release(key)
         if key not in self.rooms:
-            self._timers.clear(_RoomDue(key))
+            self._timers.clear(key)
             if held.address in self.sessions:
                 self.sessions[held.address].rooms.discard(key)
         self._pump(now)
@@ -419,12 +408,12 @@ class ReceiverLanes:
     def on_tick(self, now: float) -> list[LaneAction]:
         """Carry out what is due."""
         for due in self._timers.pop_due(now):
-            if isinstance(due, _SessionDue):
-                self._on_session_due(due.address, now)
-            elif due.key in self.rooms:
-                self._on_room_due(self.rooms[due.key], now)
-            elif due.key in self.admission.quarantined:
-                self._ask_end(due.key, now)
+            if not isinstance(due, RoomKey):
+                self._on_session_due(due, now)
+            elif due in self.rooms:
+                self._on_room_due(self.rooms[due], now)
+            elif due in self.admission.quarantined:
+                self._ask_end(due, now)
         return self._take()
 
     def _on_room_due(self, room: ReceiverTransfer, now: float) -> None:
@@ -432,7 +421,7 @@ class ReceiverLanes:
             self._ask(room)
             if room.state is not ReceiverState.FILLING:
                 room.wait_s = min(room.wait_s * 2, RESEND_S_MAX)
-            self._timers.set(_RoomDue(room.key), min(now + room.wait_s, room.deadline))
+            self._timers.set(room.key, min(now + room.wait_s, room.deadline))
         elif room.is_live:
             waited = {True: "its blocks", False: "the sender"}[room.is_ready and not room.open_rounds]
             self._fail(
@@ -451,7 +440,7 @@ class ReceiverLanes:
             target, cause = held.incarnation, Cause.ABORTED
             abort = Abort(source=self.incarnation, target=target, **key._asdict(), cause=cause)
             self._actions.append(Send(held.address, abort))
-        self._timers.set(_RoomDue(key), now + self.limits.peer_silence_s)
+        self._timers.set(key, now + self.limits.peer_silence_s)
 
     def _on_session_due(self, address: Address, now: float) -> None:
         session = self.sessions.get(address)
@@ -465,7 +454,7 @@ class ReceiverLanes:
                 )
             self._ask_session(address, session, now)
         elif now < session.heard_at + IDLE_S:
-            self._timers.set(_SessionDue(address), session.heard_at + IDLE_S)
+            self._timers.set(address, session.heard_at + IDLE_S)
         else:
             del self.sessions[address]
             self._actions.append(Hangup(address))
@@ -480,7 +469,7 @@ class ReceiverLanes:
         """The room waits anew: its question is asked again soon, and it ends when this long has passed."""
         room.deadline = now + deadline_s
         room.wait_s = self.limits.retry_s
-        self._timers.set(_RoomDue(room.key), min(now + room.wait_s, room.deadline))
+        self._timers.set(room.key, min(now + room.wait_s, room.deadline))
 
     # ------------------------------------------------------------------ talking
 
@@ -498,7 +487,7 @@ class ReceiverLanes:
         self._actions.append(Send(address, session.question(self.offered, source=self.incarnation)))
         is_urgent = session.wire is None and session.rooms  # who only subscribes may wait
         wait_s = self.limits.retry_s if is_urgent else self.limits.peer_silence_s / 4
-        self._timers.set(_SessionDue(address), now + wait_s)
+        self._timers.set(address, now + wait_s)
 
     def _send_grant(self, room: ReceiverTransfer, granted: Round) -> None:
         target = self.sessions[room.address].incarnation

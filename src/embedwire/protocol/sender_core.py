@@ -6,7 +6,6 @@ Called by one driver thread (``endpoint.sender``) or by the simulation. Every pu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from embedwire.errors import OverloadedError, ProtocolViolation, UsageError
 from embedwire.limits import AUX_TOTAL_TOKENS, DEFAULT_LIMITS, Limits
@@ -48,16 +47,6 @@ from embedwire.protocol.timers import Timers
 from embedwire.protocol.tombstones import Tombstone, Tombstones
 
 
-@dataclass(frozen=True, slots=True)
-class _RoomDue:
-    key: RoomKey
-
-
-@dataclass(frozen=True, slots=True)
-class _PeerDue:
-    peer: Peer
-
-
 class SenderCore:
     """The sending side of the protocol, for any number of rooms and receivers."""
 
@@ -69,7 +58,7 @@ class SenderCore:
         self.sessions: dict[Peer, SenderSession] = {}
         self._pending_opens: dict[RoomKey, Peer] = {}
         self._tombstones = Tombstones(limits.tombstones_max)
-        self._timers: Timers[_RoomDue | _PeerDue] = Timers()
+        self._timers: Timers[RoomKey | Peer] = Timers()
         self._actions: list[SenderAction] = []
 
     # ------------------------------------------------------------------ what the owner of the source says
@@ -102,7 +91,7 @@ class SenderCore:
         if digests:
             room.on_ready(0.0, digests)
         self.rooms[key] = room
-        self._timers.set(_RoomDue(key), now + self.limits.open_wait_s)
+        self._timers.set(key, now + self.limits.open_wait_s)
         peer = self._pending_opens.pop(key, None)
         if peer is not None and peer in self.sessions:
             self._on_open(room, peer, now)
@@ -133,7 +122,7 @@ class SenderCore:
             self._tombstones.bury(key, Tombstone(cause, cut(detail), is_certain=True))
             peer = self._pending_opens.pop(key, None)
             if peer is not None:
-                self._timers.clear(_RoomDue(key))
+                self._timers.clear(key)
                 self._end(peer, key, cause, detail)
         return self._take()
 
@@ -173,7 +162,7 @@ class SenderCore:
         session = self.sessions.get(peer)
         if session is None:
             self.sessions[peer] = SenderSession(hello, hello.nonce, now, hello.subscribes)
-            self._timers.set(_PeerDue(peer), now + self.limits.peer_silence_s)
+            self._timers.set(peer, now + self.limits.peer_silence_s)
             self._actions.append(Attach(peer, hello))
             return
         session.heard_at = now
@@ -206,7 +195,7 @@ class SenderCore:
         """No wire of the receiver works from here."""
         session = self.sessions.pop(peer, None)
         if session is not None:
-            self._timers.clear(_PeerDue(peer))
+            self._timers.clear(peer)
             self._say(
                 peer, refusal(peer, session.nonce, (Cause.WIRE_FAILED, detail), source=self.incarnation)
             )
@@ -238,7 +227,7 @@ class SenderCore:
             )
         elif key in self._pending_opens or len(self._pending_opens) < self.limits.pending_opens_max:
             if key not in self._pending_opens:
-                self._timers.set(_RoomDue(key), now + self.limits.open_wait_s)
+                self._timers.set(key, now + self.limits.open_wait_s)
                 if message.item:
                     self._actions.append(Want(key, message.item))
             self._pending_opens[key] = peer
@@ -357,15 +346,15 @@ class SenderCore:
     def on_tick(self, now: float) -> list[SenderAction]:
         """Carry out what is due."""
         for due in self._timers.pop_due(now):
-            if isinstance(due, _PeerDue):
-                self._on_peer_due(due.peer, now)
-            elif due.key in self._pending_opens:
-                peer = self._pending_opens.pop(due.key)
+            if not isinstance(due, RoomKey):
+                self._on_peer_due(due, now)
+            elif due in self._pending_opens:
+                peer = self._pending_opens.pop(due)
                 self._end(
-                    peer, due.key, Cause.UNKNOWN_ROOM, f"nobody offered it within {self.limits.open_wait_s} s"
+                    peer, due, Cause.UNKNOWN_ROOM, f"nobody offered it within {self.limits.open_wait_s} s"
                 )
-            elif due.key in self.rooms:
-                room = self.rooms[due.key]
+            elif due in self.rooms:
+                room = self.rooms[due]
                 self._fail(
                     room, Cause.DEADLINE, f"nothing happened in time while it was {room.state.value}", now
                 )
@@ -374,13 +363,13 @@ class SenderCore:
     def _await_progress(self, room: SenderTransfer, now: float) -> None:
         limits = self.limits
         if room.end is not None:
-            self._timers.clear(_RoomDue(room.key))
+            self._timers.clear(room.key)
         elif not room.is_ready:
-            self._timers.set(_RoomDue(room.key), now + limits.source_wait_s)
+            self._timers.set(room.key, now + limits.source_wait_s)
         elif room.open_rounds:
-            self._timers.set(_RoomDue(room.key), now + limits.round_s)
+            self._timers.set(room.key, now + limits.round_s)
         else:  # the receiver drains, waits for assembly or for blocks
-            self._timers.set(_RoomDue(room.key), now + limits.round_s + limits.blocks_wait_s)
+            self._timers.set(room.key, now + limits.round_s + limits.blocks_wait_s)
 
     def _on_peer_due(self, peer: Peer, now: float) -> None:
         session = self.sessions.get(peer)
@@ -388,7 +377,7 @@ class SenderCore:
             return
         silence = self.limits.peer_silence_s if session.rooms else self.limits.peer_silence_s * 12
         if now < session.heard_at + silence:
-            self._timers.set(_PeerDue(peer), session.heard_at + silence)
+            self._timers.set(peer, session.heard_at + silence)
         else:
             self._lose(peer, f"the receiver said nothing for {silence:g} s", now)
 
@@ -400,7 +389,7 @@ class SenderCore:
 
     def _lose(self, peer: Peer, detail: str, now: float) -> None:
         session = self.sessions.pop(peer)
-        self._timers.clear(_PeerDue(peer))
+        self._timers.clear(peer)
         for key in sorted(session.rooms):
             self._fail(self.rooms[key], Cause.PEER_LOST, detail, now)
         self._actions.append(Detach(peer))
@@ -415,7 +404,7 @@ class SenderCore:
         if not room.machine.can(SenderEvent.FAILED):
             return
         room.fail(cause, cut(detail))
-        self._timers.clear(_RoomDue(room.key))
+        self._timers.clear(room.key)
         if room.writes_under_way:
             self._actions.append(CancelWrites(room.key))
         self._settle(room)
@@ -431,7 +420,7 @@ class SenderCore:
         assert room.state not in HOLDS_SOURCE
         cause, detail = room.end
         del self.rooms[room.key]
-        self._timers.clear(_RoomDue(room.key))
+        self._timers.clear(room.key)
         self._tombstones.bury(room.key, Tombstone(cause, detail, room.is_certain))
         if room.peer is not None:
             if room.peer in self.sessions:

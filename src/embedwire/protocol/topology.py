@@ -98,10 +98,15 @@ class RankGroup:
 
     def lanes_to(self, rank: int, *, senders: int) -> tuple[Lane, ...]:
         """The lanes that end at a rank: none for a dummy rank."""
-        if self.is_dummy(rank):
-            return ()
-        readers = self.readers
-        return lanes_of_reader(readers.index(rank), senders=senders, readers=len(readers))
+        return _lanes_to(self, rank, senders)
+
+
+@lru_cache
+def _lanes_to(group: RankGroup, rank: int, senders: int) -> tuple[Lane, ...]:
+    if group.is_dummy(rank):
+        return ()
+    readers = group.readers
+    return lanes_of_reader(readers.index(rank), senders=senders, readers=len(readers))
 
 
 ALONE = RankGroup(("",))

@@ -73,7 +73,7 @@ class Inbound(ABC):
     @abstractmethod
     def permit(self, ticket: int, spans: Sequence[tuple[int, int]]) -> None:
         """Let writes under ``ticket`` (never used before, in 1 .. 2**63-1) touch these (offset, length) spans
-        of the region. One-sided wires, whose receiver sees no write, may ignore it."""
+        of the region. One that is not fenced, whose receiver sees no write, may ignore it, and is not always told."""
 
     @abstractmethod
     def revoke(self, ticket: int) -> bool:
