@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,6 +278,62 @@ def test_what_never_fits_is_refused_at_once(desk: Desk) -> None:
     assert failure is not None
     assert (failure.cause, failure.detail[:22]) == (Cause.NEVER_FITS, "its items take 2624 by")
     desk.until(READY, "r", a)
+
+
+def memory_of_items() -> set[int]:
+    """What this process holds, by inode, since a mapping keeps a descriptor of its own."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if "embedwire-assembly" in os.readlink(f"/proc/self/fd/{fd}"):
+                found.add(os.stat(f"/proc/self/fd/{fd}").st_ino)
+    return found
+
+
+@pytest.fixture
+def most(monkeypatch: Any) -> list[int]:
+    """How many items the process may hold, in place of the system's own limit on descriptors, which other threads need too."""
+    gc.collect()
+    limit, create, others = [1000], os.memfd_create, memory_of_items()
+
+    def limited(*args: Any) -> int:
+        if len(memory_of_items() - others) >= limit[0]:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return create(*args)
+
+    monkeypatch.setattr(os, "memfd_create", limited)
+    return limit
+
+
+def test_memory_that_the_system_does_not_give_fails_the_request_alone(desk: Desk, most: list[int]) -> None:
+    a, b, c = desk.put(b"a", 5, 1), desk.put(b"b", 10, 2), desk.put(b"c", 20, 3)
+    desk.until(READY, "r1", a)
+    most[0] = 2
+    assert desk.ask("r2", b, c) is FAILED
+    failure = desk.desk.failure_of("r2")
+    assert failure is not None
+    assert (failure.cause, failure.key) == (Cause.OVERLOADED, c)
+    assert "Too many open files" in failure.detail
+    assert desk.desk.used_bytes == 5 * 64
+    most[0] = 1
+    desk.desk.prefetch(c, desk.shelf.address)  # is not fetched, and does no harm
+    assert desk.desk.used_bytes == 5 * 64
+    most[0] = 2
+    desk.until(READY, "r3", b)
+    assert desk.desk.used_bytes == 15 * 64
+    most[0] = 1000
+    desk.desk.forget("r2")
+    desk.until(READY, "r2", b, c)
+
+
+def test_a_descriptor_that_is_missing_is_that_of_an_idle_item(desk: Desk, most: list[int]) -> None:
+    """Small items run out of descriptors long before they run out of bytes."""
+    keys = [desk.put(bytes([number]), 2, number) for number in range(1, 6)]
+    most[0] = 3
+    for key in keys:
+        desk.until(READY, "r", key)
+        desk.desk.forget("r")
+    assert [desk.desk.handle(key) is not None for key in keys] == [False, False, True, True, True]
 
 
 def test_wrong_rows_fail_only_who_expects_them(desk: Desk) -> None:

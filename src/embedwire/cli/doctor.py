@@ -107,7 +107,7 @@ def _wire(name: str) -> Finding:
             received.release()
     except Exception as error:  # whatever a vendor's library may raise
         if not is_needed and isinstance(error, ConfigurationError):
-            return Finding(part, "missing", f"{_one_line(error)}; pip install 'embedwire[{name}]'")
+            return Finding(part, "missing", str(error))  # it says what to install
         return Finding(part, "broken", f"{_one_line(error)}{_hint(name)}", is_needed)
     return Finding(
         part, "works", f"{rows.nbytes // 1024} KiB in {rounds} rounds, every byte right", is_needed

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -23,7 +24,7 @@ from typing import NamedTuple
 from embedwire.endpoint.receiver import ReceiverEndpoint
 from embedwire.endpoint.reception import Arrays, Received, Reception
 from embedwire.endpoint.stats import ReceiveReport
-from embedwire.errors import EmbedwireError, TransferError, UsageError
+from embedwire.errors import EmbedwireError, TransferError, TransportError, UsageError
 from embedwire.limits import AUX_WORDS, ROOM_MAX
 from embedwire.memory.budget import Budget
 from embedwire.memory.shared import Handle, Segment, SpareSegments
@@ -144,7 +145,8 @@ class ItemDesk:
         """Fetch an item that no request has asked for yet, if there is memory for it that nobody has use of or waits for."""
         with self._changed:
             if key not in self._items and not self._line and self._make_room(self._bytes(key), keeping=()):
-                self._open_all([self._add(key, address)])
+                with suppress(TransportError):  # nobody waits for it
+                    self._open_all([self._add(key, address, keeping=())])
 
     def refuse(self, waiter: str, failure: ItemFailure) -> None:
         """A request can not be served, for a reason that its owner knows."""
@@ -241,7 +243,7 @@ class ItemDesk:
         """Give up what is late, admit whom there is memory for."""
         self._expire()
         while self._line and self._admit(self._line[0]):
-            self._line.popleft()
+            pass
 
     def _expire(self) -> None:
         now = self._clock()
@@ -261,12 +263,23 @@ class ItemDesk:
             self.refuse(waiter, ItemFailure(Cause.DEADLINE, detail, late, entry.wanted[late]))
 
     def _admit(self, waiter: str) -> bool:
+        """Whether the first in line stands there no longer."""
         entry = self._waiters[waiter]
         missing = [key for key in entry.wanted if key not in self._items]
         if not self._make_room(sum(map(self._bytes, missing)), keeping=entry.wanted):
             return False
+        added: list[_Item] = []
+        for key in missing:
+            try:
+                added.append(self._add(key, entry.wanted[key], keeping=entry.wanted))
+            except TransportError as error:
+                for item in added:
+                    del self._items[item.key]
+                    self._free(item)
+                self.refuse(waiter, ItemFailure(Cause.OVERLOADED, str(error), key, entry.wanted[key]))
+                return True
+        self._line.popleft()
         entry.is_admitted = True
-        added = [self._add(key, entry.wanted[key]) for key in missing]
         for key in entry.wanted:
             self._occupy(waiter, self._items[key])
         self._open_all(added)
@@ -289,10 +302,19 @@ class ItemDesk:
     def _bytes(self, key: ItemKey) -> int:
         return key.tokens * self._layout.token_bytes
 
-    def _add(self, key: ItemKey, address: str) -> _Item:
-        """There is room for it."""
+    def _add(self, key: ItemKey, address: str, *, keeping: Collection[ItemKey]) -> _Item:
+        """There is room for it. Raises TransportError when the system has none, or no descriptor, also in place of an idle item."""
         nbytes = self._bytes(key)
-        segment = self._spares.take(self._layout, key.tokens, spare_bytes=max(0, self._free_bytes - nbytes))
+        segment: Segment | None = None
+        while segment is None:
+            try:
+                spare_bytes = max(0, self._free_bytes - nbytes)
+                segment = self._spares.take(self._layout, key.tokens, spare_bytes=spare_bytes)
+            except TransportError:
+                idle = next((item for item in self._idle.values() if item.key not in keeping), None)
+                if idle is None:
+                    raise
+                self._drop(idle)
         item = self._items[key] = _Item(key, address, segment, nbytes)
         assert self._budget.try_reserve(item, nbytes)
         return item

@@ -36,11 +36,13 @@ class Segment:
 
     def __init__(self, nbytes: int) -> None:
         """Raises TransportError when there is no memory for it."""
+        self._fd = -1
         try:
             self._fd = os.memfd_create("embedwire-assembly", os.MFD_CLOEXEC)
             os.truncate(self._fd, nbytes)
             self._memory = mmap.mmap(self._fd, nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
+            self.close()
             raise TransportError(f"no shared assembly of {nbytes} bytes: {error}") from error
         self.nbytes = nbytes
 
@@ -67,7 +69,8 @@ class SpareSegments:
         self._spares: list[Segment] = []
 
     def take(self, layout: Layout, tokens: int, *, spare_bytes: int) -> Segment:
-        """One for so many tokens: a spare one of at most twice its size, else a new one. Of the others ``spare_bytes`` may stay."""
+        """One for so many tokens: a spare one of at most twice its size, else a new one. Of the others ``spare_bytes`` may stay. Raises
+        TransportError when the system gives no new one, also in place of the spare ones."""
         nbytes = mmap.PAGESIZE + _offsets(layout, tokens)[-1]
         fitting = [spare for spare in self._spares if nbytes <= spare.nbytes <= 2 * nbytes]
         taken = min(fitting, key=lambda spare: spare.nbytes, default=None)
@@ -75,7 +78,13 @@ class SpareSegments:
             self._spares.remove(taken)
         while sum(spare.nbytes for spare in self._spares) > spare_bytes:
             self._spares.pop(0).close()
-        return taken or Segment(nbytes)
+        if taken is not None:
+            return taken
+        try:
+            return Segment(nbytes)
+        except TransportError:
+            self.close()
+        return Segment(nbytes)
 
     def keep(self, segment: Segment) -> None:
         """One that no process reads any more."""

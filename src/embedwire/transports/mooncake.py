@@ -62,11 +62,12 @@ def load() -> Any:
         return _quiet(import_module("mooncake.engine"))
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"transport 'mooncake' needs the package {PACKAGE} (or mooncake-transfer-engine): {error}"
+            f"transport 'mooncake' needs the package {PACKAGE}, or mooncake-transfer-engine"
+            f" (pip install 'embedwire[mooncake]'): {error}"
         ) from error
     except ImportError as error:
         raise ConfigurationError(
-            f"transport 'mooncake' needs the system's libraries {SYSTEM_PACKAGES}: {error}"
+            f"transport 'mooncake' needs libraries of the system (Debian, Ubuntu: apt install {SYSTEM_PACKAGES}): {error}"
         ) from error
 
 

@@ -47,7 +47,9 @@ def load() -> Any:
     try:
         return _ready(import_module("nixl._api"))
     except ModuleNotFoundError as error:
-        raise ConfigurationError(f"transport 'nixl' needs the package {PACKAGE}: {error}") from error
+        raise ConfigurationError(
+            f"transport 'nixl' needs the package {PACKAGE} (pip install 'embedwire[nixl]'): {error}"
+        ) from error
     except ImportError as error:
         raise ConfigurationError(
             f"transport 'nixl' needs a shared library that package {PACKAGE} does not bring: {error}"
