@@ -59,6 +59,17 @@ class Up:
         self.urls = {name.strip(): url for name, url, _ in found}
         self.children = psutil.Process(self.process.pid).children(recursive=True)
 
+    @property
+    def items_ports(self) -> list[int]:
+        """Where the encoders were told to give out what they make, in their order."""
+        found = {}
+        for child in self.children:
+            if "api_server" in str(arguments := child.cmdline()) and "ec_producer" in str(arguments):
+                flags = flags_of(arguments)
+                config = json.loads(flags["--ec-transfer-config"])
+                found[int(flags["--port"])] = int(config["ec_connector_extra_config"]["port"])
+        return [found[int(url.rpartition(":")[2])] for name, url in self.urls.items() if "encoder" in name]
+
     def ask(self, *parts: Any) -> dict[str, Any]:
         body = {"model": "m", "messages": [{"role": "user", "content": [*parts]}]}
         answer = httpx.post(f"{self.urls['router']}/v1/chat/completions", json=body, timeout=20)
@@ -85,7 +96,11 @@ def test_it_answers_and_ctrl_c_leaves_nothing_behind(up: Up) -> None:
     answer = up.ask(IMAGE, {"type": "text", "text": "what?"})
     assert answer["embedwire"]["encoders"][0] in (up.urls["encoder 1"], up.urls["encoder 2"])
     told = json.loads(answer["choices"][0]["message"]["content"])
-    assert told["config"]["ec_connector_extra_config"]["report_to"] == [up.urls["router"]]
+    connector = told["config"]["ec_connector_extra_config"]
+    assert connector["report_to"] == [up.urls["router"]]
+    assert connector["prefetch"]
+    assert connector["encoders"] == [f"tcp://127.0.0.1:{port}" for port in up.items_ports]
+    assert len(set(up.items_ports)) == 2
     assert told["argv"][-2:] == ["--seed", "4 2"]
     assert told["asked"]["ec_transfer_params"]["embedwire"]["items"].keys() == {"some-hash"}
     up.process.send_signal(signal.SIGINT)
@@ -136,7 +151,7 @@ def flags_of(command: list[str]) -> dict[str, str]:
 
 def test_how_servers_are_started() -> None:
     loaded = load({"port": 7, "dtype": "float32", "source_memory": "1MiB", "transport": "tcp"})
-    command = vllm_command(loaded, "m", role=Role.ENCODER, report_to="http://r")
+    command = vllm_command(loaded, "m", role=Role.ENCODER, report_to="http://r", items_port=8)
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     flags = flags_of(command)
     assert (flags["--model"], flags["--port"], flags["--dtype"]) == ("m", "7", "float32")
@@ -145,7 +160,12 @@ def test_how_servers_are_started() -> None:
         "ec_connector": "EmbedwireECConnector",
         "ec_connector_module_path": "embedwire.engines.vllm.connector",
         "ec_role": "ec_producer",
-        "ec_connector_extra_config": {"transport": "tcp", "host": "127.0.0.1", "items_bytes": 2**20},
+        "ec_connector_extra_config": {
+            "transport": "tcp",
+            "host": "127.0.0.1",
+            "port": 8,
+            "items_bytes": 2**20,
+        },
     }
 
 
@@ -168,6 +188,13 @@ def test_how_language_servers_are_started() -> None:
         "num_blocks": 8,
         "staging_bytes": 2 * 2**20,
     }
+
+
+def test_only_one_language_server_fetches_what_nobody_has_asked_it_for() -> None:
+    """Each that does so fetches everything that the encoders make."""
+    command = vllm_command(load({}), "m", role=Role.LANGUAGE, items_from=["tcp://a:1", "tcp://b:2"])
+    config = json.loads(flags_of(command)["--ec-transfer-config"])["ec_connector_extra_config"]
+    assert (config["encoders"], config["prefetch"]) == (["tcp://a:1", "tcp://b:2"], True)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ KILL_WAIT_S = 2.0
 
 TheRole = Annotated[Role, typer.Option("--role")]
 ReportTo = Annotated[str | None, typer.Option("--report-to")]
+ItemsPort = Annotated[int, typer.Option("--items-port")]
+ItemsFrom = Annotated[list[str] | None, typer.Option("--items-from")]
 
 
 @takes(Server, Engine, Wire, Encoder, Language, Ranks, Vllm, VllmServers)
@@ -49,12 +51,22 @@ def vllm_server(
     role: TheRole,
     name: Name = None,
     report_to: ReportTo = None,
+    items_port: ItemsPort = 0,
+    items_from: ItemsFrom = None,
     child: IsChild = False,
 ) -> None:
     """Run a vLLM server of one role. Exit code 0: stopped; 2: it could not start, or has ended by itself."""
     begin(loaded.settings, is_child=child)
     settings = loaded.settings
-    command = vllm_command(loaded, model, role=role, name=name, report_to=report_to)
+    command = vllm_command(
+        loaded,
+        model,
+        role=role,
+        name=name,
+        report_to=report_to,
+        items_port=items_port,
+        items_from=items_from or (),
+    )
     url = f"http://{settings.host}:{settings.port}"
     with _running(command, end_within_s=settings.shutdown_s) as process:
         _wait_healthy(process, url)
@@ -64,14 +76,22 @@ def vllm_server(
 
 
 def vllm_command(
-    loaded: Loaded, model: str, *, role: Role, name: str | None = None, report_to: str | None = None
+    loaded: Loaded,
+    model: str,
+    *,
+    role: Role,
+    name: str | None = None,
+    report_to: str | None = None,
+    items_port: int = 0,
+    items_from: Sequence[str] = (),
 ) -> list[str]:
-    """How vLLM is started. What the user adds comes last, so that it holds."""
+    """How vLLM is started: an encoder gives out items at ``items_port``, a language server fetches them ahead from the control addresses
+    ``items_from``. What the user adds comes last, so that it holds."""
     settings = loaded.settings
     config = {
         **CONNECTOR,
         "ec_role": "ec_producer" if role == Role.ENCODER else "ec_consumer",
-        "ec_connector_extra_config": _connector_settings(loaded, role, report_to),
+        "ec_connector_extra_config": _connector_settings(loaded, role, report_to, items_port, items_from),
     }
     command = [settings.vllm_python or sys.executable, "-m", API_SERVER, "--model", model]
     command += ["--host", settings.host, "--port", str(settings.port)]
@@ -88,16 +108,19 @@ def vllm_command(
     return [*command, *shlex.split(settings.vllm_args), *shlex.split(own)]
 
 
-def _connector_settings(loaded: Loaded, role: Role, report_to: str | None) -> dict[str, Any]:
+def _connector_settings(
+    loaded: Loaded, role: Role, report_to: str | None, items_port: int, items_from: Sequence[str]
+) -> dict[str, Any]:
     """The connector has defaults of its own for what nobody has set."""
     settings = loaded.settings
     made: dict[str, Any] = {"transport": settings.transport}
     if role == Role.ENCODER:
-        made["host"] = settings.host
+        made |= {"host": settings.host, "port": items_port}
         names = {"source_memory": "items_bytes"}
     else:
         made["item_deadline_s"] = settings.item_deadline_s
         made |= {"report_to": [report_to]} if report_to else {}
+        made |= {"encoders": list(items_from), "prefetch": True} if items_from else {}
         names = {"num_blocks": "num_blocks", "block_size": "block_size", "assembly_memory": "staging_bytes"}
     told = {key: name for name, key in names.items() if loaded.origins[name] != "default"}
     return made | {key: int(getattr(settings, name)) for key, name in told.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from embedwire.cli.cluster import Child, Cluster
@@ -27,28 +27,41 @@ def start_vllm_stack(
 
     The router comes first: language servers are told its URL, to report causes to. It is told the others' before they are there.
     """
-    ports = free_ports(host, encoders + languages)
-    urls = [f"http://{host}:{port}" for port in ports]
+    ports = free_ports(host, 2 * encoders + languages)
+    encoder_ports, items_ports = ports[:encoders], ports[encoders : 2 * encoders]
+    language_ports = ports[2 * encoders :]
+
+    def urls(scheme: str, ports: Sequence[int]) -> list[str]:
+        return [f"{scheme}://{host}:{port}" for port in ports]
+
     on_step("starting the router")
     known = {
         f"{PREFIX}ENGINE": "vllm",
         f"{PREFIX}PORT": str(router_port),
-        f"{PREFIX}ENCODER": ",".join(urls[:encoders]),
-        f"{PREFIX}LANGUAGE": ",".join(urls[encoders:]),
+        f"{PREFIX}ENCODER": ",".join(urls("http", encoder_ports)),
+        f"{PREFIX}LANGUAGE": ",".join(urls("http", language_ports)),
     }
     router = cluster.start("router", "router", variables=known)
     cluster.wait_ready([router], timeout_s=READY_S)
     on_step(f"starting vLLM: {encoders} × encoder, {languages} × language server")
 
-    def start(role: Role, number: int, port: int) -> Child:
-        arguments = [model, "--role", role.value, "--report-to", router.url]
+    def start(role: Role, number: int, port: int, *more: str) -> Child:
+        arguments = [model, "--role", role.value, "--report-to", router.url, *more]
         arguments += ["--name", name] if name else []
         return cluster.start(
             f"{role} {number}", "vllm-server", *arguments, variables={f"{PREFIX}PORT": str(port)}
         )
 
-    encoding = [start(Role.ENCODER, i + 1, port) for i, port in enumerate(ports[:encoders])]
-    reading = [start(Role.LANGUAGE, i + 1, port) for i, port in enumerate(ports[encoders:])]
+    encoding = [
+        start(Role.ENCODER, number, port, "--items-port", str(items_port))
+        for number, (port, items_port) in enumerate(zip(encoder_ports, items_ports, strict=True), 1)
+    ]
+    # what one alone reads it may as well fetch ahead; of several, each would fetch everything
+    ahead = urls("tcp", items_ports) if languages == 1 else []
+    items_from = [word for address in ahead for word in ("--items-from", address)]
+    reading = [
+        start(Role.LANGUAGE, number, port, *items_from) for number, port in enumerate(language_ports, 1)
+    ]
     cluster.wait_ready([*encoding, *reading], timeout_s=READY_S)
     on_step("waiting until the router knows all servers")
     wait_known(cluster, router.url, {"encoder": encoders, "language": languages})
