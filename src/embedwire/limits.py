@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from embedwire.errors import ConfigurationError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 AUX_WORDS = 16
 """int32 words of a room's aux row: [0] total tokens, [1] mrope position delta, the rest reserved (zero)."""

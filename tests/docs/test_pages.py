@@ -12,6 +12,7 @@ from types import ModuleType
 import msgspec
 import pytest
 
+from embedwire.limits import PROTOCOL_VERSION
 from embedwire.protocol import messages
 from embedwire.protocol.messages import Cause
 from embedwire.protocol.states import ReceiverState, SenderState
@@ -44,6 +45,11 @@ def test_a_stale_part_is_seen(generate: ModuleType, root: Path) -> None:
     """The control of the test above."""
     text = (root / "docs" / "states.md").read_text()
     assert generate.rendered(text.replace("offered --> announced", "offered --> done", 1)) == text
+
+
+def test_the_version_of_the_protocol_is_said(root: Path) -> None:
+    assert f"\nVersion {PROTOCOL_VERSION}. " in (root / "docs" / "protocol.md").read_text()
+    assert f"\n- Protocol version {PROTOCOL_VERSION}: " in (root / "CHANGELOG.md").read_text()
 
 
 def test_links_lead_somewhere(pages: list[Path]) -> None:

@@ -14,6 +14,7 @@ import zmq
 from embedwire.endpoint.driver import identity_of
 from embedwire.limits import MESSAGE_BYTES_MAX, PROTOCOL_VERSION
 from embedwire.protocol import messages
+from embedwire.testing.payload import payload
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -171,12 +172,26 @@ def test_a_socket_that_takes_anothers_identity(stage: Any, context: Any) -> None
     reception = receiver.open(1, sender.address)
     stage.until(lambda: sender.stats().rooms.get("announced") == 1)
     victim = receiver._core.incarnation
-    thief = dealer(context, sender.address, identity_of(victim))
+    thief = dealer(context, sender.address, identity_of(victim, sender.address))
     thief.send(messages.encode(messages.Ping(source=victim, target=sender._core.incarnation)))
     read(thief, messages.Pong)
     assert stage.failure_of(reception).cause == "peer_lost"
     assert stage.failure_of(offer).cause == "peer_lost"
     stage.move(sender, receiver, 2, TOKENS)
+
+
+def test_a_socket_that_speaks_for_another(stage: Any, context: Any) -> None:
+    """Scenario 29: answers go to it until the victim asks again, and that is soon."""
+    sender, receiver = stage.sender(), stage.receiver(limits=stage.quick)
+    offer = sender.offer(1, total_tokens=TOKENS)
+    reception = receiver.open(1, sender.address)
+    stage.until(lambda: sender.stats().rooms.get("announced") == 1)
+    victim = receiver._core.incarnation
+    thief = dealer(context, sender.address, identity_of(victim))
+    thief.send(messages.encode(messages.Ping(source=victim, target=sender._core.incarnation)))
+    read(thief, messages.Pong)
+    offer.fill(payload(sender.layout, TOKENS, room=1))
+    stage.check(reception, TOKENS)
 
 
 def test_grants_that_lie(stage: Any, context: Any) -> None:

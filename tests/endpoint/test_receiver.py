@@ -181,3 +181,19 @@ def test_settings_that_can_not_be(stage: Any, holdings: Any, wrong: dict[str, An
     with pytest.raises(kind):
         ReceiverEndpoint(stage.layout, **wrong)
     assert holdings() == before
+
+
+def test_one_sender_under_two_names(stage: Any) -> None:
+    """An encoder calls itself by its number, and a setting by its name. Rooms under both are received at once, and who subscribes under
+    the one goes on hearing of items while rooms are asked for under the other."""
+    sender, receiver = stage.sender(), stage.receiver(limits=stage.quick)
+    names = [sender.address, sender.address.replace("127.0.0.1", "localhost")]
+    heard: list[tuple[str, bytes, int]] = []
+    receiver.subscribe(names[1], lambda *kept: heard.append(kept))
+    for room in range(1, 9):
+        stage.offer(sender, room, TOKENS)
+    for received in [receiver.open(room, names[room % 2]) for room in range(1, 9)]:
+        stage.check(received, TOKENS)
+    sender.tell_kept(b"a", tokens=3)
+    stage.until(lambda: heard == [(names[1], b"a", 3)])
+    assert sender.stats().sessions == 1

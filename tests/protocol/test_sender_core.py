@@ -102,7 +102,7 @@ class Bench:
 
 
 def test_hello_is_answered_when_the_memory_is_in_reach() -> None:
-    """Attach once; a repeated hello is answered with its own nonce."""
+    """Attach once; each hello is answered with its own nonce, whichever comes first."""
     core = SenderCore(incarnation=SENDER, fields=("a",))
     (attach,) = core.on_message(hello(nonce=3), now=0.0)
     assert isinstance(attach, Attach)
@@ -110,13 +110,14 @@ def test_hello_is_answered_when_the_memory_is_in_reach() -> None:
     (welcome,) = said(core.on_attached(PEER, "shm"))
     assert isinstance(welcome, Welcome)
     assert (welcome.nonce, welcome.wire, welcome.target) == (4, "shm", PEER)
-    (again,) = said(core.on_message(hello(nonce=6), now=0.2))
-    assert isinstance(again, Welcome)
-    assert again.nonce == 6
+    for nonce in (6, 5):
+        (again,) = said(core.on_message(hello(nonce=nonce), now=0.2))
+        assert isinstance(again, Welcome)
+        assert again.nonce == nonce
 
 
 def test_who_subscribes_hears_of_items() -> None:
-    """Its latest hello says whether it does; nobody else is told, nor anyone whose memory is not in reach."""
+    """Any hello of it may say so; nobody else is told, nor anyone whose memory is not in reach."""
     bench = Bench()
     for number in (6, 7):
         bench.say(hello(number, nonce=1, subscribes=True))
@@ -125,9 +126,8 @@ def test_who_subscribes_hears_of_items() -> None:
     assert kept == Kept(source=SENDER, target=6, content_hash=b"a", tokens=9)
     bench.say(hello(nonce=3, subscribes=True))
     bench.say(hello(nonce=2))  # late
+    bench.say(hello(nonce=4))  # under another address
     assert [m.target for m in said(bench.core.keep(b"b", tokens=9))] == [PEER, 6]
-    bench.say(hello(nonce=4))
-    assert [m.target for m in said(bench.core.keep(b"c", tokens=9))] == [6]
 
 
 @pytest.mark.parametrize(

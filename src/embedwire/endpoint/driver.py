@@ -6,6 +6,7 @@ time, so nothing is polled by sleeping. A task or message that raises is logged 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -32,9 +33,15 @@ FRAMES_PER_TURN_MAX = 256
 """Frames read from one socket before the others and the timers have their turn."""
 
 
-def identity_of(incarnation: int) -> bytes:
-    """The routing id under which a receiver's socket is known to a sender's."""
-    return b"R" + incarnation.to_bytes(8, "big")
+def identity_of(incarnation: int, address: str = "") -> bytes:
+    """The routing id under which a receiver's socket is known to a sender's: it begins with the receiver's incarnation, and differs for
+    each ``address`` that the receiver knows a sender by, since one sender may have several."""
+    return b"R" + incarnation.to_bytes(8, "big") + hashlib.blake2b(address.encode(), digest_size=8).digest()
+
+
+def is_of(identity: bytes, incarnation: int) -> bool:
+    """Whether a routing id is one of that receiver's."""
+    return identity[:-8] == identity_of(incarnation)[:-8]
 
 
 def check_key(room: int, attempt: int) -> None:

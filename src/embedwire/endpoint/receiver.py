@@ -281,7 +281,7 @@ class ReceiverEndpoint(Driver):
     def _connect(self, address: Address) -> None:
         socket = self._context.socket(zmq.DEALER)
         try:
-            socket.setsockopt(zmq.IDENTITY, identity_of(self._core.incarnation))
+            socket.setsockopt(zmq.IDENTITY, identity_of(self._core.incarnation, address))
             socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
             socket.setsockopt(zmq.LINGER, 200)
             socket.setsockopt(zmq.RECONNECT_IVL, 50)

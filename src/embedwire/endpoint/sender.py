@@ -18,7 +18,7 @@ from types import TracebackType
 
 import zmq
 
-from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
+from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of, is_of
 from embedwire.endpoint.offer import Filling, Offer
 from embedwire.endpoint.stats import SenderStats, SendReport
 from embedwire.endpoint.writer import SessionWriter, WriteJob
@@ -110,6 +110,7 @@ class SenderEndpoint(Driver):
         self._offers: dict[RoomKey, Offer] = {}
         self._writers: dict[Peer, SessionWriter] = {}
         self._retired: list[SessionWriter] = []
+        self._routes: dict[Peer, bytes] = {}
         self._landed: dict[tuple[RoomKey, int], int] = {}
         self._landed_lock = threading.Lock()
         self._held: dict[RoomKey, tuple[float, Peer, messages.Status]] = {}
@@ -293,18 +294,26 @@ class SenderEndpoint(Driver):
             identity, frame = parts[0], parts[-1]
             try:
                 message = messages.decode_for_sender(frame)
-                if len(parts) != 2 or identity != identity_of(message.source):
+                if len(parts) != 2 or not is_of(identity, message.source):
                     raise ProtocolViolation("a message under another receiver's name")
             except ProtocolViolation as violation:
                 self._refuse(identity, violation)
                 continue
+            self._note_route(message.source, identity)
             self._carry_out(self._core.on_message(message, now=time.monotonic()))
+
+    def _note_route(self, peer: Peer, identity: bytes) -> None:
+        """Answers go where the receiver was last heard from."""
+        self._routes.pop(peer, None)
+        self._routes[peer] = identity
+        if len(self._routes) > 2 * self.limits.sessions_max:
+            del self._routes[next(iter(self._routes))]
 
     def _refuse(self, identity: bytes, violation: ProtocolViolation) -> None:
         self._frames_refused += 1
         logger.warning("! refused a frame: %s", violation)
-        if len(identity) == 9:
-            peer = int.from_bytes(identity[1:], "big")
+        peer = int.from_bytes(identity[1:9], "big")
+        if is_of(identity, peer):
             self._carry_out(
                 self._core.on_peer_lost(peer, f"it sent no message: {violation}", now=time.monotonic())
             )
@@ -353,8 +362,9 @@ class SenderEndpoint(Driver):
         if isinstance(message, messages.Refused):
             logger.warning("! receiver %x refused: %s: %s", peer, message.cause, message.detail)
         logger.debug("> %x %s", peer, message)
+        route = self._routes.get(peer, identity_of(peer))
         try:
-            self._socket.send_multipart([identity_of(peer), messages.encode(message)], zmq.NOBLOCK)
+            self._socket.send_multipart([route, messages.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # its queue is full or it is gone; the receiver asks again
             logger.debug("! not sent to %x: %s", peer, error)
 

@@ -76,8 +76,8 @@ class ReceiverSession:
 
 @dataclass(slots=True)
 class SenderSession:
-    """One receiver, as a sender knows it. ``wire`` is None while it is being attached. ``nonce`` and ``subscribes`` are those of its
-    latest hello."""
+    """One receiver, as a sender knows it. ``wire`` is None while it is being attached. ``nonce`` is that of its latest hello; it
+    ``subscribes`` once one of them has said so."""
 
     hello: Hello
     nonce: int

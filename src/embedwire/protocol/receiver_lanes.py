@@ -165,8 +165,8 @@ class ReceiverLanes:
             session.heard_at = now
             if isinstance(message, RoomMessage):
                 self._on_room_message(message, address, now)
-            elif isinstance(message, Kept) and session.subscribes:
-                self._actions.append(Heard(address, message.content_hash, message.tokens))
+            elif isinstance(message, Kept):
+                self._on_kept(message)
         return self._take()
 
     def _on_welcome(self, welcome: Welcome, address: Address, session: ReceiverSession, now: float) -> None:
@@ -196,9 +196,15 @@ class ReceiverLanes:
         self._nonces += 1
         return self._nonces
 
+    def _on_kept(self, kept: Kept) -> None:
+        for address, session in self.sessions.items():
+            if session.subscribes and session.incarnation == kept.source:
+                self._actions.append(Heard(address, kept.content_hash, kept.tokens))
+
     def _on_room_message(self, message: RoomMessage, address: Address, now: float) -> None:
+        """Of a sender that is known under several addresses it may come from any of them."""
         room = self.rooms.get(message.key)
-        if room is None or room.address != address:
+        if room is None or self.sessions[room.address].incarnation != message.source:
             self._on_unknown_room(message, address, now)
         elif isinstance(message, Ended):
             self._on_ended(room, message, now)

@@ -165,9 +165,8 @@ class SenderCore:
             self._timers.set(peer, now + self.limits.peer_silence_s)
             self._actions.append(Attach(peer, hello))
             return
-        session.heard_at = now
-        if hello.nonce >= session.nonce:
-            session.nonce, session.subscribes = hello.nonce, hello.subscribes
+        session.heard_at, session.nonce = now, hello.nonce
+        session.subscribes |= hello.subscribes
         if session.wire is not None:
             self._welcome(peer, session.wire)
 
