@@ -11,10 +11,10 @@ import pytest
 from embedwire.errors import EmbedwireError
 from embedwire.limits import Limits
 from embedwire.memory.allocator import BlockAllocator
-from embedwire.protocol.actions import Drain
+from embedwire.protocol.actions import Drain, Want
 from embedwire.protocol.admission import Admission
 from embedwire.protocol.agreement import NEUTRAL, Facts, pack, unpack
-from embedwire.protocol.messages import Announce, Cause, Grant, Init, Message, Status
+from embedwire.protocol.messages import Announce, Cause, Grant, Init, Message, Open, Status
 from embedwire.protocol.receiver import ReceiverTransfer
 from embedwire.protocol.receiver_core import ReceiverCore, Room
 from embedwire.protocol.receiver_lanes import ReceiverLanes
@@ -185,7 +185,24 @@ def dummies() -> None:
     assert transfer.is_done
 
 
-WORLDS = (two_rounds, losses, crowd, lease, doubt, restart, refusal, frozen, ranks, leaving, dummies)
+def items() -> None:
+    """Two readers fetch the same item and others over a link that loses and doubles; one wants what nobody keeps."""
+    world = World(4, weather=Weather(loss=0.3, doubling=0.3))
+    sender = world.add_sender(items={b"a": 500, b"b": 300}, source_bytes=500 * TOKEN_BYTES)
+    readers = [world.add_receiver(f"language-{i}", num_blocks=2) for i in (1, 2)]
+    transfers = [
+        world.fetch(
+            room, (b"a", b"b")[room % 2], (500, 300)[room % 2], sender=sender, receiver=readers[room % 4 // 2]
+        )
+        for room in range(1, 13)
+    ]
+    unknown = world.fetch(100, b"c", 1, sender=sender, receiver=readers[0])
+    world.settle()
+    assert all(t.is_done for t in transfers)
+    assert unknown.receiver_end is Cause.UNKNOWN_ITEM
+
+
+WORLDS = (two_rounds, losses, crowd, lease, doubt, restart, refusal, frozen, ranks, leaving, dummies, items)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.__name__)
@@ -391,6 +408,25 @@ def who_has_seen_no_total_is_a_dummy(patch: Patch) -> None:
     patch.setattr(Room, "facts", lambda self: whole(self) if self.total_tokens else NEUTRAL)
 
 
+def an_item_is_looked_for_at_each_question(patch: Patch) -> None:
+    whole = SenderCore._on_unknown_room
+
+    def on_unknown_room(self: SenderCore, message: Any, peer: int, now: float) -> None:
+        known = message.key in self._pending_opens
+        whole(self, message, peer, now)
+        if known and isinstance(message, Open):
+            self._actions.append(Want(message.key, message.item))
+
+    patch.setattr(SenderCore, "_on_unknown_room", on_unknown_room)
+
+
+def an_item_is_asked_for_as_a_room(patch: Patch) -> None:
+    whole = ReceiverTransfer.__init__
+    patch.setattr(
+        ReceiverTransfer, "__init__", lambda self, *more, **named: whole(self, *more, **named | {"item": b""})
+    )
+
+
 @pytest.mark.parametrize(
     ("fault", "world"),
     [
@@ -416,6 +452,8 @@ def who_has_seen_no_total_is_a_dummy(patch: Patch) -> None:
         (a_refusal_is_kept_secret, refusal),  # 32
         (the_allocator_hands_out_what_is_in_use, crowd),  # 33
         (blocks_are_free_at_once_on_every_wire, lease),  # 34
+        (an_item_is_looked_for_at_each_question, items),
+        (an_item_is_asked_for_as_a_room, items),
     ],
     ids=lambda part: part.__name__,
 )

@@ -129,14 +129,30 @@ class RandomWorld:
     def _add_room(self, room: int, tokens: int) -> Transfer:
         rng = self.rng
         start_s = rng.choice((0.0, rng.uniform(0, STORM_S)))
+        sender, receiver = rng.choice(self.senders), rng.choice(self.receivers)
+        if isinstance(receiver, ReceiverNode) and len(sender.nodes) == 1 and rng.random() < 0.3:
+            return self._add_item(room, tokens, sender, receiver, start_s)
         return self.world.request(
             room,
             tokens,
-            sender=rng.choice(self.senders),
-            receiver=rng.choice(self.receivers),
+            sender=sender,
+            receiver=receiver,
             offer_after_s=start_s + rng.choice((0.0, rng.uniform(0, 10))),
             open_after_s=start_s + rng.choice((0.0, rng.uniform(0, 10))),
             source_s=rng.choice((0.0, rng.uniform(0, 3))),
+        )
+
+    def _add_item(
+        self, room: int, tokens: int, sender: Sender, receiver: ReceiverNode, start_s: float
+    ) -> Transfer:
+        """A room for an item: a new one, or one that other rooms are for, too. In a harsh world it may go before anybody asks for it."""
+        kept = sender.nodes[0].setup.items
+        name = self.rng.choice((b"%d" % room, *kept))
+        kept.setdefault(name, tokens)
+        if self.is_harsh and self.rng.random() < 0.2:
+            self.world.after(self.rng.uniform(0, STORM_S), lambda: kept.pop(name, None))
+        return self.world.fetch(
+            room, name, kept[name], sender=sender, receiver=receiver, open_after_s=start_s
         )
 
     # ------------------------------------------------------------------ faults

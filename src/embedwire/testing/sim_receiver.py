@@ -127,9 +127,9 @@ class ReceiverNode:
         """Itself: a receiver is a group of one."""
         return [self]
 
-    def open(self, key: RoomKey, addresses: Sequence[str]) -> None:
-        """A request came in. Raises OverloadedError."""
-        actions = self.core.open(key, addresses, now=self.timeline.now)
+    def open(self, key: RoomKey, addresses: Sequence[str], *, item: bytes = b"") -> None:
+        """A request came in, with ``item`` for what is kept under that content hash. Raises OverloadedError."""
+        actions = self.core.open(key, addresses, item=item, now=self.timeline.now)
         self.opened.add(key)
         self.do(actions)
 

@@ -184,12 +184,28 @@ class World:
         self.after(open_after_s, lambda: receiver.process.run(lambda: self._open(transfer)))
         return transfer
 
+    def fetch(
+        self,
+        room: int,
+        item: bytes,
+        total_tokens: int,
+        *,
+        sender: Sender,
+        receiver: ReceiverNode,
+        open_after_s: float = 0.0,
+    ) -> Transfer:
+        """What a reader of items does: it opens a room, of its own choice, for what the only rank of ``sender`` keeps under a hash."""
+        transfer = Transfer(RoomKey(room), total_tokens, sender, receiver)
+        self.transfers[transfer.key] = transfer
+        self.after(open_after_s, lambda: receiver.process.run(lambda: self._open(transfer, item=item)))
+        return transfer
+
     def _offer(self, node: SenderNode, transfer: Transfer, source_s: float) -> None:
         node.process.run(lambda: node.request(transfer.key, transfer.total_tokens, source_s=source_s))
 
-    def _open(self, transfer: Transfer) -> None:
+    def _open(self, transfer: Transfer, **more: bytes) -> None:
         try:
-            transfer.receiver.open(transfer.key, [node.address for node in transfer.sender.nodes])
+            transfer.receiver.open(transfer.key, [node.address for node in transfer.sender.nodes], **more)
         except OverloadedError:
             transfer.is_refused_at_once = True
 
