@@ -8,6 +8,7 @@ SIGUSR1 lets a rank say that the group is lost.
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -40,7 +41,7 @@ def be_rank(mode: str, rank: int, directory: Path) -> None:
         move(rank, directory)
         return
     if mode == "loads":
-        print("loading", file=sys.stderr, flush=True)
+        os.write(sys.stderr.fileno(), b"loading\n")  # in one piece: all ranks write to one pipe
         threading.Event().wait()
     server = socket.create_server(("127.0.0.1", settings.port if rank == 0 else 0))
     say(**facts, url=f"http://127.0.0.1:{server.getsockname()[1]}")

@@ -102,7 +102,5 @@ class Membership:
 
     def __exit__(self, *raised: object) -> None:
         self.tensor_parallel.close()
-        if self.rank == 0:
-            shutil.rmtree(
-                self._directory, ignore_errors=True
-            )  # nobody else is left to do it when the supervisor was killed
+        # The supervisor may have been killed. Each rank does it, since torch's file may come back with each that leaves.
+        shutil.rmtree(self._directory, ignore_errors=True)
