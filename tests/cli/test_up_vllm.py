@@ -171,6 +171,7 @@ def test_how_servers_are_started() -> None:
 
 def test_how_language_servers_are_started() -> None:
     told = {"media": "metadata", "num_blocks": 8, "assembly_memory": "2MiB", "tensor_parallel_size": 2}
+    told |= {"vllm_connector": '{"local_encode": true, "item_deadline_s": 7}'}
     loaded = load(told | {"vllm_python": "/opt/py", "vllm_args": "-a", "vllm_language_args": "--b 'c d'"})
     command = vllm_command(loaded, "m", role=Role.LANGUAGE, name="n", report_to="http://r")
     assert command[0] == "/opt/py"
@@ -183,7 +184,8 @@ def test_how_language_servers_are_started() -> None:
     assert config["ec_role"] == "ec_consumer"
     assert config["ec_connector_extra_config"] == {
         "transport": "auto",
-        "item_deadline_s": 30.0,
+        "item_deadline_s": 7,
+        "local_encode": True,
         "report_to": ["http://r"],
         "num_blocks": 8,
         "staging_bytes": 2 * 2**20,
@@ -204,6 +206,8 @@ def test_only_one_language_server_fetches_what_nobody_has_asked_it_for() -> None
         (("up", "a", "--model", "b"), "give the model once"),
         (("router", "--engine", "vllm"), "registry_url or the URLs of language servers"),
         (("router", "--engine", "vllm", "--worker-urls", "http://a"), "encoder and language"),
+        (("up", "a", "--engine", "vllm", "--vllm-connector", "[1]"), "JSON object: it is no object"),
+        (("up", "a", "--engine", "vllm", "--vllm-connector", '{"a": 1}'), "unknown field `a`"),
         (("up", "a", "--engine", "vllm", "--encoder-tensor-parallel-size", "2"), "--vllm-encoder-args"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
-from servers import asked, chat, ids_of, offered, post
+from servers import asked, chat, free_port, ids_of, offered, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -28,21 +28,24 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def stack(family: str, servers: Any) -> Any:
-    """An undivided server, two encoders, and language servers: alone with a tower, without one, and over two ranks."""
+    """An undivided server, two encoders, and language servers: alone with a tower, without one, and over two ranks, which fetch what
+    encoder 1 makes before they are asked."""
     staging = (
         4 * 256 * ROW_BYTES[family]
     )  # the largest prompt: what is not given back is missed by the next one
+    port = free_port()
     started = {
         "whole": servers.start(f"whole {family}", family),
-        "encoder 1": servers.encoder(f"encoder 1 {family}", family),
+        "encoder 1": servers.encoder(f"encoder 1 {family}", family, port=port),
         "language": servers.language(f"language {family}", family, staging_bytes=staging),
         "metadata": servers.language(f"metadata {family}", family, "--language-model-only"),
     }
     if family == "qwen2_5_vl":
         started["encoder 2"] = servers.encoder(f"encoder 2 {family}", family)
         started["two ranks"] = servers.language(
-            f"ranks {family}", family, "--tensor-parallel-size", "2", staging_bytes=staging
-        )
+            f"ranks {family}", family, "--tensor-parallel-size", "2",
+            staging_bytes=staging, encoders=[f"tcp://localhost:{port}"], prefetch=True,
+        )  # fmt: skip
     yield {name: server.wait_ready().url for name, server in started.items()}
     servers.close()
 
@@ -79,6 +82,17 @@ def test_tensor_parallel(stack: Any, prompts: Prompts, expected: list[list[int]]
     for number, parts in enumerate(prompts[:10]):
         body = asked([stack["encoder 1"]], parts, f"q{number}")
         assert ids_of(post(stack["two ranks"], body)) == expected[number], f"prompt {number}"
+
+
+def test_an_item_is_there_before_the_request(stack: Any, image: Callable[..., dict[str, Any]]) -> None:
+    """Both ranks read it although nobody keeps it at the address that the request names."""
+    if "two ranks" not in stack:
+        pytest.skip("two ranks: with one family only, to save servers")
+    part = image(224, 224, 98)
+    ((name, item),) = offered(stack["encoder 1"], part).items()
+    params = {"embedwire": {"ticket": "", "items": {name: {**item, "addresses": ["tcp://127.0.0.1:1"]}}}}
+    answer = post(stack["two ranks"], chat([part], ec_transfer_params=params))
+    assert ids_of(answer) == ids_of(post(stack["whole"], chat([part])))
 
 
 def test_metadata_instead_of_media(stack: Any, prompts: Prompts, expected: list[list[int]]) -> None:

@@ -185,6 +185,8 @@ class VllmServers(Group):
     """Further arguments of the encoders only."""
     vllm_language_args: str = ""
     """Further arguments of the language servers only."""
+    vllm_connector: str = ""
+    """Further settings of the connector in every vLLM server, as a JSON object: --vllm-connector '{"peer_silence_s": 1.5}'."""
 
 
 class Checks(Group):

@@ -99,8 +99,10 @@ def up(
 def _starter(loaded: Loaded, *, encoder_ranks: int) -> Callable[..., Stack]:
     """What starts a stack of the engine in the settings."""
     if loaded.settings.engine == "vllm":
+        from embedwire.cli.vllm_server import users_connector_settings
         from embedwire.cli.vllm_stack import start_vllm_stack
 
+        users_connector_settings(loaded.settings.vllm_connector)
         if encoder_ranks > 1:
             raise ConfigurationError(
                 "vLLM encoders are divided with --vllm-encoder-args '--tensor-parallel-size N'"

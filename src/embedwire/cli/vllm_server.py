@@ -25,7 +25,7 @@ from embedwire.cli.options import takes
 from embedwire.cli.process import Voice, begin
 from embedwire.cli.servers import IsChild, Model, Name
 from embedwire.cli.settings import Loaded
-from embedwire.errors import EmbedwireError
+from embedwire.errors import ConfigurationError, EmbedwireError
 from embedwire.registry import Role
 
 API_SERVER = "vllm.entrypoints.openai.api_server"
@@ -123,7 +123,24 @@ def _connector_settings(
         made |= {"encoders": list(items_from), "prefetch": True} if items_from else {}
         names = {"num_blocks": "num_blocks", "block_size": "block_size", "assembly_memory": "staging_bytes"}
     told = {key: name for name, key in names.items() if loaded.origins[name] != "default"}
-    return made | {key: int(getattr(settings, name)) for key, name in told.items()}
+    made |= {key: int(getattr(settings, name)) for key, name in told.items()}
+    return made | users_connector_settings(settings.vllm_connector)
+
+
+def users_connector_settings(text: str) -> dict[str, Any]:
+    """What the user adds to ``ec_connector_extra_config``. Raises ConfigurationError for what is no JSON object of settings that exist."""
+    from embedwire.engines.vllm.settings import read_settings
+
+    if not text:
+        return {}
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise ConfigurationError(f"vllm_connector has to be a JSON object: {error}") from None
+    read_settings(found)
+    return found
 
 
 @contextmanager
