@@ -17,8 +17,10 @@ import httpx
 import psutil
 import pytest
 
+from embedwire.cli import vllm_stack
 from embedwire.cli.settings import load
 from embedwire.cli.vllm_server import vllm_command
+from embedwire.cli.vllm_stack import SYSTEMS_PORTS, free_ports
 from embedwire.registry import Role
 
 if TYPE_CHECKING:
@@ -145,6 +147,21 @@ def test_a_server_that_can_not_start_is_named_with_its_last_words(
     assert "encoder 1 | no such model: m" in ended.stderr, ended.stderr
 
 
+def test_ports_are_none_that_the_system_gives_out_meanwhile() -> None:
+    """vLLM takes half a minute until it listens at all of its ports, and whoever connects somewhere takes one of the system's range."""
+    first, last = map(int, SYSTEMS_PORTS.read_text().split())
+    ports = free_ports("127.0.0.1", 50)
+    assert len(set(ports)) == 50
+    assert not [port for port in ports if first <= port <= last]
+
+
+def test_or_they_are_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    everything = tmp_path / "range"
+    everything.write_text("1024\t65535\n")
+    monkeypatch.setattr(vllm_stack, "SYSTEMS_PORTS", everything)
+    assert len(set(free_ports("127.0.0.1", 5))) == 5
+
+
 def flags_of(command: list[str]) -> dict[str, str]:
     return {a: b for a, b in pairwise(command) if a.startswith("--")}
 
@@ -206,6 +223,7 @@ def test_only_one_language_server_fetches_what_nobody_has_asked_it_for() -> None
         (("up", "a", "--model", "b"), "give the model once"),
         (("router", "--engine", "vllm"), "registry_url or the URLs of language servers"),
         (("router", "--engine", "vllm", "--worker-urls", "http://a"), "encoder and language"),
+        (("up", "a", "--engine", "vllm", "--host", "203.0.113.1"), "can not listen on 203.0.113.1"),
         (("up", "a", "--engine", "vllm", "--vllm-connector", "[1]"), "JSON object: it is no object"),
         (("up", "a", "--engine", "vllm", "--vllm-connector", '{"a": 1}'), "unknown field `a`"),
         (("up", "a", "--engine", "vllm", "--encoder-tensor-parallel-size", "2"), "--vllm-encoder-args"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from embedwire.cli.vllm_stack import free_ports
 
 MODEL = "small"
 READY_S = 240.0
@@ -51,10 +52,8 @@ def connector(role: str, **extra: Any) -> tuple[str, str]:
 
 
 def free_port() -> int:
-    """One that nobody has now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """One that nobody has now, and nobody gets by chance until a server listens there."""
+    return free_ports("127.0.0.1", 1)[0]
 
 
 class VllmServer:

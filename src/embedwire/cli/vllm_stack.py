@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import random
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from embedwire.cli.cluster import Child, Cluster
 from embedwire.cli.settings import PREFIX
 from embedwire.cli.stack import READY_S, Stack, wait_known
+from embedwire.errors import ConfigurationError
 from embedwire.registry import Role
+
+SYSTEMS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST_PORT = 10_000
 
 
 def start_vllm_stack(
@@ -69,10 +76,23 @@ def start_vllm_stack(
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """Ports that nobody has at this moment: vLLM can not say which one it took. Who comes in between makes its server fail to start."""
-    with ExitStack() as stack:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sockets = [stack.enter_context(socket.socket(family)) for _ in range(count)]
-        for each in sockets:
-            each.bind((host, 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that nobody has at this moment: vLLM can not say which one it took. Who comes in between makes its server fail to start, so
+    they are drawn from those that the system gives out to nobody, where there are any. Raises ConfigurationError for a host that is not
+    this one."""
+    first, last = map(int, SYSTEMS_PORTS.read_text().split())
+    others = [*range(LOWEST_PORT, first), *range(last + 1, 2**16)]
+    drawn = iter([*random.sample(others, len(others)), *[0] * count])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ports: list[int] = []
+    with ExitStack() as held:
+        while len(ports) < count:
+            one = held.enter_context(socket.socket(family))
+            try:
+                one.bind((host, next(drawn)))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise ConfigurationError(f"can not listen on {host}: {error}") from None
+                one.close()
+            else:
+                ports.append(one.getsockname()[1])
+    return ports
