@@ -165,16 +165,22 @@ def test_a_message_under_anothers_name(stage: Any, context: Any, brake: Any) -> 
     stage.check(reception, TOKENS)
 
 
-def test_a_socket_that_takes_anothers_identity(stage: Any, context: Any) -> None:
-    """Scenario 29: the victim, who is not heard any more, notices within its deadline and connects anew."""
+def with_a_thief(stage: Any, context: Any, *, takes_its_identity: bool) -> tuple[Any, Any, Any, Any]:
+    """A room that is announced when another socket speaks for its receiver: sender, receiver, offer and reception."""
     sender, receiver = stage.sender(), stage.receiver(limits=stage.quick)
     offer = sender.offer(1, total_tokens=TOKENS)
     reception = receiver.open(1, sender.address)
     stage.until(lambda: sender.stats().rooms.get("announced") == 1)
     victim = receiver._core.incarnation
-    thief = dealer(context, sender.address, identity_of(victim, sender.address))
+    thief = dealer(context, sender.address, identity_of(victim, sender.address if takes_its_identity else ""))
     thief.send(messages.encode(messages.Ping(source=victim, target=sender._core.incarnation)))
     read(thief, messages.Pong)
+    return sender, receiver, offer, reception
+
+
+def test_a_socket_that_takes_anothers_identity(stage: Any, context: Any) -> None:
+    """Scenario 29: the victim, who is not heard any more, notices within its deadline and connects anew."""
+    sender, receiver, offer, reception = with_a_thief(stage, context, takes_its_identity=True)
     assert stage.failure_of(reception).cause == "peer_lost"
     assert stage.failure_of(offer).cause == "peer_lost"
     stage.move(sender, receiver, 2, TOKENS)
@@ -182,14 +188,7 @@ def test_a_socket_that_takes_anothers_identity(stage: Any, context: Any) -> None
 
 def test_a_socket_that_speaks_for_another(stage: Any, context: Any) -> None:
     """Scenario 29: answers go to it until the victim asks again, and that is soon."""
-    sender, receiver = stage.sender(), stage.receiver(limits=stage.quick)
-    offer = sender.offer(1, total_tokens=TOKENS)
-    reception = receiver.open(1, sender.address)
-    stage.until(lambda: sender.stats().rooms.get("announced") == 1)
-    victim = receiver._core.incarnation
-    thief = dealer(context, sender.address, identity_of(victim))
-    thief.send(messages.encode(messages.Ping(source=victim, target=sender._core.incarnation)))
-    read(thief, messages.Pong)
+    sender, _, offer, reception = with_a_thief(stage, context, takes_its_identity=False)
     offer.fill(payload(sender.layout, TOKENS, room=1))
     stage.check(reception, TOKENS)
 
