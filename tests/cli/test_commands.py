@@ -92,9 +92,11 @@ def test_an_error_is_one_line_with_its_cause_and_exit_code_2(
 
 @pytest.mark.model
 def test_tiny_model_writes_what_transformers_loads(embedwire: Run, tmp_path: Path) -> None:
-    ended = embedwire("tiny-model", tmp_path / "m", "--family", "llava", timeout_s=120)
+    options = ("--family", "llava", "--dtype", "bfloat16")
+    ended = embedwire("tiny-model", tmp_path / "m", *options, timeout_s=120)
     assert ended.returncode == 0, ended.stderr
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "llava"
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (config["model_type"], config["dtype"]) == ("llava", "bfloat16")
     assert "llava" in ended.stdout
 
 

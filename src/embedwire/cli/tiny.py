@@ -21,6 +21,7 @@ def tiny_model(
         Literal["tiny", "small", "400m"],
         typer.Option(help="About 200,000 parameters; 700,000, for vLLM too; or 400 million."),
     ] = "tiny",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
 ) -> None:
     """Write a small checkpoint with random weights into DIR. Its answers are gibberish; everything else about it is real.
@@ -34,8 +35,8 @@ def tiny_model(
     from embedwire.engines.transformers.tiny_model import write_tiny_model
 
     try:
-        write_tiny_model(directory, family, scale=scale, seed=seed)
+        write_tiny_model(directory, family, scale=scale, dtype=dtype, seed=seed)
     except OSError as error:
         raise ConfigurationError(f"{directory}: {error}") from None
     nbytes = sum(file.stat().st_size for file in directory.iterdir())
-    out.print(f"{directory}: {family}, {scale}, {size(nbytes)}", soft_wrap=True, markup=False)
+    out.print(f"{directory}: {family}, {scale}, {dtype}, {size(nbytes)}", soft_wrap=True, markup=False)
