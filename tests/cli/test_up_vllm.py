@@ -61,16 +61,13 @@ class Up:
         self.urls = {name.strip(): url for name, url, _ in found}
         self.children = psutil.Process(self.process.pid).children(recursive=True)
 
-    @property
-    def items_ports(self) -> list[int]:
-        """Where the encoders were told to give out what they make, in their order."""
-        found = {}
-        for child in self.children:
-            if "api_server" in str(arguments := child.cmdline()) and "ec_producer" in str(arguments):
-                flags = flags_of(arguments)
-                config = json.loads(flags["--ec-transfer-config"])
-                found[int(flags["--port"])] = int(config["ec_connector_extra_config"]["port"])
-        return [found[int(url.rpartition(":")[2])] for name, url in self.urls.items() if "encoder" in name]
+    def connectors(self, role: str) -> list[dict[str, Any]]:
+        """What the connectors of all encoders or language servers were told, in their order."""
+        commands = [child.cmdline() for child in self.children]
+        flags = [flags_of(command) for command in commands if "vllm.entrypoints.openai.api_server" in command]
+        told = {each["--port"]: json.loads(each["--ec-transfer-config"]) for each in flags}
+        urls = [url for name, url in self.urls.items() if name.startswith(role)]
+        return [told[url.rpartition(":")[2]]["ec_connector_extra_config"] for url in urls]
 
     def ask(self, *parts: Any) -> dict[str, Any]:
         body = {"model": "m", "messages": [{"role": "user", "content": [*parts]}]}
@@ -101,8 +98,9 @@ def test_it_answers_and_ctrl_c_leaves_nothing_behind(up: Up) -> None:
     connector = told["config"]["ec_connector_extra_config"]
     assert connector["report_to"] == [up.urls["router"]]
     assert connector["prefetch"]
-    assert connector["encoders"] == [f"tcp://127.0.0.1:{port}" for port in up.items_ports]
-    assert len(set(up.items_ports)) == 2
+    ports = [encoder["port"] for encoder in up.connectors("encoder")]
+    assert connector["encoders"] == [f"tcp://127.0.0.1:{port}" for port in ports]
+    assert len(set(ports)) == 2
     assert told["argv"][-2:] == ["--seed", "4 2"]
     assert told["asked"]["ec_transfer_params"]["embedwire"]["items"].keys() == {"some-hash"}
     up.process.send_signal(signal.SIGINT)
@@ -209,8 +207,23 @@ def test_how_language_servers_are_started() -> None:
     }
 
 
-def test_only_one_language_server_fetches_what_nobody_has_asked_it_for() -> None:
-    """Each that does so fetches everything that the encoders make."""
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_several_language_servers_fetch_only_what_they_are_asked_for(
+    with_fake_vllm: dict[str, str],
+) -> None:
+    """Ahead of that, each would fetch everything that the encoders make."""
+    running = Up(with_fake_vllm, "--languages", "2")
+    try:
+        told = running.connectors("language")
+        assert len(told) == 2
+        assert not any({"encoders", "prefetch"} & each.keys() for each in told)
+    finally:
+        running.process.send_signal(signal.SIGINT)
+        running.process.communicate(timeout=ENDS_WITHIN_S)
+
+
+def test_where_items_are_fetched_ahead() -> None:
     command = vllm_command(load({}), "m", role=Role.LANGUAGE, items_from=["tcp://a:1", "tcp://b:2"])
     config = json.loads(flags_of(command)["--ec-transfer-config"])["ec_connector_extra_config"]
     assert (config["encoders"], config["prefetch"]) == (["tcp://a:1", "tcp://b:2"], True)

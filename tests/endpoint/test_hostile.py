@@ -30,7 +30,7 @@ def context() -> Iterator[zmq.Context[Any]]:
     made.destroy(linger=0)
 
 
-def dealer(context: Any, address: str, identity: bytes = identity_of(ME)) -> Any:
+def dealer(context: Any, address: str, identity: bytes = identity_of(ME, "")) -> Any:
     """A hostile receiver's socket."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity)

@@ -16,7 +16,9 @@ from embedwire.errors import ConfigurationError
 from embedwire.registry import Role
 
 SYSTEMS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""A file: the first and the last port that the system gives out to whoever asks for any."""
 LOWEST_PORT = 10_000
+"""Well-known servers listen below."""
 
 
 def start_vllm_stack(

@@ -33,15 +33,19 @@ FRAMES_PER_TURN_MAX = 256
 """Frames read from one socket before the others and the timers have their turn."""
 
 
-def identity_of(incarnation: int, address: str = "") -> bytes:
+def identity_of(incarnation: int, address: str) -> bytes:
     """The routing id under which a receiver's socket is known to a sender's: it begins with the receiver's incarnation, and differs for
     each ``address`` that the receiver knows a sender by, since one sender may have several."""
-    return b"R" + incarnation.to_bytes(8, "big") + hashlib.blake2b(address.encode(), digest_size=8).digest()
+    return _prefix(incarnation) + hashlib.blake2b(address.encode(), digest_size=8).digest()
 
 
 def is_of(identity: bytes, incarnation: int) -> bool:
     """Whether a routing id is one of that receiver's."""
-    return identity[:-8] == identity_of(incarnation)[:-8]
+    return identity.startswith(_prefix(incarnation))
+
+
+def _prefix(incarnation: int) -> bytes:
+    return b"R" + incarnation.to_bytes(8, "big")
 
 
 def check_key(room: int, attempt: int) -> None:

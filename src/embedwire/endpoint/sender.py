@@ -18,7 +18,7 @@ from types import TracebackType
 
 import zmq
 
-from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of, is_of
+from embedwire.endpoint.driver import Driver, check_key, chosen, is_of
 from embedwire.endpoint.offer import Filling, Offer
 from embedwire.endpoint.stats import SenderStats, SendReport
 from embedwire.endpoint.writer import SessionWriter, WriteJob
@@ -362,9 +362,10 @@ class SenderEndpoint(Driver):
         if isinstance(message, messages.Refused):
             logger.warning("! receiver %x refused: %s: %s", peer, message.cause, message.detail)
         logger.debug("> %x %s", peer, message)
-        route = self._routes.get(peer, identity_of(peer))
         try:
-            self._socket.send_multipart([route, messages.encode(message)], zmq.NOBLOCK)
+            self._socket.send_multipart([self._routes[peer], messages.encode(message)], zmq.NOBLOCK)
+        except KeyError:  # so many others have spoken since that its route is forgotten; it asks again
+            logger.debug("! no route to %x", peer)
         except zmq.ZMQError as error:  # its queue is full or it is gone; the receiver asks again
             logger.debug("! not sent to %x: %s", peer, error)
 
