@@ -222,6 +222,20 @@ def test_when_nobody_is_left_the_last_cause_is_told(cluster: Any, chat: Any) -> 
     assert post(router.url, chat("what?", b"x")).status_code == 504
 
 
+def test_that_another_one_can_not_be_reached_hides_no_cause(cluster: Any, chat: Any) -> None:
+    """It was asked last, so the one that loses transfers is asked first."""
+    _, a = cluster.add_encoder(breaks=TransferError("peer_lost", "no answer for 5 s"))
+    gone, (_, c) = cluster.add_encoder()[1], cluster.add_language()
+    router = cluster.add_router(a, gone, c, watch=WatchTimes(interval_s=3600), misses_to_evict=9)
+    assert post(router.url, chat("what?", b"x")).status_code == 200
+    gone.stop()
+    assert gone.wait_stopped(WAIT_S)
+    codes = [post(router.url, chat("what?", b"x")).json()["error"]["code"] for _ in range(4)]
+    assert codes == ["peer_lost"] * 4
+    retries = httpx.get(f"{router.url}/metrics").text
+    assert 'embedwire_retries_total{code="upstream_unreachable"} 4.0' in retries
+
+
 def test_attempts_are_bounded(cluster: Any, chat: Any) -> None:
     encoders = [cluster.add_encoder(fails=OverloadedError("full", retry_after_s=7)) for _ in range(3)]
     _, language = cluster.add_language()

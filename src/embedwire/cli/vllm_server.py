@@ -35,6 +35,7 @@ CONNECTOR = {
     "ec_connector_module_path": "embedwire.engines.vllm.connector",
 }
 HEALTH_POLL_S = 0.25
+END_POLL_S = 0.5
 KILL_WAIT_S = 2.0
 
 TheRole = Annotated[Role, typer.Option("--role")]
@@ -72,7 +73,7 @@ def vllm_server(
         _wait_healthy(process, url)
         facts = {"role": role, "url": url, "model": name or model, "engine": "vllm"}
         Voice(None, child).say(facts | {"rank_pids": [process.pid]})
-        raise EmbedwireError(f"vLLM has ended: exit code {process.wait()}")
+        raise EmbedwireError(f"vLLM has ended: exit code {_wait_end(process)}")
 
 
 def vllm_command(
@@ -163,6 +164,13 @@ def _running(command: Sequence[str], *, end_within_s: float) -> Iterator[subproc
             os.killpg(process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             process.wait(KILL_WAIT_S)
+
+
+def _wait_end(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code. A signal that comes just as a wait begins is seen when that ends, so none is long."""
+    while (status := process.poll()) is None:
+        time.sleep(END_POLL_S)
+    return status
 
 
 def _wait_healthy(process: subprocess.Popen[bytes], url: str) -> None:

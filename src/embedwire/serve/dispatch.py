@@ -25,7 +25,7 @@ from embedwire.errors import ConfigurationError
 from embedwire.limits import ROOM_MAX
 from embedwire.registry import Registry, Role, Worker
 from embedwire.serve.calls import WorkerCalls, WorkerFailed, raise_fault, read_fault
-from embedwire.serve.faults import Fault, FaultError, overloaded, unreachable
+from embedwire.serve.faults import Fault, FaultError, more_telling, overloaded, unreachable
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.openai import ChatRequest, RoomRef, plain_messages
 
@@ -52,8 +52,8 @@ class DispatchLimits:
 @dataclass(slots=True)
 class Way:
     """One request under way. ``held`` is the encoder and the attempt that hold memory for it; ``finished`` is
-    set when the answer is complete, so that there is nothing to abort; ``failed`` are workers, ``fault`` what
-    the last one said."""
+    set when the answer is complete, so that there is nothing to abort; ``failed`` are workers, ``fault`` what they
+    said."""
 
     raw: Mapping[str, Any]
     asked: ChatRequest
@@ -124,8 +124,8 @@ class Dispatch:
                     return response
             except WorkerFailed as error:
                 way.failed.add(error.url)
-                way.fault = error.fault
-            self._metrics.retries.labels(way.fault.code).inc()
+                way.fault = more_telling(way.fault, error.fault)
+                self._metrics.retries.labels(error.fault.code).inc()
             await self._let_go(way)
         assert way.fault is not None
         raise FaultError(way.fault)

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 TRANSFER_STATUS = {"deadline": 504, "overloaded": 503, "never_fits": 413}
 """HTTP status by the cause of a room's end; any other is 502: a server behind this one failed."""
+TELL_LITTLE = frozenset({"upstream_unreachable", "overloaded"})
+"""Codes of faults that may be no more than what follows from an earlier one."""
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -123,6 +125,12 @@ def unreachable(what: str, error: Exception) -> Fault:
     """502: a server behind this one does not answer."""
     detail = str(error) or type(error).__name__
     return Fault(status=502, type="upstream_error", code="upstream_unreachable", message=f"{what}: {detail}")
+
+
+def more_telling(earlier: Fault | None, later: Fault) -> Fault:
+    """Which of the faults of a request's attempts its client should hear: the last one, unless that only says that nobody is left."""
+    is_echo = earlier is not None and later.code in TELL_LITTLE and earlier.code not in TELL_LITTLE
+    return earlier if earlier is not None and is_echo else later
 
 
 def deadline_passed(deadline_s: float) -> Fault:

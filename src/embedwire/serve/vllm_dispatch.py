@@ -24,7 +24,7 @@ from embedwire.errors import ConfigurationError
 from embedwire.registry import Registry, Role, Worker
 from embedwire.serve.calls import WorkerCalls, WorkerFailed, named, read_fault
 from embedwire.serve.exchange import Hold
-from embedwire.serve.faults import Fault, FaultError, overloaded, unreachable
+from embedwire.serve.faults import Fault, FaultError, more_telling, overloaded, unreachable
 from embedwire.serve.media import MediaFetcher
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.vllm_answer import ItemsPassage, VllmAnswer
@@ -61,8 +61,7 @@ class VllmLimits:
 
 @dataclass(slots=True)
 class VllmWay:
-    """One request under way. ``items`` are its media once they are here; ``failed`` are URLs of workers, ``fault`` what the last one
-    said."""
+    """One request under way. ``items`` are its media once they are here; ``failed`` are URLs of workers, ``fault`` what they said."""
 
     asked: Asked
     began_s: float
@@ -139,12 +138,12 @@ class VllmDispatch:
                     stack.push_async_exit(this_attempt.pop_all())
                     return answer
             except WorkerFailed as error:
-                way.failed.add(error.url)
-                way.fault = error.fault
+                failed, fault = {error.url}, error.fault
             except _AttemptFailed as error:
-                way.failed |= {url for url in [error.verdict.to_blame] if url}
-                way.fault = error.verdict.fault
-            self._metrics.retries.labels(way.fault.code).inc()
+                failed, fault = {url for url in [error.verdict.to_blame] if url}, error.verdict.fault
+            way.failed |= failed
+            way.fault = more_telling(way.fault, fault)
+            self._metrics.retries.labels(fault.code).inc()
         assert way.fault is not None
         raise FaultError(way.fault)
 
@@ -215,7 +214,7 @@ class VllmDispatch:
             for item in {item.key: item for item in items}.values():
                 group.start_soon(get, item)
         if faults:
-            raise FaultError(way.fault) if way.fault and faults[0].fault.code == "overloaded" else faults[0]
+            raise FaultError(more_telling(way.fault, faults[0].fault))
         return [found[item.key] for item in items]
 
     def _parts(self, items: Sequence[Item], encoded: Sequence[Encoded]) -> list[Any]:

@@ -408,6 +408,21 @@ def test_a_failure_without_a_cause(servers: Any, post: Any, chat: Any) -> None:
     assert (len(encoder.bodies), len(language.bodies)) == (3, 3)
 
 
+def test_an_encoder_that_has_gone_since_hides_no_cause(servers: Any, post: Any, chat: Any) -> None:
+    """As when one server's end ends them all: the client hears of the first."""
+    gate = threading.Event()
+    servers.encoder()
+    language = servers.language(ends=[("", "")], gate=gate)
+    router = servers.router(cause_wait_s=0.01)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, router, chat("what?", b"x"))
+        language.entered.get(timeout=WAIT_S)
+        servers.encoder_servers[0].stop()
+        assert servers.encoder_servers[0].wait_stopped(WAIT_S)
+        gate.set()
+    assert cause_of(answer.result()) == (502, "language_failed")
+
+
 def test_a_text_that_kills_an_engine_is_not_tried_on_the_next(servers: Any, post: Any, chat: Any) -> None:
     languages = [servers.language(fails=(500, "boom")) for _ in range(2)]
     assert cause_of(post(servers.router(), chat("a"))) == (502, "language_failed")
