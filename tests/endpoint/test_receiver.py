@@ -186,7 +186,7 @@ def test_settings_that_can_not_be(stage: Any, holdings: Any, wrong: dict[str, An
 def test_one_sender_under_two_names(stage: Any) -> None:
     """An encoder calls itself by its number, and a setting by its name. Rooms under both are received at once, and who subscribes under
     the one goes on hearing of items while rooms are asked for under the other."""
-    sender, receiver = stage.sender(), stage.receiver(limits=stage.quick)
+    sender, receiver = stage.sender(), stage.receiver()
     names = [sender.address, sender.address.replace("127.0.0.1", "localhost")]
     heard: list[tuple[str, bytes, int]] = []
     receiver.subscribe(names[1], lambda *kept: heard.append(kept))
