@@ -6,6 +6,10 @@ wires.
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
+
 import pytest
 
 from embedwire.errors import ConfigurationError
@@ -36,3 +40,13 @@ def test_wire(wire: str, check: str) -> None:
         suite.run(check)
     except NotApplicable as reason:
         pytest.skip(f"{wire}: {reason}")
+
+
+def test_what_others_left_is_not_counted() -> None:
+    """Garbage from before may go while a check runs, and descriptors with it."""
+    suite = Conformance(wires.fake())
+    garbage = threading.Event()
+    garbage.itself = garbage  # type: ignore[attr-defined]
+    weakref.finalize(garbage, os.close, os.eventfd(0))
+    del garbage
+    suite.run(Conformance.checks()[0])

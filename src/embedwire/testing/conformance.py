@@ -9,7 +9,6 @@ when it leaves a descriptor, thread, mapping or file of shared memory behind.
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import signal
@@ -61,7 +60,6 @@ class Conformance:
         before = held()
         with ExitStack() as self._stack:
             getattr(self, name)()
-        gc.collect()
         assert held() == before, f"{name} left behind: {held()} instead of {before}"
         left = [path for path in self._files if os.path.exists(path)]
         assert not left, f"{name} left files behind: {left}"
