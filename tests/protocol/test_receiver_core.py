@@ -30,6 +30,7 @@ from embedwire.protocol.messages import (
     Cause,
     Done,
     Ended,
+    Grant,
     Hello,
     Init,
     Kept,
@@ -292,6 +293,22 @@ def test_a_window_finishes_with_its_last_round() -> None:
     assert not any(isinstance(a, Finished) for a in bench.drained(256))
     assert any(isinstance(a, Finished) for a in bench.drained(300, (9,)))
     assert bench.blocks.blocks_free == 4
+
+
+def test_a_grant_tells_which_it_follows() -> None:
+    """Where it is new: one that is said again is said to whoever did not look."""
+    bench = Bench(window_rounds=2)
+    bench.open()
+    actions = bench.announce(total=1000)
+    bench.status(256)
+    actions += bench.drained(256)
+    sends = [a for a in actions if isinstance(a, Send)]
+    tickets = [a.message.ticket for a in sends if isinstance(a.message, Grant)]
+    assert [a.after for a in sends] == [None, *tickets[:-1]]
+    again = [a for a in bench.core.on_tick(1.9) if isinstance(a, Send)]
+    assert [(a.message.ticket, a.after) for a in again if isinstance(a.message, Grant)] == [
+        (ticket, None) for ticket in tickets[1:]
+    ]
 
 
 def test_wrong_sums_end_the_room_as_corrupt() -> None:

@@ -11,7 +11,7 @@ import secrets
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 import zmq
@@ -19,6 +19,7 @@ import zmq
 from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
 from embedwire.endpoint.landing import Landing
 from embedwire.endpoint.member import GroupMember, OnLost, OnRoom
+from embedwire.endpoint.notes import Notes
 from embedwire.endpoint.reception import Arrays, MakeAssembly, Received, Reception
 from embedwire.endpoint.stats import ReceiveReport, ReceiverStats
 from embedwire.endpoint.turns import Seat
@@ -62,6 +63,7 @@ from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.receiver import ReceiverTransfer
 from embedwire.protocol.receiver_core import ReceiverCore, Room
 from embedwire.protocol.topology import ALONE
+from embedwire.transports.contract import Inbound
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,7 @@ class ReceiverEndpoint(Driver):
         self._proof_at = 0.0
         self._member: GroupMember | None = None
         self._watch = Watch()
+        self._notes = Notes()
         self._thread.start()
         if seat is not None and seat.group.size > 1:
             self._join(seat, on_room, on_lost)
@@ -309,12 +312,14 @@ class ReceiverEndpoint(Driver):
     def _next_due(self) -> float | None:
         if self._watch:
             return 0.0
-        due = self._core.next_due()
-        return due if not self._core.suspects else min(due or self._proof_at, self._proof_at)
+        proof_at = self._proof_at if self._core.suspects else None
+        dues = (self._core.next_due(), self._notes.next_due, proof_at)
+        return min((due for due in dues if due is not None), default=None)
 
     def _on_time(self, now: float) -> None:
         self.carry_out(self._core.on_tick(now))
         self._look(now)
+        self._say_left(self._notes.take_due(now))
         while self._silent:
             self._connect_again(self._silent.pop())
         if now >= self._proof_at and (suspects := self._core.suspects):
@@ -332,12 +337,13 @@ class ReceiverEndpoint(Driver):
                 self._watch.end(key)
             elif actions := self._core.on_landed(key, self._watch.landed(room, inbound), now=now):
                 was_news = True
+                self._notes.saw(key, now)
                 self.carry_out(actions)
         if self._watch and not was_news:
             self._watch.nap()
 
     def _begin_watch(self, room: ReceiverTransfer) -> None:
-        self._watch.begin(room.key, self._landing.wire(self._core.lanes.sessions[room.address].wire))
+        self._watch.begin(room.key, self._inbound_from(room.address))
 
     def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
         address = next(a for a, s in self._sockets.items() if s is socket)
@@ -364,10 +370,13 @@ class ReceiverEndpoint(Driver):
         match action:
             case Send(_, messages.Done()) if any(isinstance(later, Finished) for later in self._pending):
                 self._pending.append(action)  # who waits for the embedding comes before the sender's memory
+            case Send(address, messages.Grant() as grant, after):
+                if after is None or not self._leave_note(grant, address, after=after):
+                    self._say(address, grant)
+                if grant.key in self._core.lanes.rooms:
+                    self._begin_watch(self._core.lanes.rooms[grant.key])
             case Send(address, message):
                 self._say(address, message)
-                if isinstance(message, messages.Grant) and message.key in self._core.lanes.rooms:
-                    self._begin_watch(self._core.lanes.rooms[message.key])
             case Permit(_, granted):
                 self._landing.permit(granted)
             case Revoke(_, ticket):
@@ -397,6 +406,30 @@ class ReceiverEndpoint(Driver):
                 self._silent.add(address)
             case Hangup(address):
                 self._hang_up(address)
+
+    def _leave_note(self, grant: messages.Grant, address: Address, *, after: int) -> bool:
+        """Leave a grant where its sender looks. False: it has to be said, as have those that were left before it: a sender keeps none that
+        comes before its predecessor."""
+        inbound = self._inbound_from(address)
+        if self._notes.leave(grant, address, inbound, after=after, now=time.monotonic()):
+            return True
+        self._say_left(self._notes.take(grant.key))
+        return False
+
+    def _say_left(self, left: Iterable[tuple[Address, messages.Grant]]) -> None:
+        """Say those of the grants that were left whose rounds have not begun."""
+        for address, grant in left:
+            room, inbound = self._core.lanes.rooms.get(grant.key), self._inbound_from(address)
+            if room is None or not room.is_live:
+                continue
+            landed = room.landed_tokens if inbound is None else self._watch.landed(room, inbound)
+            if landed <= grant.start_token:
+                self._say(address, grant)
+
+    def _inbound_from(self, address: Address) -> Inbound | None:
+        """The receiving half of the wire that the sender at ``address`` writes over."""
+        session = self._core.lanes.sessions.get(address)
+        return None if session is None else self._landing.wire(session.wire)
 
     def _say(self, address: Address, message: messages.Message) -> None:
         logger.debug("> %s %s", address, message)

@@ -388,6 +388,7 @@ class SenderEndpoint(Driver):
                 aux=pack_aux(offer.aux),
                 is_permitted=lambda: write.key not in offer.withdrawn,
                 geometry=writer.geometry,
+                is_last=write.round.end_token == self._core.rooms[write.key].total_tokens,
             )
         )
 
@@ -469,6 +470,21 @@ class SenderEndpoint(Driver):
             self._carry_out(self._core.on_write_lost(key, number, "the write was lost", now=now))
         else:
             self._carry_out(self._core.on_write_unknown(key, number, "the write may still land", now=now))
+
+    def noted(self, writer: SessionWriter, note: bytes) -> None:
+        """A message that a writer has found where its receiver left it."""
+        self.post(lambda: self._on_note(writer.peer, note))
+
+    def _on_note(self, peer: Peer, note: bytes) -> None:
+        try:
+            message = messages.decode_for_sender(note)
+            if message.source != peer:
+                raise ProtocolViolation("a note under another receiver's name")
+        except ProtocolViolation as violation:
+            self._frames_refused += 1
+            logger.warning("! refused a note of %x: %s", peer, violation)
+        else:
+            self._carry_out(self._core.on_message(message, now=time.monotonic()))
 
     def doubt_ended(self, write: Write) -> None:
         """A write that was reported as unknown can not land any more."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from embedwire.endpoint.watch import WATCH_S
+from embedwire.endpoint.notes import Awaited
+from embedwire.endpoint.watch import NAP_S, WATCH_S
 from embedwire.errors import TransportError
 from embedwire.limits import SLICE_BYTES, Limits
 from embedwire.memory.geometry import PoolGeometry
@@ -44,17 +45,19 @@ class WriterEvents(Protocol):
     def landed(self, write: Write, landed_tokens: int) -> None: ...
     def written(self, write: Write, outcome: Outcome) -> None: ...
     def doubt_ended(self, write: Write) -> None: ...
+    def noted(self, writer: SessionWriter, note: bytes) -> None: ...
 
 
 @dataclass(slots=True)
 class WriteJob:
-    """One round to write. ``is_permitted`` turns False when the room has ended meanwhile."""
+    """One round to write. ``is_permitted`` turns False when the room has ended meanwhile; ``is_last`` where no round of it follows."""
 
     write: Write
     source: Source
     aux: bytes
     is_permitted: Callable[[], bool]
     geometry: PoolGeometry
+    is_last: bool
     slice_ends: list[int] = field(default_factory=list)
 
     def slices(self) -> Iterator[Slice]:
@@ -104,6 +107,7 @@ class SessionWriter:
         ] = []  # writes that may still land; the writer's thread alone
         self._marked: tuple[RoomKey | None, float] = (None, -math.inf)  # the last one, and when
         self._watched: RoomKey | None = None
+        self._awaited = Awaited()
         self._closer: threading.Thread | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"embedwire-writer-{peer:x}", daemon=True)
@@ -162,12 +166,21 @@ class SessionWriter:
                 self._events.written(job.write, Outcome.LOST)
 
     def _next_job(self) -> WriteJob | None:
-        """None comes last, from ``close``, and it comes in any case. While it waits it looks whether a doubt has ended."""
+        """None comes last, from ``close``, and it comes in any case. While it waits it looks for notes, and whether a doubt has ended."""
         while True:
+            self._look_for_notes()
             try:
+                if self._awaited:  # get(timeout) may wait for ever, in CPython 3.11, where the time is over before it has begun to wait
+                    return self._jobs.get_nowait()
                 return self._jobs.get(timeout=self._limits.retry_s if self._doubts else None)
             except Empty:
                 self._settle_doubts()
+            if self._awaited:
+                time.sleep(NAP_S)
+
+    def _look_for_notes(self) -> None:
+        for note in self._awaited.find(self._region) if self._awaited else ():
+            self._events.noted(self, note)
 
     def _settle_doubts(self) -> None:
         """Report the writes of which it is known by now that nothing can land."""
@@ -262,4 +275,6 @@ class SessionWriter:
         if has_mark:
             # not sooner: what the receiver answers to it must find that our own driver knows
             region.set_mark(ticket, total)
+            if not job.is_last:
+                self._awaited.begin(job.write.key, ticket)
         return outcome is not Outcome.UNKNOWN or self._renew(job.write)

@@ -59,6 +59,7 @@ class ReceiverTransfer:
         self.machine: Machine[ReceiverState, ReceiverEvent] = Machine(RECEIVER_TABLE, ReceiverState.OPENING)
         self.announced: Announce | None = None
         self.granted_tokens = 0
+        self.last_ticket: int | None = None
         self.landed_tokens = 0
         self.draining_tokens = 0
         self.drained_tokens = 0
@@ -134,6 +135,7 @@ class ReceiverTransfer:
         self.open_rounds.append(new)
         self.round_sizes.append(tokens)
         self.granted_tokens = new.end_token
+        self.last_ticket = ticket
         return new
 
     def on_progress(self, sent_tokens: int) -> bool:

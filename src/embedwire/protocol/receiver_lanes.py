@@ -321,10 +321,11 @@ class ReceiverLanes:
             room, blocks = turn
             self._tickets += 1
             room.granted_at = room.granted_at if room.round_sizes else now
+            before = room.last_ticket
             granted = room.grant(blocks, block_size=self.offered.block_size, ticket=self._tickets)
             self.admission.want_more(room)
             self._actions.append(Permit(room.address, granted))
-            self._send_grant(room, granted)
+            self._send_grant(room, granted, after=before)
             self._await(room, self.limits.round_s, now)
 
     # ------------------------------------------------------------------ ends
@@ -495,12 +496,12 @@ class ReceiverLanes:
         wait_s = self.limits.retry_s if is_urgent else self.limits.peer_silence_s / 4
         self._timers.set(address, now + wait_s)
 
-    def _send_grant(self, room: ReceiverTransfer, granted: Round) -> None:
+    def _send_grant(self, room: ReceiverTransfer, granted: Round, *, after: int | None = None) -> None:
         target = self.sessions[room.address].incarnation
         message = room.grant_message(
             granted, block_size=self.offered.block_size, source=self.incarnation, target=target
         )
-        self._actions.append(Send(room.address, message))
+        self._actions.append(Send(room.address, message, after))
 
     def _rooms_of(self, session: ReceiverSession) -> list[ReceiverTransfer]:
         return [

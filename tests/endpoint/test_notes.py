@@ -1,0 +1,144 @@
+"""Grants that a sender finds by itself: messages become needless, and nothing depends on the notes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from embedwire.endpoint import notes
+from embedwire.endpoint.notes import Awaited, Notes
+from embedwire.limits import Limits
+from embedwire.protocol.messages import ResumeTransfer, RoomKey, encode
+from embedwire.transports.shm import ShmInbound, ShmRegion
+
+pytestmark = pytest.mark.timeout(60)
+
+ROUNDS = 40
+TOKENS = ROUNDS * 128
+PATIENT = Limits(retry_s=5.0, peer_silence_s=20.0, open_wait_s=30.0, close_s=20.0)
+"""Asks again so seldom that what is lost stays lost."""
+ALWAYS_S = 1e6
+
+
+@pytest.fixture(autouse=True)
+def only_shm(stage: Any) -> None:
+    if stage.wire != "shm":
+        pytest.skip(f"{stage.wire} has no notes")
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever left a note, or looks for one, never gives up."""
+    for name in ("AWAIT_S", "FRESH_S", "HOLD_S"):
+        monkeypatch.setattr(notes, name, ALWAYS_S)
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_grants_are_found_without_a_message(stage: Any, said: list[str], window: int) -> None:
+    """Of the grants of a room those go out as messages that come before its first token, and few besides: where the receiver had looked
+    away and heard of tokens by a status."""
+    limits = replace(PATIENT, window_rounds=window)
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=window, limits=limits)
+    for room in range(3):
+        assert len(stage.move(sender, receiver, room, TOKENS).report.rounds) == ROUNDS
+    assert said.count("init") == 3
+    assert said.count("resume_transfer") <= 3 * (window - 1) + ROUNDS // 4
+
+
+def test_rooms_arrive_when_nobody_looks(stage: Any, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left is said a moment later, once."""
+    monkeypatch.setattr(notes, "FRESH_S", ALWAYS_S)
+    monkeypatch.setattr(ShmRegion, "note", lambda region, ticket: b"")
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2, limits=PATIENT)
+    stage.move(sender, receiver, 1, TOKENS)
+    assert said.count("resume_transfer") == ROUNDS - 1
+
+
+@pytest.mark.usefixtures("patience")
+def test_what_was_left_is_said_before_what_follows(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender keeps no grant that comes before its predecessor, so one that nobody has found is not overtaken by a message."""
+    monkeypatch.setattr(ShmRegion, "note", lambda region, ticket: b"")
+    real, calls = Notes.leave, itertools.count()
+    monkeypatch.setattr(Notes, "leave", lambda *args, **more: next(calls) % 2 and real(*args, **more))
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2, limits=PATIENT)
+    stage.move(sender, receiver, 1, TOKENS)
+
+
+def test_a_note_is_left_only_where_somebody_looks(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a room of which nothing has been seen to land just now: that of another one gave it the blocks."""
+    monkeypatch.setattr(notes, "FRESH_S", ALWAYS_S)
+    left: list[tuple[int, RoomKey]] = []
+    real = Notes.leave
+
+    def leave(self: Notes, grant: Any, *args: Any, **more: Any) -> bool:
+        is_left = real(self, grant, *args, **more)
+        left.extend([(grant.room, self._seen[0])] if is_left and self._seen[0] else [])
+        return is_left
+
+    monkeypatch.setattr(Notes, "leave", leave)
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
+    offers = [stage.offer(sender, room, TOKENS) for room in range(4)]
+    for reception in [receiver.open(room, sender.address) for room in range(4)]:
+        stage.check(reception, TOKENS)
+    assert all(room == seen.room for room, seen in left)
+    assert [offer.result(30).total_tokens for offer in offers] == [TOKENS] * 4
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("kind", ["garbage", "another's"])
+def test_a_note_that_lies_is_refused(
+    stage: Any, monkeypatch: pytest.MonkeyPatch, said: list[str], kind: str
+) -> None:
+    """Scenario 29: it costs the room a moment, until the receiver asks again."""
+    lie = b"\xc1" if kind == "garbage" else encode(_grant(source=7, target=8))
+    real = ShmInbound.set_note
+    monkeypatch.setattr(ShmInbound, "set_note", lambda inbound, ticket, note: real(inbound, ticket, lie))
+    limits = Limits(retry_s=0.05)
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2, limits=limits)
+    stage.move(sender, receiver, 1, 8 * 128)
+    assert sender.stats().frames_refused_total > 0
+    assert said.count("resume_transfer") >= 7
+
+
+@pytest.mark.usefixtures("patience")
+def test_a_room_that_ends_while_its_grant_lies_there(
+    stage: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scenario 27: it ends on both sides, and its blocks are free; the grant is said to nobody."""
+    monkeypatch.setattr(notes, "HOLD_S", 0.3)
+    monkeypatch.setattr(ShmRegion, "note", lambda region, ticket: b"")
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2, limits=PATIENT)
+    offer = stage.offer(sender, 1, TOKENS)
+    reception = receiver.open(1, sender.address)
+    stage.until(lambda: receiver._notes.next_due is not None)
+    reception.cancel()
+    assert stage.failure_of(reception).cause == stage.failure_of(offer).cause == "aborted"
+    stage.wait_idle()
+    stage.until(lambda: receiver._notes.next_due is None)
+    assert said.count("resume_transfer") <= 1
+
+
+def test_who_is_awaited_too_long_is_forgotten(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes, "AWAIT_S", -1.0)
+    awaited = Awaited()
+    awaited.begin(RoomKey(1, 0), 5)
+    assert awaited
+    assert awaited.find(None) == []
+    assert not awaited
+
+
+def _grant(**more: Any) -> ResumeTransfer:
+    return ResumeTransfer(
+        room=1,
+        attempt=0,
+        round=1,
+        start_token=128,
+        allocated_tokens=128,
+        block_indices=(1,),
+        ticket=9,
+        **more,
+    )
