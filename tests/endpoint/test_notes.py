@@ -12,6 +12,7 @@ from embedwire.endpoint import notes
 from embedwire.endpoint.notes import Awaited, Notes
 from embedwire.limits import Limits
 from embedwire.protocol.messages import ResumeTransfer, RoomKey, encode
+from embedwire.testing.payload import payload
 from embedwire.transports.shm import ShmInbound, ShmRegion
 
 pytestmark = pytest.mark.timeout(60)
@@ -68,24 +69,43 @@ def test_what_was_left_is_said_before_what_follows(stage: Any, monkeypatch: pyte
     stage.move(sender, receiver, 1, TOKENS)
 
 
-def test_a_note_is_left_only_where_somebody_looks(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for a room of which nothing has been seen to land just now: that of another one gave it the blocks."""
-    monkeypatch.setattr(notes, "FRESH_S", ALWAYS_S)
-    left: list[tuple[int, RoomKey]] = []
+@pytest.mark.usefixtures("patience")
+def test_among_several_rooms_grants_are_said(
+    stage: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that one gives back are another's next, so nobody looks, and nothing is left where nobody looks."""
+    left: list[Any] = []
     real = Notes.leave
+    monkeypatch.setattr(Notes, "leave", lambda *args, **more: real(*args, **more) and not left.append(args))
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=2, limits=PATIENT)
+    first = [sender.offer(room, total_tokens=TOKENS) for room in range(2)]  # the second has no source yet
+    first[0].fill(payload(sender.layout, TOKENS, room=0))
+    receptions = [receiver.open(room, sender.address) for room in range(2)]
+    stage.until(lambda: receiver.stats().rooms.get("waiting", 0) > 0)
+    stage.check(receptions[0], TOKENS)
+    assert not left
+    assert said.count("resume_transfer") == ROUNDS - 1
+    first[1].fill(payload(sender.layout, TOKENS, room=1))
+    stage.check(receptions[1], TOKENS)
+    assert left
 
-    def leave(self: Notes, grant: Any, *args: Any, **more: Any) -> bool:
-        is_left = real(self, grant, *args, **more)
-        left.extend([(grant.room, self._seen[0])] if is_left and self._seen[0] else [])
-        return is_left
 
-    monkeypatch.setattr(Notes, "leave", leave)
-    sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
-    offers = [stage.offer(sender, room, TOKENS) for room in range(4)]
-    for reception in [receiver.open(room, sender.address) for room in range(4)]:
-        stage.check(reception, TOKENS)
-    assert all(room == seen.room for room, seen in left)
-    assert [offer.result(30).total_tokens for offer in offers] == [TOKENS] * 4
+def test_a_note_is_left_only_for_what_was_seen_to_land(stage: Any) -> None:
+    """Just now, and of that very room: else its sender has stopped to look."""
+    receiver = stage.receiver()
+    inbound = receiver._landing.wire("shm")
+    grant = _grant(source=7, target=8)
+    made = Notes()
+    assert not made.leave(grant, "tcp://a", inbound, after=1, now=10.0)
+    made.saw(RoomKey(2, 0), 10.0)
+    assert not made.leave(grant, "tcp://a", inbound, after=1, now=10.0)
+    made.saw(grant.key, 10.0)
+    assert not made.leave(grant, "tcp://a", inbound, after=1, now=10.1)
+    assert not made.leave(grant, "tcp://a", None, after=1, now=10.0)
+    assert made.leave(grant, "tcp://a", inbound, after=1, now=10.0)
+    assert made.take_due(10.0) == []
+    assert made.take_due(10.1) == [("tcp://a", grant)]
+    assert made.next_due is None
 
 
 @pytest.mark.usefixtures("patience")
@@ -125,9 +145,9 @@ def test_a_room_that_ends_while_its_grant_lies_there(
 def test_who_is_awaited_too_long_is_forgotten(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notes, "AWAIT_S", -1.0)
     awaited = Awaited()
-    awaited.begin(RoomKey(1, 0), 5)
+    awaited.begin(5)
     assert awaited
-    assert awaited.find(None) == []
+    assert awaited.find(None) == b""
     assert not awaited
 
 

@@ -20,7 +20,7 @@ from embedwire.transports.contract import Inbound, RemoteRegion
 AWAIT_S = 2 * WATCH_S
 """How long a sender looks for a room's next grant after it has written the last one."""
 FRESH_S = 0.002
-"""A note is left for a room of which the receiver has seen tokens land within this time: then the sender has just written, and looks."""
+"""A note is left for a room of which the receiver has seen tokens land within this time: the sender has just written it, and looks."""
 HOLD_S = 0.002
 """So long does a grant wait for its round to begin before it is said."""
 
@@ -74,25 +74,22 @@ class Notes:
 
 
 class Awaited:
-    """The sender's half: the rooms of one session that have to go on, by the ticket of their newest grant. The writer's thread."""
+    """The sender's half: the room of a session that has to go on, by the ticket of its newest grant. The writer's thread."""
 
     def __init__(self) -> None:
-        self._rooms: dict[RoomKey, tuple[int, float]] = {}
+        self._ticket: int | None = None
+        self._until = -math.inf
 
     def __bool__(self) -> bool:
-        return bool(self._rooms)
+        return self._ticket is not None
 
-    def begin(self, key: RoomKey, ticket: int) -> None:
-        """The next grant of a room may come soon."""
-        self._rooms[key] = ticket, time.monotonic() + AWAIT_S
+    def begin(self, ticket: int) -> None:
+        """The grant that follows may come soon."""
+        self._ticket, self._until = ticket, time.monotonic() + AWAIT_S
 
-    def find(self, region: RemoteRegion | None) -> list[bytes]:
-        """The notes that have come. Who was found, or has waited long enough, is awaited no longer."""
-        found, now = [], time.monotonic()
-        for key, (ticket, until) in list(self._rooms.items()):
-            note = region.note(ticket) if region is not None else b""
-            if note:
-                found.append(note)
-            if note or now > until:
-                del self._rooms[key]
-        return found
+    def find(self, region: RemoteRegion | None) -> bytes:
+        """The note, if it has come: then, and when it does not come in time, nothing is awaited any longer."""
+        note = b"" if region is None or self._ticket is None else region.note(self._ticket)
+        if note or time.monotonic() > self._until:
+            self._ticket = None
+        return note

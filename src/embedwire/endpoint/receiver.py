@@ -371,10 +371,7 @@ class ReceiverEndpoint(Driver):
             case Send(_, messages.Done()) if any(isinstance(later, Finished) for later in self._pending):
                 self._pending.append(action)  # who waits for the embedding comes before the sender's memory
             case Send(address, messages.Grant() as grant, after):
-                if after is None or not self._leave_note(grant, address, after=after):
-                    self._say(address, grant)
-                if grant.key in self._core.lanes.rooms:
-                    self._begin_watch(self._core.lanes.rooms[grant.key])
+                self._grant(grant, address, after)
             case Send(address, message):
                 self._say(address, message)
             case Permit(_, granted):
@@ -407,14 +404,15 @@ class ReceiverEndpoint(Driver):
             case Hangup(address):
                 self._hang_up(address)
 
-    def _leave_note(self, grant: messages.Grant, address: Address, *, after: int) -> bool:
-        """Leave a grant where its sender looks. False: it has to be said, as have those that were left before it: a sender keeps none that
+    def _grant(self, grant: messages.Grant, address: Address, after: int | None) -> None:
+        """Leave a grant where its sender looks, or say it, and before it those of its room that still lie there: a sender keeps none that
         comes before its predecessor."""
-        inbound = self._inbound_from(address)
-        if self._notes.leave(grant, address, inbound, after=after, now=time.monotonic()):
-            return True
-        self._say_left(self._notes.take(grant.key))
-        return False
+        inbound, now = self._inbound_from(address), time.monotonic()
+        if after is None or not self._notes.leave(grant, address, inbound, after=after, now=now):
+            self._say_left(self._notes.take(grant.key))
+            self._say(address, grant)
+        if grant.key in self._core.lanes.rooms:
+            self._begin_watch(self._core.lanes.rooms[grant.key])
 
     def _say_left(self, left: Iterable[tuple[Address, messages.Grant]]) -> None:
         """Say those of the grants that were left whose rounds have not begun."""

@@ -388,7 +388,7 @@ class SenderEndpoint(Driver):
                 aux=pack_aux(offer.aux),
                 is_permitted=lambda: write.key not in offer.withdrawn,
                 geometry=writer.geometry,
-                is_last=write.round.end_token == self._core.rooms[write.key].total_tokens,
+                goes_on=self._core.goes_on_alone(write.key),
             )
         )
 

@@ -50,14 +50,15 @@ class WriterEvents(Protocol):
 
 @dataclass(slots=True)
 class WriteJob:
-    """One round to write. ``is_permitted`` turns False when the room has ended meanwhile; ``is_last`` where no round of it follows."""
+    """One round to write. ``is_permitted`` turns False when the room has ended meanwhile; ``goes_on`` where the
+    receiver may leave a note that the next round follows."""
 
     write: Write
     source: Source
     aux: bytes
     is_permitted: Callable[[], bool]
     geometry: PoolGeometry
-    is_last: bool
+    goes_on: bool
     slice_ends: list[int] = field(default_factory=list)
 
     def slices(self) -> Iterator[Slice]:
@@ -166,21 +167,22 @@ class SessionWriter:
                 self._events.written(job.write, Outcome.LOST)
 
     def _next_job(self) -> WriteJob | None:
-        """None comes last, from ``close``, and it comes in any case. While it waits it looks for notes, and whether a doubt has ended."""
+        """None comes last, from ``close``, and it comes in any case. While it waits it looks for a note, and whether a doubt has ended."""
         while True:
-            self._look_for_notes()
             try:
                 if self._awaited:  # get(timeout) may wait for ever, in CPython 3.11, where the time is over before it has begun to wait
                     return self._jobs.get_nowait()
                 return self._jobs.get(timeout=self._limits.retry_s if self._doubts else None)
             except Empty:
                 self._settle_doubts()
-            if self._awaited:
+            if self._awaited and not self._look_for_note():
                 time.sleep(NAP_S)
 
-    def _look_for_notes(self) -> None:
-        for note in self._awaited.find(self._region) if self._awaited else ():
+    def _look_for_note(self) -> bool:
+        note = self._awaited.find(self._region)
+        if note:
             self._events.noted(self, note)
+        return bool(note)
 
     def _settle_doubts(self) -> None:
         """Report the writes of which it is known by now that nothing can land."""
@@ -275,6 +277,6 @@ class SessionWriter:
         if has_mark:
             # not sooner: what the receiver answers to it must find that our own driver knows
             region.set_mark(ticket, total)
-            if not job.is_last:
-                self._awaited.begin(job.write.key, ticket)
+            if job.goes_on:
+                self._awaited.begin(ticket)
         return outcome is not Outcome.UNKNOWN or self._renew(job.write)

@@ -102,6 +102,11 @@ class ReceiverTransfer:
         """Tokens that no grant covers yet."""
         return self.total_tokens - self.granted_tokens
 
+    @property
+    def wants_grants(self) -> bool:
+        """Whether there are such tokens, or may be: as long as it was not announced."""
+        return self.announced is None or self.remaining_tokens > 0
+
     def on_announce(self, announce: Announce) -> bool:
         """The room's facts. True when they are new, or the source has become ready. Raises ProtocolViolation when they changed."""
         known = self.announced

@@ -321,12 +321,17 @@ class ReceiverLanes:
             room, blocks = turn
             self._tickets += 1
             room.granted_at = room.granted_at if room.round_sizes else now
-            before = room.last_ticket
+            before = room.last_ticket if self._goes_on_alone(room) else None
             granted = room.grant(blocks, block_size=self.offered.block_size, ticket=self._tickets)
             self.admission.want_more(room)
             self._actions.append(Permit(room.address, granted))
             self._send_grant(room, granted, after=before)
             self._await(room, self.limits.round_s, now)
+
+    def _goes_on_alone(self, room: ReceiverTransfer) -> bool:
+        """Whether no other room of its sender waits for grants, as the sender sees it in :meth:`SenderCore.goes_on_alone`."""
+        others = (self.rooms.get(key) for key in self.sessions[room.address].rooms if key != room.key)
+        return not any(other and other.is_live and other.wants_grants for other in others)
 
     # ------------------------------------------------------------------ ends
 
