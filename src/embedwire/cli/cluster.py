@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from types import TracebackType
 from typing import Any
 
@@ -93,7 +93,8 @@ class Cluster:
         self._stop_s = shutdown_s + margin_s
         self._program = program
         self._children: list[Child] = []
-        self._events: SimpleQueue[Child] = SimpleQueue()
+        # Not a SimpleQueue: in CPython 3.11 its get with a tiny timeout may never return.
+        self._events: Queue[Child] = Queue()
         self._logs = None if shares_log else tempfile.TemporaryDirectory(prefix="embedwire-logs-")
 
     def start(self, name: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Child:

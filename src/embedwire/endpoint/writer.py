@@ -50,8 +50,8 @@ class WriterEvents(Protocol):
 
 @dataclass(slots=True)
 class WriteJob:
-    """One round to write. ``is_permitted`` turns False when the room has ended meanwhile; ``goes_on`` where the
-    receiver may leave a note that the next round follows."""
+    """One round to write. ``is_permitted`` turns False when the room has ended meanwhile; with ``goes_on`` the room's next grant may come
+    as a note."""
 
     write: Write
     source: Source
@@ -170,7 +170,7 @@ class SessionWriter:
         """None comes last, from ``close``, and it comes in any case. While it waits it looks for a note, and whether a doubt has ended."""
         while True:
             try:
-                if self._awaited:  # get(timeout) may wait for ever, in CPython 3.11, where the time is over before it has begun to wait
+                if self._awaited:  # no get with so short a timeout: in CPython 3.11 it may never return
                     return self._jobs.get_nowait()
                 return self._jobs.get(timeout=self._limits.retry_s if self._doubts else None)
             except Empty:
