@@ -66,7 +66,7 @@ def test_what_was_left_is_said_before_what_follows(stage: Any, monkeypatch: pyte
     real, calls = Notes.leave, itertools.count()
     monkeypatch.setattr(Notes, "leave", lambda *args, **more: next(calls) % 2 and real(*args, **more))
     sender, receiver = stage.sender(), stage.receiver(num_blocks=2, limits=PATIENT)
-    stage.move(sender, receiver, 1, TOKENS)
+    assert len(stage.move(sender, receiver, 1, TOKENS).report.rounds) == ROUNDS
 
 
 @pytest.mark.usefixtures("patience")

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from embedwire.cli.cluster import SIGNAL_WAIT_S
 from embedwire.cli.groups import Encoder, Engine, Language, Ranks, Server, Vllm, VllmServers, Wire
 from embedwire.cli.options import takes
 from embedwire.cli.process import Voice, begin
@@ -35,7 +36,6 @@ CONNECTOR = {
     "ec_connector_module_path": "embedwire.engines.vllm.connector",
 }
 HEALTH_POLL_S = 0.25
-END_POLL_S = 0.5
 KILL_WAIT_S = 2.0
 
 TheRole = Annotated[Role, typer.Option("--role")]
@@ -167,9 +167,9 @@ def _running(command: Sequence[str], *, end_within_s: float) -> Iterator[subproc
 
 
 def _wait_end(process: subprocess.Popen[bytes]) -> int:
-    """Its exit code. A signal that comes just as a wait begins is seen when that ends, so none is long."""
+    """Its exit code, waited for in steps: see SIGNAL_WAIT_S."""
     while (status := process.poll()) is None:
-        time.sleep(END_POLL_S)
+        time.sleep(SIGNAL_WAIT_S)
     return status
 
 
