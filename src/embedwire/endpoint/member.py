@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from embedwire.endpoint.reception import Arrays, Reception
+from embedwire.endpoint.reception import Arrays, Reception, Receptions
 from embedwire.endpoint.turn_messages import Aside, Left, Mapped, Opened
 from embedwire.endpoint.turns import Seat, Turns
 from embedwire.errors import EmbedwireError, TransferError, UsageError
@@ -37,6 +37,7 @@ class GroupMember:
         self,
         endpoint: ReceiverEndpoint,
         core: ReceiverCore,
+        receptions: Receptions,
         seat: Seat,
         *,
         on_room: OnRoom | None,
@@ -44,6 +45,7 @@ class GroupMember:
     ) -> None:
         self._endpoint = endpoint
         self._core = core
+        self._receptions = receptions
         self._seat = seat
         self._on_room = on_room
         self._on_lost = on_lost
@@ -110,9 +112,9 @@ class GroupMember:
             try:
                 arrays, aux = attach(self._handles.pop(room.key), self._endpoint.layout)
             except EmbedwireError as error:  # the others have it: this rank can not go on with them
-                self._endpoint.give_up(room.key, Cause.RANK_LOST, str(error))
+                self._receptions.give_up(room.key, Cause.RANK_LOST, str(error))
                 raise
-            self._endpoint.deliver(room, arrays, aux)
+            self._receptions.deliver(room, arrays=arrays, aux=aux)
 
     def left(self, key: RoomKey) -> None:
         """There is no array of a room here any more. Those who share its memory hear so in the next turn, whatever that is for."""
@@ -178,7 +180,7 @@ class GroupMember:
 
     def _open_told(self, opened: Sequence[Opened]) -> None:
         for one in opened:
-            reception = self._endpoint.expect(one.key)
+            reception = self._receptions.expect(one.key)
             self._endpoint.open_now(one.key, one.addresses)
             if self._on_room is not None:
                 self._on_room(reception)
@@ -208,7 +210,7 @@ class GroupMember:
         self._ended_as = detail
         cause = Cause.RANK_LOST if is_lost else Cause.CLOSED
         for opened in self._asked:
-            self._endpoint.give_up(opened.key, cause, detail)
+            self._receptions.give_up(opened.key, cause, detail)
         self._asked = []
         self._endpoint.carry_out(self._core.on_group_ended(cause, detail, now=time.monotonic()))
         self._spares.close()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 
 import zmq
@@ -20,15 +20,14 @@ from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
 from embedwire.endpoint.landing import Landing
 from embedwire.endpoint.member import GroupMember, OnLost, OnRoom
 from embedwire.endpoint.notes import Notes
-from embedwire.endpoint.reception import Arrays, MakeAssembly, Received, Reception
-from embedwire.endpoint.stats import ReceiveReport, ReceiverStats
+from embedwire.endpoint.reception import MakeAssembly, Reception, Receptions
+from embedwire.endpoint.stats import ReceiverStats
 from embedwire.endpoint.turns import Seat
 from embedwire.endpoint.watch import Watch
 from embedwire.errors import (
     ConfigurationError,
     EmbedwireError,
     ProtocolViolation,
-    TransferError,
     UsageError,
 )
 from embedwire.limits import (
@@ -121,12 +120,11 @@ class ReceiverEndpoint(Driver):
             rank=seat.rank if seat is not None else 0,
         )
         super().__init__("embedwire-receiver")
-        self._receptions: dict[RoomKey, Reception] = {}
+        self._receptions = Receptions(self, self._core, on_released=self._released, on_left=self._left)
         self._sockets: dict[Address, zmq.Socket[bytes]] = {}
         self._subscriptions: dict[Address, OnKept] = {}
         self._silent: set[Address] = set()
         self._pending: deque[ReceiverAction] = deque()
-        self._ended: Counter[str] = Counter()
         self._rounds_total = self._bytes_total = self._frames_refused = 0
         self._proof_at = 0.0
         self._member: GroupMember | None = None
@@ -138,7 +136,9 @@ class ReceiverEndpoint(Driver):
 
     def _join(self, seat: Seat, on_room: OnRoom | None, on_lost: OnLost | None) -> None:
         try:
-            self._member = GroupMember(self, self._core, seat, on_room=on_room, on_lost=on_lost)
+            self._member = GroupMember(
+                self, self._core, self._receptions, seat, on_room=on_room, on_lost=on_lost
+            )
         except BaseException:
             self.close()
             raise
@@ -194,16 +194,11 @@ class ReceiverEndpoint(Driver):
             raise UsageError(f"room {key.room} attempt {key.attempt} is open already")
         self._core.check_open(key, senders=len(addresses))
         self._connect_all(key, addresses)
-        reception = self.expect(key, make_assembly)
+        reception = self._receptions.expect(key, make_assembly)
         if member is not None:
             member.ask(key, addresses)
         else:
             self.open_now(key, addresses, item=item)
-        return reception
-
-    def expect(self, key: RoomKey, make_assembly: MakeAssembly | None = None) -> Reception:
-        """The reception of a room that is about to be opened. On the driver's thread."""
-        reception = self._receptions[key] = Reception(self, key, make_assembly or self.layout.empty)
         return reception
 
     def open_now(self, key: RoomKey, addresses: Sequence[Address], *, item: bytes = b"") -> None:
@@ -224,16 +219,11 @@ class ReceiverEndpoint(Driver):
     def _cancel(self, key: RoomKey, detail: str) -> None:
         def cancel() -> None:
             if self._member is not None and self._member.withdraw(key):
-                self.give_up(key, Cause.ABORTED, detail)
+                self._receptions.give_up(key, Cause.ABORTED, detail)
             else:
                 self.carry_out(self._core.abort(key, Cause.ABORTED, detail, now=time.monotonic()))
 
         self.post(cancel)
-
-    def give_up(self, key: RoomKey, cause: Cause, detail: str) -> None:
-        """A room that the core does not know (any more) ends. On the driver's thread."""
-        self._ended[cause.value] += 1
-        self._receptions.pop(key).set_exception(TransferError(cause.value, detail))
 
     @property
     def is_receiving(self) -> bool:
@@ -248,7 +238,7 @@ class ReceiverEndpoint(Driver):
         admission, blocks = self._core.admission, self._landing.blocks
         return ReceiverStats(
             rooms=Counter(room.state.value for room in self._core.lanes.rooms.values()),
-            ended=dict(self._ended),
+            ended=dict(self._receptions.ended),
             waiting={"assembly": len(self._core.for_assembly), "blocks": len(admission.for_blocks)},
             sessions=len(self._core.lanes.sessions),
             rounds_total=self._rounds_total,
@@ -396,7 +386,7 @@ class ReceiverEndpoint(Driver):
             case Failed(key, cause, detail):
                 if self._member is not None:
                     self._member.fail(key)
-                self.give_up(key, cause, detail)
+                self._receptions.give_up(key, cause, detail)
             case Heard(address, content_hash, tokens):
                 self._subscriptions[address](address, content_hash, tokens)
             case Reconnect(address):
@@ -437,19 +427,12 @@ class ReceiverEndpoint(Driver):
             logger.debug("! not sent to %s: %s", address, error)
 
     def _assemble(self, key: RoomKey, total_tokens: int) -> None:
-        reception = self._receptions.get(key)
-        if reception is None:
+        if key not in self._receptions:
             return
+        member = self._member
+        make_assembly = partial(member.assemble, key) if member is not None and member.shares else None
         try:
-            if self._member is not None and self._member.shares:
-                reception.arrays = self._member.assemble(key, total_tokens)
-            else:
-                reception.arrays = reception.make_assembly(total_tokens)
-            reception.rows = self.layout.rows(reception.arrays)
-            if len(reception.rows[0]) != total_tokens:
-                raise UsageError(f"an assembly of {len(reception.rows[0])} rows for {total_tokens} tokens")
-            if not all(array.flags.writeable for array in reception.arrays.values()):
-                raise UsageError("an assembly that can not be written to")
+            self._receptions.assemble(key, total_tokens, make_assembly=make_assembly)
         except Exception as error:
             detail = f"no assembly: {type(error).__name__}: {error}"
             self.carry_out(self._core.abort(key, Cause.OVERLOADED, detail, now=time.monotonic()))
@@ -474,73 +457,26 @@ class ReceiverEndpoint(Driver):
         if self._member is not None:
             self._member.finish(room)
         if not room.is_dummy:
-            announced = next(iter(room.lanes.values())).announced
-            assert announced is not None
-            self.deliver(room, self._receptions[room.key].arrays, announced.aux)
+            self._receptions.deliver(room)
 
-    def deliver(self, room: Room, arrays: Arrays, aux: tuple[int, ...]) -> None:
-        """A room is where it is read. On the driver's thread."""
-        key = room.key
-        reception = self._receptions.pop(key)
-        received = Received(key.room, key.attempt, arrays, aux, self._report(room), self._release_once(key))
-        self._release_with_arrays(arrays, lambda: self._leave(key))
-        self._ended[Cause.DONE.value] += 1
-        reception.arrays, reception.rows = {}, ()
-        reception.set_result(received)
+    def _released(self, key: RoomKey) -> None:
+        """Nobody needs the arrays of a room. Any thread."""
+        self.post(partial(self._let_go, key))
 
-    def _report(self, room: Room) -> ReceiveReport:
-        lanes, now = list(room.lanes.values()), time.monotonic()
-        readers = len(self._core.group.readers)
-        if not lanes:
-            return ReceiveReport(total_tokens=room.total_tokens, readers=readers)
-        announced = lanes[0].announced
-        assert announced is not None
-        granted_at = min(lane.granted_at for lane in lanes)
-        return ReceiveReport(
-            total_tokens=room.total_tokens,
-            rounds=tuple(tokens for lane in lanes for tokens in lane.round_sizes),
-            bytes=sum(lane.total_tokens for lane in lanes) * self.layout.token_bytes,
-            transport=self._core.lanes.sessions[lanes[0].address].wire or "",
-            source_ms=announced.source_ms,
-            wait_ms=(granted_at - max(lane.ready_at for lane in lanes)) * 1000,
-            transfer_ms=(now - granted_at) * 1000,
-            content_hash=announced.content_hash,
-            readers=readers,
-        )
+    def _left(self, key: RoomKey) -> None:
+        """The last array of a room is gone. Any thread."""
 
-    def _release_once(self, key: RoomKey) -> Callable[[], None]:
-        def release() -> None:
-            self.post(lambda: self._let_go(key))
-
-        return release
-
-    def _let_go(self, key: RoomKey) -> None:
-        self.carry_out(self._core.on_assembly_released(key, now=time.monotonic()))
-
-    def _leave(self, key: RoomKey) -> None:
-        """The last array of a room is gone."""
-
-        def leave() -> None:
+        def left() -> None:
             if self._member is not None:
                 self._member.left(key)
             self._let_go(key)
 
-        self.post(leave)
+        self.post(left)
+
+    def _let_go(self, key: RoomKey) -> None:
+        self.carry_out(self._core.on_assembly_released(key, now=time.monotonic()))
 
     @property
     def memory_free_bytes(self) -> int:
         """Of assemblies. On the driver's thread."""
         return self._budget.limit_bytes - self._budget.used_bytes
-
-    @staticmethod
-    def _release_with_arrays(arrays: Arrays, release: Callable[[], None]) -> None:
-        """Release when the last of the arrays is collected."""
-        left = [len(arrays)]
-
-        def one_less() -> None:
-            left[0] -= 1
-            if not left[0]:
-                release()
-
-        for array in arrays.values():
-            weakref.finalize(array, one_less).atexit = False
