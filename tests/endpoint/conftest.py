@@ -125,15 +125,11 @@ def _is_idle_receiver(receiver: ReceiverEndpoint) -> bool:
     return True
 
 
-EVERY_WIRE = ("test_bytes", "test_writer")
-"""Modules about what passes through a wire. All else is about both ends, and goes over those that are built in."""
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``stage`` comes once a wire."""
+    """``stage`` comes once a wire: those that are built in, or those of the mark ``wires``."""
     if "stage" in metafunc.fixturenames:
-        others = tuple(WIRES) if metafunc.module.__name__.rpartition(".")[2] in EVERY_WIRE else ()
-        metafunc.parametrize("stage", ("shm", "tcp", *others), indirect=True)
+        mark = metafunc.definition.get_closest_marker("wires")
+        metafunc.parametrize("stage", mark.args if mark is not None else ("shm", "tcp"), indirect=True)
 
 
 @pytest.fixture

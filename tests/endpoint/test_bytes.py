@@ -11,7 +11,7 @@ from embedwire.limits import Limits
 from embedwire.memory.layout import item, multimodal
 from embedwire.testing.payload import differing
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.wires("shm", "tcp", "mooncake", "nixl")]
 
 ONE_BY_ONE = Limits(window_rounds=1)
 """Each round takes all of the pool that it can use, and the next waits for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -101,6 +102,75 @@ def test_it_is_not_closed_by_itself(driver: Idle) -> None:
     with pytest.raises(UsageError, match="out of a callback"):
         driver.call(driver.close)
     assert driver.call(lambda: "still here") == "still here"
+
+
+@pytest.fixture
+def sleep(driver: Idle, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The driver sleeps, whatever happens, until this is set."""
+    real, end = driver._poller, threading.Event()
+
+    class Deaf:
+        def poll(self, timeout_ms: float | None) -> Any:
+            asleep.set()
+            assert end.wait(30)
+            return real.poll(timeout_ms)
+
+    asleep = threading.Event()
+    monkeypatch.setattr(driver, "_poller", Deaf())
+    driver.post(lambda: None)
+    assert asleep.wait(30)
+    yield end
+    end.set()
+
+
+def test_a_step_runs_at_once_while_the_driver_sleeps(driver: Idle, sleep: threading.Event) -> None:
+    ran_on: list[threading.Thread] = []
+    driver.run(lambda: ran_on.append(threading.current_thread()))
+    driver.run(lambda: 1 // 0)  # logged, as one of the driver's own
+    driver.run(lambda: ran_on.append(threading.current_thread()))
+    assert ran_on == 2 * [threading.current_thread()]
+
+
+def test_a_step_does_not_overtake(driver: Idle, sleep: threading.Event) -> None:
+    """What was posted comes first, and so does what the driver is about."""
+    order: list[str] = []
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        has_begun.set()
+        assert may_go_on.wait(30)
+        order.append("slow")
+
+    driver.post(slow)
+    driver.run(lambda: order.append("behind it"))
+    assert not order
+    sleep.set()
+    assert has_begun.wait(30)
+    driver.run(lambda: order.append("meanwhile"))
+    assert not order
+    may_go_on.set()
+    driver.call(lambda: None)
+    assert order == ["slow", "behind it", "meanwhile"]
+
+
+def test_a_step_that_brings_a_deadline_wakes_the_driver(driver: Idle) -> None:
+    ran_on: list[threading.Thread] = []
+
+    def step() -> None:
+        ran_on.append(threading.current_thread())
+        driver.faults = 1  # makes it due
+
+    give_up_s = time.monotonic() + 30
+    while threading.current_thread() not in ran_on:  # until it was asleep
+        driver.run(step)
+        while driver.faults:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.001)
+
+
+def test_no_step_after_the_end(driver: Idle) -> None:
+    driver.close()
+    driver.run(lambda: pytest.fail("a step of a core that is no more"))
 
 
 def test_a_post_may_interrupt_a_post(driver: Idle) -> None:

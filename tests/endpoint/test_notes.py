@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from embedwire.endpoint import notes
+from embedwire.endpoint import notes, watch
+from embedwire.endpoint import sender as sender_module
 from embedwire.endpoint.notes import Awaited, Notes
 from embedwire.limits import Limits
 from embedwire.protocol.messages import ResumeTransfer, RoomKey, encode
 from embedwire.testing.payload import payload
 from embedwire.transports.shm import ShmInbound, ShmRegion
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.wires("shm")]
 
 ROUNDS = 40
 TOKENS = ROUNDS * 128
@@ -25,15 +26,10 @@ PATIENT = Limits(retry_s=5.0, peer_silence_s=20.0, open_wait_s=30.0, close_s=20.
 ALWAYS_S = 1e6
 
 
-@pytest.fixture(autouse=True)
-def only_shm(stage: Any) -> None:
-    if stage.wire != "shm":
-        pytest.skip(f"{stage.wire} has no notes")
-
-
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever left a note, or looks for one, never gives up."""
+    """Whoever left a note, or looks for one, or for what lands, never gives up."""
+    monkeypatch.setattr(watch, "WATCH_S", ALWAYS_S)
     for name in ("AWAIT_S", "FRESH_S", "HOLD_S"):
         monkeypatch.setattr(notes, name, ALWAYS_S)
 
@@ -41,14 +37,25 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("window", [1, 2, 4])
 def test_grants_are_found_without_a_message(stage: Any, said: list[str], window: int) -> None:
-    """Of the grants of a room those go out as messages that come before its first token, and few besides: where the receiver had looked
-    away and heard of tokens by a status."""
+    """Of the grants of a room those go out as messages that come before its first token."""
     limits = replace(PATIENT, window_rounds=window)
     sender, receiver = stage.sender(), stage.receiver(num_blocks=window, limits=limits)
     for room in range(3):
         assert len(stage.move(sender, receiver, room, TOKENS).report.rounds) == ROUNDS
     assert said.count("init") == 3
-    assert said.count("resume_transfer") <= 3 * (window - 1) + ROUNDS // 4
+    assert said.count("resume_transfer") <= 3 * (window - 1)
+
+
+@pytest.mark.usefixtures("patience")
+def test_no_driver_is_woken_between_two_rounds(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer takes the sender's steps by itself: that it has written, and what it has found."""
+    for name in ("STATUS_S", "STATUS_WATCHED_S"):  # how long it keeps to itself what the receiver sees
+        monkeypatch.setattr(sender_module, name, ALWAYS_S)
+    sender, receiver = stage.sender(), stage.receiver(num_blocks=1, limits=PATIENT)
+    turns, real = itertools.count(), sender._turn
+    monkeypatch.setattr(sender, "_turn", lambda: (next(turns), real()))
+    stage.move(sender, receiver, 1, TOKENS)
+    assert next(turns) < ROUNDS / 2
 
 
 def test_rooms_arrive_when_nobody_looks(stage: Any, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from embedwire.transports.shm import ShmOutbound, ShmRegion
 from embedwire.transports.tcp import TcpOutbound
 from embedwire.transports.tcp.outbound import TcpRegion
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.wires("shm", "tcp", "mooncake", "nixl")]
 
 REGIONS: dict[str, Any] = {
     "shm": ShmRegion,
@@ -101,6 +101,18 @@ def test_a_write_that_is_always_lost(stage: Any, monkeypatch: Any) -> None:
     assert stage.failure_of(receiver.open(1, sender.address)).cause == "wire_failed"
     assert stage.failure_of(offer).cause == "wire_failed"
     stage.move(sender, receiver, 2, TOKENS)
+
+
+def test_callbacks_run_on_the_drivers_thread(stage: Any, monkeypatch: Any) -> None:
+    """Also where it is a writer's step that ends a room."""
+    script(monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.UNKNOWN])
+    ran_on: list[threading.Thread] = []
+    sender = stage.sender()
+    offer = stage.offer(sender, 1, TOKENS)
+    offer.add_done_callback(lambda _: ran_on.append(threading.current_thread()))
+    stage.failure_of(stage.receiver().open(1, sender.address))
+    stage.wait_idle()
+    assert ran_on == [sender._thread]
 
 
 def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch: Any) -> None:

@@ -285,10 +285,6 @@ class SenderEndpoint(Driver):
                 del self._held[key]
                 self._say(peer, status)
 
-    def _is_marked(self, peer: Peer) -> bool:
-        writer = self._writers.get(peer)
-        return writer is not None and writer.has_marks
-
     def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
         for parts in frames:
             identity, frame = parts[0], parts[-1]
@@ -319,13 +315,27 @@ class SenderEndpoint(Driver):
             )
 
     def _carry_out(self, actions: list[SenderAction]) -> None:
-        """In order; one that fails does not take the others with it."""
+        """In order; one that fails does not take the others with it. A writer that takes a step of the core does what goes on from there,
+        and leaves the rest to the driver."""
         for action in actions:
-            self._guard(partial(self._do, action))
+            do = partial(self._do, action)
+            if self.is_driving or isinstance(action, Write) or self._is_to_hold(action):
+                self._guard(do)
+            else:
+                self.post(do)
+
+    def _is_to_hold(self, action: SenderAction) -> bool:
+        """Whether it is a message that most often need not be said."""
+        return (
+            isinstance(action, Reply)
+            and isinstance(action.message, messages.Status)
+            and action.peer in self._writers
+            and self._writers[action.peer].has_marks
+        )
 
     def _do(self, action: SenderAction) -> None:
         match action:
-            case Reply(peer, messages.Status() as status) if self._is_marked(peer):
+            case Reply(peer, messages.Status() as status) if self._is_to_hold(action):
                 wait_s = STATUS_WATCHED_S if self._writers[peer].is_watched(status.key) else STATUS_S
                 held_due = self._held[status.key][0] if status.key in self._held else math.inf
                 self._held[status.key] = (min(held_due, time.monotonic() + wait_s), peer, status)
@@ -458,7 +468,7 @@ class SenderEndpoint(Driver):
 
     def written(self, write: Write, outcome: Outcome) -> None:
         """A write has returned."""
-        self.post(partial(self._on_written, write, outcome))
+        self.run(partial(self._on_written, write, outcome))
 
     def _on_written(self, write: Write, outcome: Outcome) -> None:
         key, number, now = write.key, write.round.number, time.monotonic()
@@ -473,7 +483,7 @@ class SenderEndpoint(Driver):
 
     def noted(self, writer: SessionWriter, note: bytes) -> None:
         """A message that a writer has found where its receiver left it."""
-        self.post(lambda: self._on_note(writer.peer, note))
+        self.run(partial(self._on_note, writer.peer, note))
 
     def _on_note(self, peer: Peer, note: bytes) -> None:
         try:
