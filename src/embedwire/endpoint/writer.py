@@ -1,6 +1,6 @@
 """One thread a receiver: it reaches the receiver's memory, then writes rounds into it, one after another.
 
-So a receiver that is slow or frozen holds up nobody else. It owns the wire's session; what it learns it posts to the driver.
+So a receiver that is slow or frozen holds up nobody else. It owns the wire's session; what it learns it hands to the endpoint.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ class SessionWriter:
             self._note_mark(job.write.key)
         self._events.written(job.write, outcome)
         if has_mark:
-            # not sooner: what the receiver answers to it must find that our own driver knows
+            # not sooner: what the receiver answers to it must find that our own core knows
             region.set_mark(ticket, total)
             if job.goes_on:
                 self._awaited.begin(ticket)
