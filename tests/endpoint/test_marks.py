@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from embedwire.endpoint import SenderEndpoint, watch, writer
-from embedwire.endpoint import sender as sender_module
+from embedwire.endpoint import SenderEndpoint, statuses, watch, writer
 from embedwire.limits import Limits
 from embedwire.protocol.messages import Status
 from embedwire.transports.shm import ShmInbound
@@ -72,8 +71,8 @@ def test_statuses_that_became_old_are_never_sent(
 ) -> None:
     """They are held back for a moment, and the receiver has seen by then what they tell."""
     for module, name in (
-        (sender_module, "STATUS_S"),
-        (sender_module, "STATUS_WATCHED_S"),
+        (statuses, "HOLD_S"),
+        (statuses, "HOLD_WATCHED_S"),
         (watch, "WATCH_S"),
     ):
         monkeypatch.setattr(module, name, 1e6)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from embedwire.endpoint import notes, watch
-from embedwire.endpoint import sender as sender_module
+from embedwire.endpoint import notes, statuses, watch
 from embedwire.endpoint.notes import Awaited, Notes
 from embedwire.limits import Limits
 from embedwire.protocol.messages import ResumeTransfer, RoomKey, encode
@@ -49,8 +48,8 @@ def test_grants_are_found_without_a_message(stage: Any, said: list[str], window:
 @pytest.mark.usefixtures("patience")
 def test_no_driver_is_woken_between_two_rounds(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer takes the sender's steps by itself: that it has written, and what it has found."""
-    for name in ("STATUS_S", "STATUS_WATCHED_S"):  # how long it keeps to itself what the receiver sees
-        monkeypatch.setattr(sender_module, name, ALWAYS_S)
+    for name in ("HOLD_S", "HOLD_WATCHED_S"):  # how long it keeps to itself what the receiver sees
+        monkeypatch.setattr(statuses, name, ALWAYS_S)
     sender, receiver = stage.sender(), stage.receiver(num_blocks=1, limits=PATIENT)
     turns, real = itertools.count(), sender._turn
     monkeypatch.setattr(sender, "_turn", lambda: (next(turns), real()))

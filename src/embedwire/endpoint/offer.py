@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedwire.endpoint.stats import SendReport
-from embedwire.errors import UsageError
+from embedwire.errors import TransferError, UsageError
 from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.layout import Layout
 from embedwire.memory.source import Source
@@ -60,7 +60,7 @@ class Offer(Future[SendReport]):
         self.aux = aux
         self.shares = {key._replace(lane=lane.number): lane.share(total_tokens) for lane in lanes}
         self.sources: dict[RoomKey, Source] = {}
-        self.releases: dict[RoomKey, Release] = {}
+        self._releases: dict[RoomKey, Release] = {}
         self.withdrawn: set[RoomKey] = set()
         self._endpoint = endpoint
         self._offered_at = time.monotonic()
@@ -96,6 +96,22 @@ class Offer(Future[SendReport]):
     def _part(self, arrays: Mapping[str, np.ndarray], share: range) -> Filling:
         rows = {name: array[share.start : share.stop] for name, array in arrays.items()}
         return Filling.of(self._endpoint.layout, rows)
+
+    def end_lane(self, release: Release) -> list[RoomKey]:
+        """One lane is over. Returns those that are not. On the driver's thread."""
+        self._releases[release.key] = release
+        self.sources.pop(release.key, None)
+        return [key for key in self.shares if key not in self._releases]
+
+    def outcome(self, *, token_bytes: int) -> SendReport | TransferError:
+        """All lanes are over, and so is the room: as its first lane that failed, or well."""
+        ends = self._releases.values()
+        failed = next((end for end in ends if end.cause is not Cause.DONE), None)
+        if failed is not None:
+            return TransferError(failed.cause.value, failed.detail)
+        rounds = tuple(tokens for end in ends for tokens in end.rounds)
+        nbytes = sum(map(len, self.shares.values())) * token_bytes
+        return SendReport(self.total_tokens, rounds, nbytes)
 
     def fail(self, detail: str) -> None:
         """The source can not be made: the room ends with cause ``encoder_failed`` on both sides."""

@@ -7,7 +7,6 @@ one writer thread a receiver moves the bytes.
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import threading
 import time
@@ -20,7 +19,8 @@ import zmq
 
 from embedwire.endpoint.driver import Driver, check_key, chosen, is_of
 from embedwire.endpoint.offer import Filling, Offer
-from embedwire.endpoint.stats import SenderStats, SendReport
+from embedwire.endpoint.stats import SenderStats
+from embedwire.endpoint.statuses import HeldStatuses
 from embedwire.endpoint.writer import SessionWriter, WriteJob
 from embedwire.errors import (
     ConfigurationError,
@@ -67,11 +67,6 @@ OnWanted = Callable[[RoomKey, bytes], None]
 """Called on the driver's thread when a receiver asks for what is kept under a content hash: :meth:`SenderEndpoint.lend` it, now or
 later, or :meth:`SenderEndpoint.refuse` it."""
 
-STATUS_S = 0.002
-"""Over a wire with marks a status waits for this long, for a newer one or the room's end: most often the receiver has seen it by then."""
-STATUS_WATCHED_S = 0.02
-"""So long where slice follows slice. Each message takes the processors from those who copy."""
-
 
 class SenderEndpoint(Driver):
     """Offers rooms of one layout to any number of receivers.
@@ -113,7 +108,7 @@ class SenderEndpoint(Driver):
         self._routes: dict[Peer, bytes] = {}
         self._landed: dict[tuple[RoomKey, int], int] = {}
         self._landed_lock = threading.Lock()
-        self._held: dict[RoomKey, tuple[float, Peer, messages.Status]] = {}
+        self._held = HeldStatuses()
         self._ended: Counter[str] = Counter()
         self._rounds_total = self._bytes_total = self._frames_refused = 0
         self._socket = self._context.socket(zmq.ROUTER)
@@ -275,15 +270,13 @@ class SenderEndpoint(Driver):
     # ------------------------------------------------------------------ the driver's thread
 
     def _next_due(self) -> float | None:
-        due = self._core.next_due()
-        return min([held[0] for held in self._held.values()] + ([] if due is None else [due]), default=None)
+        dues = (self._core.next_due(), self._held.next_due)
+        return min((due for due in dues if due is not None), default=None)
 
     def _on_time(self, now: float) -> None:
         self._carry_out(self._core.on_tick(now))
-        for key, (due, peer, status) in list(self._held.items()):
-            if now >= due:
-                del self._held[key]
-                self._say(peer, status)
+        for peer, status in self._held.take_due(now):
+            self._say(peer, status)
 
     def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
         for parts in frames:
@@ -336,9 +329,8 @@ class SenderEndpoint(Driver):
     def _do(self, action: SenderAction) -> None:
         match action:
             case Reply(peer, messages.Status() as status) if self._is_to_hold(action):
-                wait_s = STATUS_WATCHED_S if self._writers[peer].is_watched(status.key) else STATUS_S
-                held_due = self._held[status.key][0] if status.key in self._held else math.inf
-                self._held[status.key] = (min(held_due, time.monotonic() + wait_s), peer, status)
+                is_watched = self._writers[peer].is_watched(status.key)
+                self._held.hold(peer, status, is_watched=is_watched, now=time.monotonic())
             case Reply(peer, message):
                 self._say(peer, message)
             case Attach(peer, hello):
@@ -404,25 +396,20 @@ class SenderEndpoint(Driver):
 
     def _release(self, release: Release) -> None:
         """One lane is over. A room is over with the last of them, and one that fails takes the others with it."""
-        self._held.pop(release.key, None)
+        self._held.drop(release.key)
         offer = self._offers.pop(release.key)
-        offer.releases[release.key] = release
-        offer.sources.pop(release.key, None)
-        if len(offer.releases) < len(offer.shares):
+        if left := offer.end_lane(release):
             if release.cause is not Cause.DONE:
-                left = [key for key in offer.shares if key not in offer.releases]
                 self._fail(left, release.cause, release.detail)
             return
         self._budget.release(offer.key)
-        ends = offer.releases.values()
-        failed = next((end for end in ends if end.cause is not Cause.DONE), None)
-        self._ended[(failed.cause if failed else Cause.DONE).value] += 1
-        if failed is None:
-            nbytes = sum(map(len, offer.shares.values())) * self.layout.token_bytes
-            rounds = tuple(tokens for end in ends for tokens in end.rounds)
-            offer.set_result(SendReport(offer.total_tokens, rounds, nbytes))
+        outcome = offer.outcome(token_bytes=self.layout.token_bytes)
+        if isinstance(outcome, TransferError):
+            self._ended[outcome.cause] += 1
+            offer.set_exception(outcome)
         else:
-            offer.set_exception(TransferError(failed.cause.value, failed.detail))
+            self._ended[Cause.DONE.value] += 1
+            offer.set_result(outcome)
 
     # ------------------------------------------------------------------ writers' reports, on their threads
 
