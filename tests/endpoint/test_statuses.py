@@ -12,7 +12,9 @@ PEER = 8
 
 
 def status(room: int, sent_tokens: int) -> Status:
-    return Status(source=7, target=PEER, room=room, attempt=0, poll=Poll.TRANSFERRING, sent_tokens=sent_tokens)
+    return Status(
+        source=7, target=PEER, room=room, attempt=0, poll=Poll.TRANSFERRING, sent_tokens=sent_tokens
+    )
 
 
 def test_the_newest_of_each_room_is_said_once() -> None:
