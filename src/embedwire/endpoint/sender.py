@@ -319,12 +319,13 @@ class SenderEndpoint(Driver):
 
     def _is_to_hold(self, action: SenderAction) -> bool:
         """Whether it is a message that most often need not be said."""
-        return (
-            isinstance(action, Reply)
-            and isinstance(action.message, messages.Status)
-            and action.peer in self._writers
-            and self._writers[action.peer].has_marks
-        )
+        if not isinstance(action, Reply) or not isinstance(action.message, messages.Status):
+            return False
+        return self._has_marks(action.peer)
+
+    def _has_marks(self, peer: Peer) -> bool:
+        writer = self._writers.get(peer)
+        return writer is not None and writer.has_marks
 
     def _do(self, action: SenderAction) -> None:
         match action:
@@ -454,8 +455,9 @@ class SenderEndpoint(Driver):
         self._carry_out(self._core.on_landed(key, number, landed_tokens, now=time.monotonic()))
 
     def written(self, write: Write, outcome: Outcome) -> None:
-        """A write has returned."""
-        self.run(partial(self._on_written, write, outcome))
+        """A write has returned. Where no mark shows it, it is said at once, which the driver does."""
+        take = self.run if self._has_marks(write.peer) else self.post
+        take(partial(self._on_written, write, outcome))
 
     def _on_written(self, write: Write, outcome: Outcome) -> None:
         key, number, now = write.key, write.round.number, time.monotonic()
