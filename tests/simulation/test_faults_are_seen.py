@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from embedwire.errors import EmbedwireError
@@ -14,7 +15,8 @@ from embedwire.memory.allocator import BlockAllocator
 from embedwire.protocol.actions import Drain, Want
 from embedwire.protocol.admission import Admission
 from embedwire.protocol.agreement import NEUTRAL, Facts, pack, unpack
-from embedwire.protocol.messages import Announce, Cause, Grant, Init, Message, Open, Status
+from embedwire.protocol.handshake import ReceiverSession
+from embedwire.protocol.messages import Announce, Cause, Grant, Hello, Init, Message, Open, Status
 from embedwire.protocol.receiver import ReceiverTransfer
 from embedwire.protocol.receiver_core import ReceiverCore, Room
 from embedwire.protocol.receiver_lanes import ReceiverLanes
@@ -202,7 +204,52 @@ def items() -> None:
     assert unknown.receiver_end is Cause.UNKNOWN_ITEM
 
 
-WORLDS = (two_rounds, losses, crowd, lease, doubt, restart, refusal, frozen, ranks, leaving, dummies, items)
+def subscribers() -> None:
+    """One that has a room already and one that has none hear of each item once, and fetch it; also of those that are made minutes later,
+    by another life of the encoder, after a cut."""
+    world, made = World(limits=Limits(window_rounds=1)), (b"soon", b"late", b"anew", b"healed")
+    sender = world.add_sender()
+    readers = [world.add_receiver(f"language-{i}", num_blocks=2) for i in (1, 2)]
+    transfers = [world.request(1, 100, receiver=readers[0])]
+    world.on_heard = lambda reader, _, item, tokens: transfers.append(
+        world.fetch(100 + len(transfers), item, tokens, sender=sender, receiver=reader)
+    )
+    world.run(for_s=1.0)
+    for reader in readers:
+        reader.subscribe(sender.address)
+    for item in made:
+        world.run(for_s=300.0)
+        if item == b"anew":
+            world.restart(sender)
+            world.run(for_s=60.0)
+        if item == b"healed":
+            world.link.cut(sender.address, readers[0].address, for_s=200.0)
+            world.run(for_s=260.0)
+        world.keep(item, 700, sender=sender)
+    world.run(for_s=60.0)
+    for reader in readers:
+        assert reader.heard == {(sender.address, item): 1 for item in made}
+        reader.unsubscribe()
+    world.settle()
+    assert len(transfers) == 1 + 2 * len(made)
+    assert all(t.receiver_end is Cause.DONE for t in transfers)
+
+
+WORLDS = (
+    two_rounds,
+    losses,
+    crowd,
+    lease,
+    doubt,
+    restart,
+    refusal,
+    frozen,
+    ranks,
+    leaving,
+    dummies,
+    items,
+    subscribers,
+)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.__name__)
@@ -427,6 +474,42 @@ def an_item_is_asked_for_as_a_room(patch: Patch) -> None:
     )
 
 
+def a_session_begun_anew_subscribes_to_nothing(patch: Patch) -> None:
+    whole = ReceiverSession.question
+
+    def question(self: ReceiverSession, *more: Any, **named: Any) -> Any:
+        asked = whole(self, *more, **named)
+        if isinstance(asked, Hello) and self.incarnation:
+            asked = msgspec.structs.replace(asked, subscribes=False)
+        return asked
+
+    patch.setattr(ReceiverSession, "question", question)
+
+
+def a_subscription_alone_keeps_up_no_session(patch: Patch) -> None:
+    whole = ReceiverLanes._on_session_due
+
+    def on_session_due(self: ReceiverLanes, address: str, now: float) -> None:
+        session = self.sessions[address]
+        subscribes, session.subscribes = session.subscribes, session.subscribes and bool(session.rooms)
+        whole(self, address, now)
+        session.subscribes = subscribes
+
+    patch.setattr(ReceiverLanes, "_on_session_due", on_session_due)
+
+
+def only_the_first_hello_subscribes(patch: Patch) -> None:
+    whole = SenderCore._on_hello
+
+    def on_hello(self: SenderCore, hello: Hello, now: float) -> None:
+        session = self.sessions.get(hello.source)
+        whole(self, hello, now)
+        if session is not None:
+            session.subscribes = session.hello.subscribes
+
+    patch.setattr(SenderCore, "_on_hello", on_hello)
+
+
 @pytest.mark.parametrize(
     ("fault", "world"),
     [
@@ -454,6 +537,9 @@ def an_item_is_asked_for_as_a_room(patch: Patch) -> None:
         (blocks_are_free_at_once_on_every_wire, lease),  # 34
         (an_item_is_looked_for_at_each_question, items),
         (an_item_is_asked_for_as_a_room, items),
+        (a_session_begun_anew_subscribes_to_nothing, subscribers),
+        (a_subscription_alone_keeps_up_no_session, subscribers),
+        (only_the_first_hello_subscribes, subscribers),
     ],
     ids=lambda part: part.__name__,
 )

@@ -24,11 +24,16 @@ from embedwire.testing.sim_memory import TOKEN_BYTES
 from embedwire.testing.sim_receiver import ReceiverNode
 from embedwire.testing.sim_sender import SenderNode
 from embedwire.testing.sim_transfer import Receiver, Sender, Transfer
-from embedwire.testing.sim_wire import FENCED, ONE_SIDED, WireFaults
+from embedwire.testing.sim_wire import FENCED, ONE_SIDED, InvariantBroken, WireFaults
 from embedwire.testing.simulation import World
 
 STORM_S = 40.0
 """Faults happen within this; then the weather clears up."""
+CALM_S = STORM_S + 60.0
+"""By then whoever was frozen or dead is back, and whoever subscribes has a session again."""
+QUIET_S = CALM_S + 60.0
+"""Subscriptions end then: a world with one never comes to rest."""
+LAST = b"the last one"
 
 
 class RandomWorld:
@@ -48,10 +53,43 @@ class RandomWorld:
         self.senders = [self._add_sender(i, largest) for i in range(rng.randint(1, 3))]
         self.receivers = [self._add_receiver(i, largest) for i in range(rng.randint(1, 3))]
         self.transfers = [self._add_room(room, tokens) for room, tokens in rooms]
+        self._subscribe(largest // TOKEN_BYTES)
         if self.is_harsh:
             for _ in range(rng.randint(1, 16)):
                 self.world.after(rng.uniform(0, STORM_S), self._draw_fault())
         self.world.after(STORM_S, self._clear_up)
+
+    def _subscribe(self, longest: int) -> None:
+        """Some receivers hear of what some encoders make, and fetch most of it unasked."""
+        rng, world = self.rng, self.world
+        senders = [sender for group in self.senders if len(group.nodes) == 1 for sender in group.nodes]
+        receivers = [receiver for receiver in self.receivers if isinstance(receiver, ReceiverNode)]
+        if not senders or not receivers or rng.random() < 0.5:
+            return
+        world.on_heard = self._on_heard
+        for receiver in receivers:
+            for sender in rng.sample(senders, rng.randint(0, len(senders))):
+                world.after(rng.uniform(0, STORM_S / 2), partial(receiver.subscribe, sender.address))
+        for number in range(rng.randint(1, 12)):
+            keep = partial(
+                world.keep, b"made %d" % number, rng.randint(1, longest), sender=rng.choice(senders)
+            )
+            world.after(rng.uniform(0, STORM_S), keep)
+        for sender in senders:
+            world.after(CALM_S, partial(world.keep, LAST, 1, sender=sender))
+        for receiver in receivers:
+            world.after(QUIET_S, partial(self._end_subscriptions, receiver))
+
+    def _on_heard(self, receiver: ReceiverNode, sender: SenderNode, item: bytes, tokens: int) -> None:
+        if self.rng.random() < 0.7:
+            room = 10_000 + len(self.transfers)
+            self.transfers.append(self.world.fetch(room, item, tokens, sender=sender, receiver=receiver))
+
+    def _end_subscriptions(self, receiver: ReceiverNode) -> None:
+        for address in receiver.subscriptions:
+            if not receiver.heard[address, LAST]:
+                raise InvariantBroken(f"{receiver.address} no longer hears of {address}")
+        receiver.unsubscribe()
 
     def run(self) -> Counter[str]:
         """To rest. Returns how rooms ended. Raises InvariantBroken."""

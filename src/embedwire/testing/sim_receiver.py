@@ -5,7 +5,7 @@ A node is an address; it lives one process after another. ``sim_checks`` looks a
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from embedwire.protocol.actions import (
     Failed,
     Finished,
     Hangup,
+    Heard,
     Permit,
     ReceiverAction,
     Revoke,
@@ -68,12 +69,16 @@ class ReceiverNode:
         group: RankGroup = ALONE,
         rank: int = 0,
         on_end: Callable[[ReceiverNode, RoomKey, Finished | Failed], None] | None = None,
+        on_heard: Callable[[ReceiverNode, Heard], None] | None = None,
     ) -> None:
         self.address = address
         self.setup = setup
         self.group = group
         self.rank = rank
         self._on_end = on_end
+        self._on_heard = on_heard
+        self.subscriptions: set[str] = set()
+        """Addresses whose items it wants to hear of, in each life."""
         self.timeline = timeline
         self._say = say
         self._is_gone = is_gone
@@ -103,8 +108,11 @@ class ReceiverNode:
         self.grants: defaultdict[RoomKey, list[Grant]] = defaultdict(list)
         self.opened: set[RoomKey] = set()
         self.ends: dict[RoomKey, Finished | Failed] = {}
+        self.heard: Counter[tuple[str, bytes]] = Counter()
         self._pending: deque[ReceiverAction] = deque()
         self._is_busy = False
+        for sender in sorted(self.subscriptions):
+            self._subscribe(sender)
 
     def target(self, is_cut: Callable[[], bool]) -> Target:
         """The memory that a sender may write to."""
@@ -132,6 +140,20 @@ class ReceiverNode:
         actions = self.core.open(key, addresses, item=item, now=self.timeline.now)
         self.opened.add(key)
         self.do(actions)
+
+    def subscribe(self, address: str) -> None:
+        """From now on, hear of the items that the sender at ``address`` keeps."""
+        self.subscriptions.add(address)
+        self.process.run(lambda: self._subscribe(address))
+
+    def _subscribe(self, address: str) -> None:
+        self.do(self.core.subscribe(address, now=self.timeline.now))
+
+    def unsubscribe(self) -> None:
+        """Nobody cares any more; sessions without rooms come to their end."""
+        self.subscriptions.clear()
+        for session in self.core.lanes.sessions.values():
+            session.subscribes = False
 
     def abort(self, key: RoomKey) -> None:
         """The client of a room has gone."""
@@ -189,6 +211,10 @@ class ReceiverNode:
             case Failed(key):
                 self._end(key, action)
                 self.assemblies.pop(key, None)
+            case Heard(address, content_hash):
+                self.heard[address, content_hash] += 1
+                if self._on_heard is not None:
+                    self._on_heard(self, action)
             case Hangup(address):
                 self.timeline.note(f"{self.address} hangs up on {address}")
 

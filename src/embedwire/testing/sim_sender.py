@@ -133,6 +133,11 @@ class SenderNode:
             self.waiting.append(Waiting(key, total_tokens, source_s))
             self._offer_waiting()
 
+    def keep(self, item: bytes, total_tokens: int) -> None:
+        """Something was made: receivers that subscribe hear of it."""
+        self.setup.items[item] = total_tokens
+        self.do(self.core.keep(item, tokens=total_tokens))
+
     def _give(self, key: RoomKey, item: bytes) -> None:
         """A receiver asks for what is kept under a content hash, in a room of its own choice."""
         if item in self.setup.items:

@@ -15,7 +15,7 @@ from functools import partial
 
 from embedwire.errors import OverloadedError
 from embedwire.limits import Limits
-from embedwire.protocol.actions import Peer
+from embedwire.protocol.actions import Heard, Peer
 from embedwire.protocol.messages import Message, RoomKey
 from embedwire.protocol.topology import ALONE, Delivery, RankGroup
 from embedwire.testing.sim_checks import Checks, check_rest
@@ -48,9 +48,12 @@ class World:
         self.transfers: dict[RoomKey, Transfer] = {}
         self.steps = 0
         self.groups: dict[str, Group] = {}
+        self.on_heard: Callable[[ReceiverNode, SenderNode, bytes, int], None] = lambda *_: None
+        """Called where a receiver hears of an item: who, from whom, the content hash, and tokens."""
         self._lives = 1000
         self._life_of: dict[int, ReceiverNode] = {}
         self._died_at: dict[int, float] = {}
+        self._made: dict[tuple[str, bytes], int] = {}
         self._checks = Checks()
 
     # ------------------------------------------------------------------ who is there
@@ -116,6 +119,7 @@ class World:
             group=group.ranks if group is not None else ALONE,
             rank=rank,
             on_end=group.on_end if group is not None else None,
+            on_heard=self._on_heard,
         )
         self.receivers[address] = node
         self._life_of[self._new_life()] = node
@@ -199,6 +203,17 @@ class World:
         self.transfers[transfer.key] = transfer
         self.after(open_after_s, lambda: receiver.process.run(lambda: self._open(transfer, item=item)))
         return transfer
+
+    def keep(self, item: bytes, total_tokens: int, *, sender: SenderNode) -> None:
+        """An encoder has made something, and tells who subscribes."""
+        self._made[sender.address, item] = total_tokens
+        sender.process.run(lambda: sender.keep(item, total_tokens))
+
+    def _on_heard(self, receiver: ReceiverNode, heard: Heard) -> None:
+        made = self._made.get((heard.address, heard.content_hash))
+        if made != heard.tokens or heard.address not in receiver.subscriptions:
+            raise InvariantBroken(f"{receiver.address} heard of {heard}, of which {made} tokens were made")
+        self.on_heard(receiver, self.senders[heard.address], heard.content_hash, heard.tokens)
 
     def _offer(self, node: SenderNode, transfer: Transfer, source_s: float) -> None:
         node.process.run(lambda: node.request(transfer.key, transfer.total_tokens, source_s=source_s))
