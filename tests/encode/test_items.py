@@ -15,6 +15,7 @@ from embedwire.encode.items import ItemShelf
 from embedwire.endpoint import ReceiverEndpoint, Reception
 from embedwire.endpoint.offer import Filling
 from embedwire.errors import NeverFitsError, OverloadedError, TransferError, UsageError
+from embedwire.limits import DEFAULT_LIMITS, Limits
 from embedwire.memory.layout import item
 from embedwire.protocol.messages import Announce
 
@@ -111,6 +112,20 @@ def test_an_unknown_item_is_refused_at_once(reader: Any) -> None:
         shelf.put(b"soon", rows(5, 3))
         assert [value_of(f, 5) for f in early] == [3, 3]
         assert not shelf.expect(b"soon")
+
+
+def test_who_was_given_up_on_and_asks_again_is_served_once(reader: Any) -> None:
+    """The first question waited too long for an item that takes its time, and was still on the list when the same room asked anew: it
+    is lent for that room once, and to who stands behind it in line."""
+    with ItemShelf(LAYOUT, limits=Limits(retry_s=0.05, open_wait_s=0.2)) as shelf:
+        shelf.expect(b"slow")
+        assert cause_of(reader.open(5, shelf.address, item=b"slow")) == "unknown_room"
+        core = shelf._endpoint._core
+        shelf._endpoint.call(lambda: setattr(core, "limits", DEFAULT_LIMITS))
+        waiting = [reader.open(room, shelf.address, item=b"slow") for room in (5, 6)]
+        until(lambda: len(shelf._coming[b"slow"]) >= 3)
+        shelf.put(b"slow", rows(5, 3))
+        assert [value_of(reception, 5) for reception in waiting] == [3, 3]
 
 
 def test_an_item_that_can_not_be_made(reader: Any) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from embedwire.endpoint.offer import Filling, Offer
 from embedwire.endpoint.sender import SenderEndpoint
 from embedwire.endpoint.stats import SenderStats
-from embedwire.errors import NeverFitsError, OverloadedError, TransferError
+from embedwire.errors import NeverFitsError, OverloadedError, TransferError, UsageError
 from embedwire.limits import CONTENT_HASH_BYTES_MAX, DEFAULT_LIMITS, DEFAULT_SOURCE_BYTES, Limits
 from embedwire.memory.budget import Budget
 from embedwire.memory.layout import Layout
@@ -178,6 +178,8 @@ class ItemShelf:
         except OverloadedError as error:
             self._endpoint.refuse(key, Cause.OVERLOADED, str(error))
             return
+        except UsageError:
+            return  # this room was given up on once, and stood in line twice
         for idle in (self._fetched, self._unfetched):
             idle.pop(item, None)
         kept.lent.add(offer)

@@ -140,6 +140,8 @@ class SenderNode:
 
     def _give(self, key: RoomKey, item: bytes) -> None:
         """A receiver asks for what is kept under a content hash, in a room of its own choice."""
+        if any(waiting.key == key for waiting in self.waiting):
+            return  # it was given up on once, and is in line
         if item in self.setup.items:
             self.request(key, self.setup.items[item])
         else:
