@@ -24,7 +24,7 @@ from embedwire.protocol.actions import (
     Want,
     Write,
 )
-from embedwire.protocol.messages import Cause, Message, RoomKey, decode_for_sender
+from embedwire.protocol.messages import Cause, Ended, Message, RoomKey, decode_for_sender
 from embedwire.protocol.sender_core import SenderCore
 from embedwire.protocol.topology import Lane, lanes_of_sender
 from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, aux_of, cells, digests
@@ -96,6 +96,7 @@ class SenderNode:
         self.ends: dict[RoomKey, Release] = {}
         self.offered: set[RoomKey] = set()
         self.gone: set[RoomKey] = set()
+        self.wanted: set[RoomKey] = set()
 
     def kill(self) -> None:
         """End a life."""
@@ -140,6 +141,9 @@ class SenderNode:
 
     def _give(self, key: RoomKey, item: bytes) -> None:
         """A receiver asks for what is kept under a content hash, in a room of its own choice."""
+        if key in self.wanted:
+            raise InvariantBroken(f"{self.address} is asked for {key} twice")
+        self.wanted.add(key)
         if any(waiting.key == key for waiting in self.waiting):
             return  # it was given up on once, and is in line
         if item in self.setup.items:
@@ -213,6 +217,8 @@ class SenderNode:
         for action in actions:
             match action:
                 case Reply(peer, message):
+                    if isinstance(message, Ended):
+                        self.wanted.discard(message.key)
                     self._say(self.address, peer, message)
                 case Attach(peer):
                     self.process.run_after(self.setup.attach_s, partial(self._attach, peer))
