@@ -27,8 +27,10 @@ ALWAYS_S = 1e6
 
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever left a note, or looks for one, or for what lands, never gives up."""
+    """Whoever left a note, or looks for one, or for what lands, never gives up; so nobody needs a status, and none is said."""
     monkeypatch.setattr(watch, "WATCH_S", ALWAYS_S)
+    for name in ("HOLD_S", "HOLD_WATCHED_S"):
+        monkeypatch.setattr(statuses, name, ALWAYS_S)
     for name in ("AWAIT_S", "FRESH_S", "HOLD_S"):
         monkeypatch.setattr(notes, name, ALWAYS_S)
 
@@ -48,8 +50,6 @@ def test_grants_are_found_without_a_message(stage: Any, said: list[str], window:
 @pytest.mark.usefixtures("patience")
 def test_no_driver_is_woken_between_two_rounds(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer takes the sender's steps by itself: that it has written, and what it has found."""
-    for name in ("HOLD_S", "HOLD_WATCHED_S"):  # how long it keeps to itself what the receiver sees
-        monkeypatch.setattr(statuses, name, ALWAYS_S)
     sender, receiver = stage.sender(), stage.receiver(num_blocks=1, limits=PATIENT)
     turns, real = itertools.count(), sender._turn
     monkeypatch.setattr(sender, "_turn", lambda: (next(turns), real()))
