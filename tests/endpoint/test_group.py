@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 from embedwire.endpoint import ReceiverEndpoint, Reception, SenderEndpoint, member
-from embedwire.endpoint.turns import Seat
+from embedwire.endpoint.turns import MISSED_MAX, Seat
 from embedwire.errors import TransferError, TransportError, UsageError
 from embedwire.protocol.agreement import WIDTH, agree
 from embedwire.protocol.topology import RankGroup
@@ -75,6 +76,9 @@ class Group:
         """Wait until no rank holds anything, and no turn is under way or asked for."""
         self.receptions.clear()
         self.stage.wait_idle()
+        self.wait_between_turns()
+
+    def wait_between_turns(self) -> None:
         members = [rank._member for rank in self.ranks]
 
         def is_quiet() -> bool:
@@ -232,7 +236,74 @@ def test_a_rank_that_closes_ends_the_group(make_group: Callable[..., Group], sta
     stage.until(lambda: len(made.lost) == 2)
 
 
-def test_a_rank_that_does_not_answer_is_named(make_group: Callable[..., Group], stage: Any) -> None:
+@pytest.fixture
+def stall() -> Iterator[Callable[[ReceiverEndpoint], None]]:
+    """Let a rank take part in no turn any more."""
+    go_on = threading.Event()
+
+    def stall(rank: ReceiverEndpoint) -> None:
+        is_stalled = threading.Event()
+        assert rank._member is not None
+        rank._member._turns.post(lambda: (is_stalled.set(), go_on.wait(20))[0])
+        assert is_stalled.wait(20)
+
+    yield stall
+    go_on.set()
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_rank_that_stops_while_nothing_happens(
+    make_group: Callable[..., Group], stage: Any, stall: Callable[..., None], rank: int
+) -> None:
+    """Scenario 26: rooms wait for their encoder, so that no rank has news. The others find out all the same who takes no part any more."""
+    made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
+    receptions = made.open(7)
+    made.wait_between_turns()
+    stall(made.ranks[rank])
+    for other, reception in enumerate(receptions):
+        if other != rank:
+            failure = stage.failure_of(reception)
+            assert failure.cause == "rank_lost"
+            assert f"rank {rank} " in failure.detail
+
+
+def test_an_open_room_is_no_news(make_group: Callable[..., Group], stage: Any) -> None:
+    """It waits for its encoder through many beats. The turns that are held meanwhile lose nobody, and change nothing."""
+    made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
+    receptions = made.open(7)
+    before = made.ranks[0].stats().turns_total
+    stage.until(lambda: made.ranks[0].stats().turns_total >= before + MISSED_MAX + 2)
+    made.offer(7, 100)
+    for reception in receptions:
+        stage.check(reception, 100)
+
+
+def test_a_beat_that_is_missed_now_and_then(
+    make_group: Callable[..., Group], stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is late by four beats, is heard, and is late again: what a rank has missed is forgotten when it hears of rank 0."""
+    made = make_group(RankGroup.on_one_host(2, delivery="replicate"))
+    receptions = made.open(7)
+    leader, other = (rank._member._turns for rank in made.ranks if rank._member is not None)
+    monkeypatch.setattr(other, "_beat_s", 0.25)
+    monkeypatch.setattr(leader, "_beat_s", 0.25 * (MISSED_MAX - 1.5))
+    before = made.ranks[0].stats().turns_total
+    stage.until(lambda: made.ranks[0].stats().turns_total >= before + 3)
+    made.offer(7, 100)
+    for reception in receptions:
+        stage.check(reception, 100)
+
+
+def test_no_control_socket_has_a_heartbeat(make_group: Callable[..., Group]) -> None:
+    """libzmq ends the process where one falls due while a socket closes whose peer has gone (its issue 4364)."""
+    made = make_group(RankGroup.on_one_host(2))
+    turns = [rank._member._turns._socket for rank in made.ranks if rank._member is not None]
+    assert [socket.getsockopt(zmq.HEARTBEAT_IVL) for socket in turns] == [0, 0]
+
+
+def test_a_rank_that_does_not_answer_is_named(
+    make_group: Callable[..., Group], stage: Any, stall: Callable[..., None]
+) -> None:
     """Scenario 26: stalled for longer than the deadline, it is found before anybody waits in a collective for it."""
     made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
     made.offer(6, 10)
@@ -240,12 +311,8 @@ def test_a_rank_that_does_not_answer_is_named(make_group: Callable[..., Group], 
         stage.check(reception, 10)
     del reception
     made.rest()
-    stalled = made.ranks[1]._member
-    assert stalled is not None
-    go_on = threading.Event()
-    stalled._turns.post(lambda: go_on.wait(20))  # type: ignore[arg-type]
+    stall(made.ranks[1])
     failure = stage.failure_of(made.ranks[0].open(7, made.senders[0].address))
-    go_on.set()
     assert failure.cause == "rank_lost"
     assert "rank 1 did not answer" in failure.detail
 

@@ -152,6 +152,11 @@ class GroupMember:
         """The last turn that this rank has said its facts in."""
         return self._core.turn
 
+    @property
+    def has_rooms(self) -> bool:
+        """Whether rooms are open that turns will decide on."""
+        return bool(self._core.rooms)
+
     def aside(self) -> Aside:
         return self._on_driver(self._aside)
 

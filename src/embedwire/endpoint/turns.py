@@ -2,10 +2,12 @@
 
 Rank 0 holds a turn when a rank has news: it says which rooms were opened since, every rank opens them and answers that it is there, and
 only then all enter one collective. So an idle group sleeps, a rank that does not answer is found and named before anybody waits in a
-collective for it, and no rank can be in another turn than the rest. The connections themselves tell when a process dies or stops: the
-others lose rank 0 by that, and rank 0 holds a turn to see who it was. Where no other rank has anything to say, as where rank 0 alone
-receives, what it says is what all would agree on: it travels with ``go``, and there is no collective. It knows the protocol's facts, not
-rooms or memory: those are its member's (``endpoint.member``), which works on the driver's thread.
+collective for it, and no rank can be in another turn than the rest. The connections tell when a process dies: the others lose rank 0 by
+that, and rank 0 holds a turn to see who it was. Turns tell when one stops: while rooms are open there is one at least each *beat*, news
+or not, and who hears of none has lost rank 0. (The control sockets have no heartbeat of their own: docs/adr/0019.) Where no other rank
+has anything to say, as where rank 0 alone receives, what it says is what all would agree on: it travels with ``go``, and there is no
+collective. It knows the protocol's facts, not rooms or memory: those are its member's (``endpoint.member``), which works on the driver's
+thread.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ DEFAULT_TIMEOUT_S = 10.0
 """A rank that does not take part in a turn for this long is lost, and the group with it."""
 JOIN_TIMEOUT_S = 300.0
 """All ranks are there within this of the first turn: they may still be loading a model."""
+BEATS = 4
+"""Turns within the time-out, at least, while rooms are open."""
+MISSED_MAX = 6
+"""Beats without a word of rank 0 that a rank bears. Rank 0 may be silent for ``BEATS`` of them while another rank does not answer, and
+then names that one."""
 
 
 class Collective(Protocol):
@@ -77,6 +84,11 @@ class Member(Protocol):
     @property
     def turn(self) -> int:
         """The last turn that this rank has said its facts in."""
+        ...
+
+    @property
+    def has_rooms(self) -> bool:
+        """Whether rooms are open that turns will decide on."""
         ...
 
     def open_here(self) -> tuple[Opened, ...]:
@@ -127,6 +139,9 @@ class Turns(Driver):
         self._is_ended = False
         self._is_promised = False
         self._silence: Facts | None = None
+        self._beat_s = seat.timeout_s / BEATS
+        self._beat_at = math.inf
+        self._missed = 0
         self._socket = self._context.socket(zmq.ROUTER if self._is_leader else zmq.DEALER)
         self._disconnected = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._connect()
@@ -136,9 +151,6 @@ class Turns(Driver):
 
     def _connect(self) -> None:
         self._socket.setsockopt(zmq.LINGER, 200)
-        beat_ms = max(1, int(self._seat.timeout_s * 250))
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, beat_ms)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * beat_ms)
         try:
             if self._is_leader:
                 self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -193,28 +205,47 @@ class Turns(Driver):
                 self._hear_rank(decode_of_rank(frame))
             else:
                 self._hear_leader(decode_of_leader(frame))
+                self._begin_beat()
 
     def _on_disconnected(self) -> None:
-        """A process at the other end is gone, or has not run for a while."""
+        """A process at the other end is gone."""
         self._on_frames(self._socket, self._read_all(self._socket))  # it may have taken its leave
         if self._is_leader:
             self._wants_turn = True
         else:
-            self._end("rank 0 is gone, or does not answer", is_lost=True)
+            self._end("rank 0 is gone", is_lost=True)
+
+    def _begin_beat(self) -> None:
+        self._beat_at = time.monotonic() + self._beat_s
+        self._missed = 0
 
     def _on_time(self, now: float) -> None:
-        if self._is_leader and self._wants_turn and not self._is_ended:
-            if self._joined == self._others:
-                self._wants_turn = False
-                self._guarded(self._hold)
-            elif now >= self._join_until:
-                missing = sorted(self._others - self._joined)
-                self._end(f"ranks {missing} have not joined within {JOIN_TIMEOUT_S:g} s", is_lost=True)
+        due = self._next_due()
+        if due is None or now < due:
+            return
+        if not self._is_leader:
+            self._miss(now)
+        elif self._joined == self._others:
+            self._wants_turn = False
+            self._guarded(self._hold)
+            self._begin_beat()
+        else:
+            missing = sorted(self._others - self._joined)
+            self._end(f"ranks {missing} have not joined within {JOIN_TIMEOUT_S:g} s", is_lost=True)
 
     def _next_due(self) -> float | None:
-        if not self._is_leader or not self._wants_turn or self._is_ended:
+        if self._is_ended:
             return None
-        return time.monotonic() if self._joined == self._others else self._join_until
+        if self._wants_turn:
+            return 0.0 if self._joined == self._others else self._join_until
+        return self._beat_at if self._is_promised or self._member.has_rooms else None
+
+    def _miss(self, now: float) -> None:
+        """Beats are counted, not seconds: who was stopped itself misses one, however long it was."""
+        self._missed += 1
+        self._beat_at = now + self._beat_s
+        if self._missed >= MISSED_MAX:
+            self._end(f"rank 0 has said nothing for {MISSED_MAX * self._beat_s:g} s", is_lost=True)
 
     def _hear_rank(self, said: FromRank) -> None:
         match said:
