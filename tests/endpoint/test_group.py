@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from embedwire.endpoint import ReceiverEndpoint, Reception, SenderEndpoint, member
-from embedwire.endpoint.turns import MISSED_MAX, Seat
+from embedwire.endpoint.turns import MISSED_MAX, Beats, Seat
 from embedwire.errors import TransferError, TransportError, UsageError
 from embedwire.protocol.agreement import WIDTH, agree
 from embedwire.protocol.topology import RankGroup
@@ -278,20 +278,17 @@ def test_an_open_room_is_no_news(make_group: Callable[..., Group], stage: Any) -
         stage.check(reception, 100)
 
 
-def test_a_beat_that_is_missed_now_and_then(
-    make_group: Callable[..., Group], stage: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rank 0 is late by four beats, is heard, and is late again: what a rank has missed is forgotten when it hears of rank 0."""
-    made = make_group(RankGroup.on_one_host(2, delivery="replicate"))
-    receptions = made.open(7)
-    leader, other = (rank._member._turns for rank in made.ranks if rank._member is not None)
-    monkeypatch.setattr(other, "_beat_s", 0.25)
-    monkeypatch.setattr(leader, "_beat_s", 0.25 * (MISSED_MAX - 1.5))
-    before = made.ranks[0].stats().turns_total
-    stage.until(lambda: made.ranks[0].stats().turns_total >= before + 3)
-    made.offer(7, 100)
-    for reception in receptions:
-        stage.check(reception, 100)
+def test_beats() -> None:
+    """What was missed is forgotten with the next turn, and who was stopped for a minute has missed one."""
+    beats = Beats(0.5)
+    for turn in (10.0, 20.0):
+        beats.begin(turn)
+        assert beats.next_due == turn + 0.5
+        assert [beats.miss(turn + at) for at in range(1, MISSED_MAX)] == [False] * (MISSED_MAX - 1)
+    beats.begin(30.0)
+    assert not beats.miss(90.0)
+    assert beats.next_due == 90.5
+    assert [beats.miss(90.0 + at) for at in range(1, MISSED_MAX)] == [False] * (MISSED_MAX - 2) + [True]
 
 
 def test_no_control_socket_has_a_heartbeat(make_group: Callable[..., Group]) -> None:

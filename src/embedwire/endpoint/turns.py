@@ -124,6 +124,28 @@ class RankLost(Exception):
     """The group can not go on; the message says which rank, as far as that is known."""
 
 
+class Beats:
+    """Counts, in ``beat_s`` seconds each, how long it is since rank 0 held a turn. Beats and not seconds: who was stopped itself has missed
+    one, however long it was."""
+
+    def __init__(self, beat_s: float) -> None:
+        self._beat_s = beat_s
+        self.next_due = math.inf
+        """When the beat is over."""
+        self._missed = 0
+
+    def begin(self, now: float) -> None:
+        """There was a turn."""
+        self.next_due = now + self._beat_s
+        self._missed = 0
+
+    def miss(self, now: float) -> bool:
+        """The beat is over without one. True: that was one too many."""
+        self.next_due = now + self._beat_s
+        self._missed += 1
+        return self._missed >= MISSED_MAX
+
+
 class Turns(Driver):
     """One rank's part in the turns of its group."""
 
@@ -139,9 +161,7 @@ class Turns(Driver):
         self._is_ended = False
         self._is_promised = False
         self._silence: Facts | None = None
-        self._beat_s = seat.timeout_s / BEATS
-        self._beat_at = math.inf
-        self._missed = 0
+        self._beats = Beats(seat.timeout_s / BEATS)
         self._socket = self._context.socket(zmq.ROUTER if self._is_leader else zmq.DEALER)
         self._disconnected = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._connect()
@@ -205,7 +225,7 @@ class Turns(Driver):
                 self._hear_rank(decode_of_rank(frame))
             else:
                 self._hear_leader(decode_of_leader(frame))
-                self._begin_beat()
+                self._beats.begin(time.monotonic())
 
     def _on_disconnected(self) -> None:
         """A process at the other end is gone."""
@@ -215,20 +235,17 @@ class Turns(Driver):
         else:
             self._end("rank 0 is gone", is_lost=True)
 
-    def _begin_beat(self) -> None:
-        self._beat_at = time.monotonic() + self._beat_s
-        self._missed = 0
-
     def _on_time(self, now: float) -> None:
         due = self._next_due()
         if due is None or now < due:
             return
         if not self._is_leader:
-            self._miss(now)
+            if self._beats.miss(now):
+                self._end(f"rank 0 has held no turn for {MISSED_MAX} beats", is_lost=True)
         elif self._joined == self._others:
             self._wants_turn = False
             self._guarded(self._hold)
-            self._begin_beat()
+            self._beats.begin(time.monotonic())
         else:
             missing = sorted(self._others - self._joined)
             self._end(f"ranks {missing} have not joined within {JOIN_TIMEOUT_S:g} s", is_lost=True)
@@ -238,14 +255,7 @@ class Turns(Driver):
             return None
         if self._wants_turn:
             return 0.0 if self._joined == self._others else self._join_until
-        return self._beat_at if self._is_promised or self._member.has_rooms else None
-
-    def _miss(self, now: float) -> None:
-        """Beats are counted, not seconds: who was stopped itself misses one, however long it was."""
-        self._missed += 1
-        self._beat_at = now + self._beat_s
-        if self._missed >= MISSED_MAX:
-            self._end(f"rank 0 has said nothing for {MISSED_MAX * self._beat_s:g} s", is_lost=True)
+        return self._beats.next_due if self._is_promised or self._member.has_rooms else None
 
     def _hear_rank(self, said: FromRank) -> None:
         match said:
