@@ -81,6 +81,13 @@ def test_a_transparent_palette_colour_becomes_white() -> None:
     assert pixel(decode_image(encoded(image, "GIF", transparency=0))) == (255, 255, 255)
 
 
+def test_a_colour_that_stands_for_transparent_becomes_white() -> None:
+    image = Image.new("RGB", (4, 6), (7, 8, 9))
+    image.putpixel((1, 1), (7, 8, 10))
+    read = decode_image(encoded(image, transparency=(7, 8, 9)))
+    assert (pixel(read), pixel(read, 1, 1)) == ((255, 255, 255), (7, 8, 10))
+
+
 def test_cmyk_becomes_the_right_rgb() -> None:
     data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
     assert np.allclose(pixel(decode_image(data)), (255, 0, 0), atol=3)
@@ -96,6 +103,17 @@ def test_an_image_on_its_side_is_turned_up() -> None:
     assert pixel(upright, 4, 2) > (200, 200, 200) > (50, 50, 50) > pixel(upright, 4, 13)
 
 
+def test_notes_of_a_camera_that_nobody_reads_may_be_odd() -> None:
+    """Its orientation counts; how the rest is typed does not matter here."""
+    exif = struct.pack("<2sHI", b"II", 42, 8)
+    exif += struct.pack("<H", 2)
+    exif += struct.pack("<HHIHxx", 0x0112, 3, 1, 6)
+    exif += struct.pack("<HHII", 0x0213, 12, 1, 38)  # YCbCrPositioning, a short, as a double
+    exif += struct.pack("<Id", 0, 1.0)
+    photograph = encoded(Image.new("RGB", (8, 6), "red"), "JPEG", exif=b"Exif\0\0" + exif)
+    assert decode_image(photograph).size == (6, 8)
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(100_000, 100_000), (8_001, 8_000), (64_000_001, 1), (12_000, 12_000)])
 def test_a_bomb_is_refused_from_its_header(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +122,13 @@ def test_a_bomb_is_refused_from_its_header(size: tuple[int, int], monkeypatch: p
     monkeypatch.setattr(ImageFile.ImageFile, "load", decoded.append)
     assert "over the limit of 64,000,000 pixels" in refusal(png_header(*size))
     assert decoded == []
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 201), (60_000, 299)])
+def test_a_strip_is_refused(size: tuple[int, int]) -> None:
+    """Some processors scale the shorter edge to a fixed length before they cut: 90 bytes of strip would become gigabytes."""
+    assert "times as long as it is wide" in refusal(encoded(Image.new("1", size)))
+    decode_image(encoded(Image.new("1", (200, 1))))
 
 
 def test_the_limit_is_a_parameter_and_is_itself_allowed() -> None:

@@ -9,12 +9,26 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from embedwire.errors import InvalidRequestError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_IMAGE_PIXELS = 64_000_000
+MAX_ASPECT_RATIO = 200
+"""Qwen's own processors refuse more. Those that scale the shorter edge to a fixed length (CLIP's, for LLaVA) would make a picture of it
+whose pixels no limit on the file's bounds."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By the Exif tag Orientation."""
+_ORIENTATION = 0x0112
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -22,12 +36,12 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
 
     The size is read from the header and checked before a pixel is decoded. Raises InvalidRequestError
     (``invalid_image``) for bytes that are no picture in one of ``FORMATS``, are damaged or cut short, move,
-    or hold more than ``max_pixels`` pixels.
+    hold more than ``max_pixels`` pixels, or are over ``MAX_ASPECT_RATIO`` times as long as wide.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image, max_pixels)
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(image))
     except InvalidRequestError:
         raise
     except Image.DecompressionBombError as error:
@@ -46,13 +60,23 @@ def _check_header(image: Image.Image, max_pixels: int) -> None:
         raise invalid_image(
             f"an image of {image.width} x {image.height} pixels is over the limit of {max_pixels:,} pixels"
         )
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise invalid_image(
+            f"an image of {image.width} x {image.height} pixels is over {MAX_ASPECT_RATIO} times as long as it is wide"
+        )
     # A photograph in MPO format is a JPEG with a preview behind it, not a film.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise invalid_image("an animated image; send a single frame")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Only the orientation is read. What else the camera noted may be as odd as it likes, where ``ImageOps`` would write it anew."""
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         image.load()
         return image
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip instead of scaling

@@ -16,6 +16,10 @@ from embedwire.errors import InvalidRequestError
 from embedwire.language.interface import SamplingParams
 
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+"""A temperature below it would be 0 in float32, and a share of 0 by it is no number."""
+
+
 def check_sampling(params: SamplingParams) -> None:
     """Raise InvalidRequestError, naming the field as ``param``, for a value that has no meaning."""
     if params.max_tokens < 1:
@@ -36,7 +40,7 @@ class Sampler:
     """The choices of one answer. Equal parameters, seed and logits give equal choices."""
 
     def __init__(self, params: SamplingParams) -> None:
-        self._temperature = params.temperature
+        self._temperature = params.temperature and max(params.temperature, _SMALLEST)
         self._top_p = params.top_p
         self._generator = torch.Generator()
         if params.seed is None:
@@ -64,7 +68,7 @@ class Sampler:
             return _invert(probabilities.cumsum(0), self._uniform())
         probabilities, ids = probabilities.sort(descending=True, stable=True)
         mass = probabilities.cumsum(0)
-        kept = int((mass - probabilities < self._top_p).sum())
+        kept = max(1, int((mass - probabilities < self._top_p).sum()))  # a top_p that float32 takes for 0
         return int(ids[_invert(mass[:kept], self._uniform())])
 
     def _uniform(self) -> Tensor:
