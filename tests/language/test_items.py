@@ -17,7 +17,6 @@ import pytest
 
 from embedwire.encode.items import ItemShelf
 from embedwire.endpoint import ReceiverEndpoint
-from embedwire.errors import UsageError
 from embedwire.language.items import ItemDesk, ItemFailure, ItemKey, Verdict
 from embedwire.limits import Limits
 from embedwire.memory.layout import item
@@ -94,7 +93,7 @@ def desk() -> Iterator[Desk]:
         kept = made.desk._items.values()
         assert all(i.is_ready and not i.waiters for i in kept)
         assert made.desk.used_bytes == sum(i.key.tokens for i in kept) * 64 == made.desk._idle_bytes
-        assert set(made.desk._idle) == set(made.desk._items) == set().union(*made.desk._here.values())
+        assert set(made.desk._idle) == set(made.desk._items)
         assert receiver.stats().blocks_free == 2
     made.desk.close()
 
@@ -399,10 +398,9 @@ def test_an_address_that_is_none(desk: Desk) -> None:
 def test_a_pin_keeps_an_item_here(desk: Desk) -> None:
     """For whoever still reads it when the request is long over."""
     a = desk.put(b"a", 30, 1)
-    with pytest.raises(UsageError):
-        desk.desk.pin("step 1", a)
+    assert desk.desk.pin("step 1", a) is None
     desk.until(READY, "r1", a)
-    desk.desk.pin("step 1", a)
+    assert desk.desk.pin("step 1", a) == desk.desk.handle(a)
     desk.desk.forget("r1")
     b = desk.put(b"b", 30, 2)
     assert desk.ask("r2", b) is PENDING
@@ -426,7 +424,6 @@ def test_making_room_costs_the_same_however_many_items_are_here(steps_of: Any) -
             assert desk.desk.used_bytes == items * 64
             taken: int = steps_of(lambda: desk.desk._make_room(64, keeping=()))
             assert desk.desk.used_bytes == (items - 1) * 64
-            taken += steps_of(lambda: desk.desk.find(b"nobody's"))
         desk.desk.close()
         return taken
 

@@ -32,6 +32,7 @@ from embedwire.engines.vllm import consumer, cores
 from embedwire.engines.vllm.connector import EmbedwireECConnector
 from embedwire.engines.vllm.items import content_hash_of
 from embedwire.errors import ConfigurationError
+from embedwire.language.items import ItemKey
 
 WIDTH, PATIENCE_S = 128, 20.0
 
@@ -237,6 +238,57 @@ def test_an_item_between_two_hooks(pair: Pair) -> None:
     assert torch.equal(pair.language_cache["a"], rows(10, 4))
 
 
+@pytest.fixture(params=["V1", "V2"])
+def both_ways(request: pytest.FixtureRequest, config: Callable[..., Any]) -> Iterator[Pair]:
+    """The language server encodes what no encoder was named for. There is memory for ten rows."""
+    made = Pair(config, request.param, local_encode=True, staging_bytes=10 * WIDTH * 4)
+    yield made
+    assert not made.fetcher._fetcher.desk._waiters
+    made.close()
+
+
+def raw(name: str, identifier: str, rows: int) -> Any:
+    """A request whose picture came with its pixels, and without the name of an encoder."""
+    asked = request(name, [identifier], rows)
+    pixels = MultiModalFieldElem(torch.ones(3), MultiModalBatchedField(keep_on_cpu=False))
+    asked.mm_features[0].data = MultiModalKwargsItem({"pixel_values": pixels})
+    return asked
+
+
+def test_what_came_for_another_request_is_not_encoded(both_ways: Pair) -> None:
+    """vLLM counts on what it was told is here: it stays until it is read, whoever needs its memory."""
+    pair = both_ways
+    params = pair.encode("e", {"a": rows(10, 4)}, 10)
+    first = request("r1", ["a"], 10, **params)
+    assert pair.wait(first)
+    pair.fetcher.request_finished(first)  # before it ran, so that vLLM has not got it
+    second = raw("r2", "a", 10)
+    assert pair.wait(second)
+    assert pair.fetcher.has_cache_item("a")
+    needy = request("r3", ["b"], 10, **pair.encode("e", {"b": rows(10, 5)}, 10))
+    assert not pair.fetcher.ensure_cache_available(needy, 0)
+    assert pair.wait(second)
+    pair.read(second)
+    assert torch.equal(pair.language_cache["a"], rows(10, 4))
+    pair.fetcher.request_finished(second)
+    assert pair.wait(needy)
+    pair.fetcher.request_finished(needy)
+
+
+def test_a_name_that_was_used_for_a_picture_of_another_size(both_ways: Pair) -> None:
+    """A user may give two pictures one identifier. What is here has other rows than the prompt has places, so the picture is encoded."""
+    pair = both_ways
+    params = pair.encode("e", {"a": rows(10, 4)}, 10)
+    first, second = request("r1", ["a"], 10, **params), raw("r2", "a", 5)
+    assert pair.wait(first)
+    assert pair.wait(second)
+    assert not pair.fetcher.has_cache_item("a")
+    pair.fetcher.update_state_after_alloc(second, 0)
+    assert not pair.fetcher.build_connector_meta(SimpleNamespace(total_num_scheduled_tokens=1)).loads.handles
+    for asked in (first, second):
+        pair.fetcher.request_finished(asked)
+
+
 def test_a_step_without_work_waits_for_items(pair: Pair, monkeypatch: Any) -> None:
     """Once a step, neither behind work nor before it, and not when others are new."""
     monkeypatch.setattr(consumer, "IDLE_WAIT_S", 10_000)
@@ -389,8 +441,9 @@ def test_encoders_are_greeted_at_start(config: Callable[..., Any]) -> None:
             EmbedwireECConnector(
                 config("ec_consumer", family="qwen3_vl", encoders=encoders), ECConnectorRole.SCHEDULER
             )
-        right = config("ec_consumer", encoders=encoders, peer_silence_s=0.2)
-        EmbedwireECConnector(right, ECConnectorRole.SCHEDULER).shutdown()
+        for impatience in ({"peer_silence_s": 0.2}, {"item_deadline_s": 0.2}):
+            right = config("ec_consumer", encoders=encoders, **impatience)
+            EmbedwireECConnector(right, ECConnectorRole.SCHEDULER).shutdown()
     finally:
         pair.close()
 
@@ -405,7 +458,7 @@ def test_an_item_is_fetched_before_a_request_names_it(config: Callable[..., Any]
     fetcher = EmbedwireECConnector(consuming, ECConnectorRole.SCHEDULER)
     keeper.save_caches({"a": rows(10, 3)}, "a")
     deadline = time.monotonic() + PATIENCE_S
-    while not fetcher.has_cache_item("a"):
+    while fetcher._fetcher.desk.handle(ItemKey(content_hash_of("a"), 10)) is None:
         assert time.monotonic() < deadline
         os.sched_yield()
     asked = request("r", ["a"], 10, embedwire={"items": {"a": {"addresses": [shelf.address], "tokens": 10}}})
@@ -429,6 +482,14 @@ def test_settings_are_checked_before_anything_is_held(
     """The server does not start, and says which setting."""
     with pytest.raises(ConfigurationError, match=words):
         EmbedwireECConnector(config("ec_consumer", **extra), ECConnectorRole.SCHEDULER)
+
+
+def test_pipelines_are_refused_at_start(config: Callable[..., Any]) -> None:
+    """vLLM's V1 runner drops what other stages than the last report, so memory for items would never come back."""
+    consuming = config("ec_consumer")
+    consuming.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(ConfigurationError, match="pipeline_parallel_size 2"):
+        EmbedwireECConnector(consuming, ECConnectorRole.SCHEDULER)
 
 
 def test_a_tower_of_another_width_is_refused_at_start(config: Callable[..., Any]) -> None:

@@ -102,7 +102,6 @@ class ItemDesk:
         self._changed = threading.Condition()  # its lock is the desk's; notified when an item has ended
         self._spares = SpareSegments()
         self._items: dict[ItemKey, _Item] = {}
-        self._here: dict[bytes, set[ItemKey]] = {}  # those that are ready, by hash
         self._idle: dict[ItemKey, _Item] = {}  # those of which nobody has use, in order of last use
         self._idle_bytes = 0
         self._waiters: dict[str, _Waiter] = {}
@@ -180,11 +179,6 @@ class ItemDesk:
             item = self._items.get(key)
             return item.handle if item is not None and item.is_ready else None
 
-    def find(self, content_hash: bytes) -> ItemKey | None:
-        """An item of that hash which is here, whatever its rows."""
-        with self._changed:
-            return next(iter(self._here.get(content_hash, ())), None)
-
     def report(self, key: ItemKey) -> ReceiveReport:
         """How an item came that is here."""
         with self._changed:
@@ -192,16 +186,17 @@ class ItemDesk:
             assert received is not None
             return received.report
 
-    def pin(self, waiter: str, key: ItemKey) -> Handle:
-        """The same as :meth:`handle` for somebody new, who keeps it here until :meth:`forget`. Raises UsageError when it is not here."""
+    def pin(self, waiter: str, key: ItemKey) -> Handle | None:
+        """Where an item lies, for :func:`embedwire.memory.shared.attach` by somebody who did not ask for it, and who keeps it here until
+        :meth:`forget`. None when it is not here."""
         with self._changed:
-            handle = self.handle(key)
-            if handle is None:
-                raise UsageError(f"item {key.content_hash.hex()} is not here")
+            item = self._items.get(key)
+            if item is None or not item.is_ready:
+                return None
             entry = self._waiters.setdefault(waiter, _Waiter({}, until=float("inf"), is_admitted=True))
-            entry.wanted[key] = self._items[key].address
-            self._occupy(waiter, self._items[key])
-            return handle
+            entry.wanted[key] = item.address
+            self._occupy(waiter, item)
+            return item.handle
 
     @property
     def used_bytes(self) -> int:
@@ -214,7 +209,6 @@ class ItemDesk:
             for item in self._items.values():
                 item.segment.close()
             self._items.clear()
-            self._here.clear()
             self._idle.clear()
             self._spares.close()
 
@@ -380,7 +374,6 @@ class ItemDesk:
         if is_known and failure is not None:
             del self._items[item.key]
         elif is_known:
-            self._here.setdefault(item.key.content_hash, set()).add(item.key)
             self._rest(item)
         if failure is not None or not is_known:
             self._free(item)
@@ -419,10 +412,6 @@ class ItemDesk:
         """It is idle."""
         del self._items[item.key], self._idle[item.key]
         self._idle_bytes -= item.nbytes
-        keys = self._here[item.key.content_hash]
-        keys.discard(item.key)
-        if not keys:
-            del self._here[item.key.content_hash]
         self._free(item)
 
     def _free(self, item: _Item) -> None:

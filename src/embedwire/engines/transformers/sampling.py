@@ -15,7 +15,6 @@ from torch import Tensor
 from embedwire.errors import InvalidRequestError
 from embedwire.language.interface import SamplingParams
 
-
 _SMALLEST = torch.finfo(torch.float32).tiny
 """A temperature below it would be 0 in float32, and a share of 0 by it is no number."""
 

@@ -85,6 +85,12 @@ class EmbedwireECConnector(ECConnectorBase):
             self._check_widths(vllm_config.ec_transfer_config.mm_encoder_output_widths)
             self._teller = ProducerScheduler(address_file=self._address_file, resolver=resolver)
         if self.is_consumer:
+            stages = vllm_config.parallel_config.pipeline_parallel_size
+            if stages > 1:
+                raise ConfigurationError(
+                    f"pipeline_parallel_size {stages}: a server that reads embeddings can not be divided in stages, "
+                    "since the first one's reports do not reach the scheduler; divide it by tensors"
+                )
             has_tower = not model.get_multimodal_config().language_model_only
             may_encode = has_tower and (self._settings.local_encode or self.is_producer)
             self._fetcher = ConsumerScheduler(

@@ -106,6 +106,9 @@ class ConsumerScheduler:
         self._asked: dict[str, _Asked] = {}
         self._unavailable: set[str] = set()
         self._loads: dict[str, Handle] = {}
+        self._here: dict[
+            str, ItemKey
+        ] = {}  # items of the request that vLLM works on, by identifier; all pinned
         self._step = 0
         self._steps_under_way: list[int] = []
         self._last_work = self._last_done = 0
@@ -123,6 +126,9 @@ class ConsumerScheduler:
                     raise ConfigurationError(f"encoder {address}: {error.detail}") from None
                 if error.cause != Cause.UNKNOWN_ITEM:
                     logger.warning("encoder %s is not there yet: %s", address, error)
+            except TimeoutError:
+                reception.cancel()
+                logger.warning("encoder %s is not there yet, or busy", address)
 
     def _on_kept(self, address: str, content_hash: bytes, tokens: int) -> None:
         """On the receiver's thread. The request that will want it is most often still being preprocessed."""
@@ -141,10 +147,14 @@ class ConsumerScheduler:
             self._asked[name] = self._read(request)
             self._leave_media(request, self._asked[name])
         asked, wanted = self._asked[name], dict[ItemKey, str]()
+        unread = [
+            index
+            for index, feature in enumerate(request.mm_features)
+            if feature.mm_position.offset + feature.mm_position.length > num_computed_tokens
+        ]
         if self.desk.failure_of(name) is None:
-            for index, feature in enumerate(request.mm_features):
-                if feature.mm_position.offset + feature.mm_position.length > num_computed_tokens:
-                    wanted |= self._need(request, index, asked)
+            for index in unread:
+                wanted |= self._need(request, index, asked)
         verdict = self.desk.ask(name, wanted)
         may_wait = self._patience_s > 0 and self._is_idle and not (is_new and len(self._asked) > 1)
         if verdict is Verdict.PENDING and may_wait:
@@ -155,20 +165,28 @@ class ConsumerScheduler:
             self._patience_s = 0.0  # the next step has work
         if verdict is Verdict.FAILED:
             self._give_up(name, asked)
-        elif verdict is Verdict.READY and not asked.came:
-            asked.came = {n: self._came(key) for n, (key, _) in asked.wanted.items() if key in wanted}
+        self._here = {n: key for n, (key, _) in asked.wanted.items() if key in wanted}
+        if verdict is Verdict.READY:
+            asked.came = asked.came or {n: self._came(key) for n, key in self._here.items()}
+            self._here |= self._pin_what_is_here(request, unread)
+        else:
+            self._here = {}
+            self.desk.forget(_happens_to_be_here(name))  # who waits holds nothing
         return verdict is Verdict.READY
 
     def has(self, identifier: str) -> bool:
-        """Whether an item is here: asked right after :meth:`is_available`, for one of that request's."""
-        return self.desk.find(content_hash_of(identifier)) is not None
+        """Whether an item is here: asked right after :meth:`is_available`, for one of that request's. What is said to be here is not
+        encoded, so it stays until it is read."""
+        return identifier in self._here
 
     def load(self, request: Request, index: int) -> None:
-        """The next step reads this item, into the place that vLLM has for it."""
-        feature = request.mm_features[index]
-        key = ItemKey(content_hash_of(feature.identifier), request.get_num_encoder_embeds(index))
-        if self.desk.handle(key) is not None:
-            self._loads[feature.identifier] = self.desk.pin(f"step {self._step + 1}", key)
+        """The next step reads this item, into the place that vLLM has for it. Called right after :meth:`has`; one that is not here is
+        encoded in that step."""
+        identifier = request.mm_features[index].identifier
+        if identifier in self._here:
+            handle = self.desk.pin(f"step {self._step + 1}", self._here[identifier])
+            assert handle is not None, "this request holds it"
+            self._loads[identifier] = handle
 
     def take_loads(self, scheduled_tokens: int) -> Loads:
         """What the next step reads. Its items stay here until the workers have said that they are past it."""
@@ -194,7 +212,8 @@ class ConsumerScheduler:
         feature = request.mm_features[index]
         if all(other.identifier != feature.identifier for other in request.mm_features[index + 1 :]):
             key = ItemKey(content_hash_of(feature.identifier), request.get_num_encoder_embeds(index))
-            self.desk.let_go(request.request_id, key)
+            for name in (request.request_id, _happens_to_be_here(request.request_id)):
+                self.desk.let_go(name, key)
 
     def take_unavailable(self) -> set[str]:
         """Requests that have to fail."""
@@ -206,6 +225,7 @@ class ConsumerScheduler:
         asked = self._asked.pop(request.request_id, None)
         self._unavailable.discard(request.request_id)
         self.desk.forget(request.request_id)
+        self.desk.forget(_happens_to_be_here(request.request_id))
         return {"embedwire": {"items": asked.came}} if asked is not None and asked.came else {}
 
     def close(self) -> None:
@@ -255,6 +275,17 @@ class ConsumerScheduler:
             self._refuse(request.request_id, Cause.UNKNOWN_ITEM, f"no encoder was named for item {index}")
         return {}
 
+    def _pin_what_is_here(self, request: Request, indices: Sequence[int]) -> dict[str, ItemKey]:
+        """Items that no encoder was named for, and that came for another request."""
+        here: dict[str, ItemKey] = {}
+        for index in indices:
+            identifier = request.mm_features[index].identifier
+            if identifier not in self._here:
+                key = ItemKey(content_hash_of(identifier), request.get_num_encoder_embeds(index))
+                if self.desk.pin(_happens_to_be_here(request.request_id), key) is not None:
+                    here[identifier] = key
+        return here
+
     def _came(self, key: ItemKey) -> dict[str, Any]:
         report = self.desk.report(key)
         return {
@@ -293,6 +324,11 @@ class ConsumerScheduler:
                     "address": failure.address,
                 }
             )
+
+
+def _happens_to_be_here(request: str) -> str:
+    """Under which name a request holds what it did not have to ask for."""
+    return f"{request} (happens to be here)"
 
 
 class ConsumerWorker:
