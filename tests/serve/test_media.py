@@ -162,6 +162,7 @@ async def test_a_redirect_with_an_endless_body_is_not_read() -> None:
         "data:image/png;base64,abc",
         "",
         "x" * 100_000,
+        "http://xn--i-7iq.ws/",  # a heart, which the standard for names does not allow
     ],
 )
 async def test_urls_that_are_no_media_urls(url: str) -> None:
@@ -171,7 +172,13 @@ async def test_urls_that_are_no_media_urls(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "location", ["file:///etc/passwd", "http://user:pw@images.example/", "http://images.example:port/"]
+    "location",
+    [
+        "file:///etc/passwd",
+        "http://user:pw@images.example/",
+        "http://images.example:port/",
+        "http://xn--a/",
+    ],
 )
 async def test_a_redirect_must_lead_to_a_media_url(location: str) -> None:
     net = Net(lambda _: body(b"", 302, location=location))

@@ -8,7 +8,16 @@ import msgspec
 import pytest
 
 from embedwire.errors import InvalidRequestError
-from embedwire.serve.openai import NEUTRAL, AnswerWriter, Passage, parse_chat, plain_messages
+from embedwire.serve.openai import (
+    DONE_EVENT,
+    NEUTRAL,
+    AnswerWriter,
+    Passage,
+    event,
+    parse_chat,
+    plain_messages,
+    read_events,
+)
 
 BASE: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -74,3 +83,14 @@ def test_token_ids_only_when_asked_for() -> None:
 
     assert choice(True)["token_ids"] == [1]
     assert "token_ids" not in choice(False)
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_events_are_read_as_they_were_written(size: int) -> None:
+    """Whatever the text holds: only a line feed ends a line."""
+    texts = ["one\u2028two\u2029three\x85four\x0bfive", "", "\n\r\n", "data: [DONE]"]
+    stream = b": a comment\n\n" + b"".join(map(event, texts)) + DONE_EVENT
+    parts = [stream[at : at + size] for at in range(0, len(stream), size)]
+    assert [msgspec.json.decode(data) for data in read_events(parts)] == texts
+    windows = stream.replace(b"\n\n", b"\r\n\r\n")
+    assert [msgspec.json.decode(data) for data in read_events([windows])] == texts

@@ -24,6 +24,7 @@ import numpy as np
 
 from embedwire.errors import ConfigurationError, EmbedwireError
 from embedwire.serve.calls import KEPT_IDLE_S
+from embedwire.serve.openai import read_events
 
 WARM_UP = 2
 """Requests to each stack before the clock runs."""
@@ -212,10 +213,8 @@ def _stream(client: httpx.Client, url: str, body: Mapping[str, Any], *, began: f
         if answer.status_code != 200:
             answer.read()
         _checked(answer)
-        for line in answer.iter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line.removeprefix("data: "))
+        for data in read_events(answer.iter_bytes()):
+            event = json.loads(data)
             if "error" in event:
                 raise EmbedwireError(f"{url}: {event['error']}")
             said = "".join(choice["delta"].get("content") or "" for choice in event["choices"])

@@ -78,15 +78,16 @@ def _url_of(image: str) -> str:
 
 def events(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The chunks of a streamed answer. Raises EmbedwireError with what the router said instead."""
+    from embedwire.serve.openai import read_events
+
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             raise EmbedwireError(_said(response.status_code, response.read()))
-        for line in response.iter_lines():
-            if line.startswith("data: ") and line != "data: [DONE]":
-                chunk = json_text.loads(line.removeprefix("data: "))
-                if "error" in chunk:
-                    raise EmbedwireError(chunk["error"]["message"])
-                yield chunk
+        for data in read_events(response.iter_bytes()):
+            chunk = json_text.loads(data)
+            if "error" in chunk:
+                raise EmbedwireError(chunk["error"]["message"])
+            yield chunk
 
 
 def _said(status: int, content: bytes) -> str:

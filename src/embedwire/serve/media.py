@@ -182,7 +182,11 @@ class MediaFetcher:
                 answer = await self._get(request, budget)
             except httpx.TimeoutException:
                 raise MediaError("the media host did not answer in time", code="media_timeout") from None
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except (
+                httpx.HTTPError,
+                httpx.InvalidURL,
+                UnicodeError,
+            ) as error:  # the last for where it redirects to
                 why = type(error).__name__
                 raise MediaError(f"the media could not be fetched: {why}", code="media_unreachable") from None
             if isinstance(answer, bytes):
@@ -262,6 +266,7 @@ def _is_inline(url: str) -> bool:
 def _checked_url(text: str, *, base: httpx.URL | None = None) -> httpx.URL:
     try:
         url = base.join(text) if base else httpx.URL(text)
+        host = url.host  # decoded, which fails for some names
     except (httpx.InvalidURL, ValueError) as error:
         raise MediaError(f"the media URL is malformed: {error}", code="invalid_media_url") from None
     if url.scheme not in ("http", "https"):
@@ -269,7 +274,7 @@ def _checked_url(text: str, *, base: httpx.URL | None = None) -> httpx.URL:
             f"the media URL has the scheme {url.scheme[:16]!r}; only http, https and data are served",
             code="invalid_media_url",
         )
-    if not url.host or (url.port or 1) > 65535:
+    if not host or (url.port or 1) > 65535:
         raise MediaError("the media URL names no host, or no port there is", code="invalid_media_url")
     if url.userinfo:
         raise MediaError("the media URL holds credentials", code="invalid_media_url")

@@ -103,7 +103,8 @@ class SnapshotCollector(Collector):
 
 
 class CountRequests:
-    """ASGI middleware: counts requests by route and status. One that ended without a status counts as 499."""
+    """ASGI middleware: counts requests by route and status. One that ended without a status counts as 499, or as 500 where that is our own
+    fault."""
 
     def __init__(self, app: ASGIApp, metrics: AppMetrics) -> None:
         self._app = app
@@ -113,7 +114,7 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499
+        status: int | None = None
 
         async def send_and_look(message: Message) -> None:
             nonlocal status
@@ -124,6 +125,9 @@ class CountRequests:
         with self._metrics.under_way.track_inprogress():
             try:
                 await self._app(scope, receive, send_and_look)
+            except Exception:
+                status = status or 500
+                raise
             finally:
                 route = getattr(scope.get("route"), "path", "other")
-                self._metrics.requests.labels(route, status).inc()
+                self._metrics.requests.labels(route, status or 499).inc()

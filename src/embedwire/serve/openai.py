@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -275,6 +275,18 @@ def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 def event(data: Any) -> bytes:
     """A server-sent event."""
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def read_events(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The data of each event of such a stream but for the last, ``[DONE]``. Lines are ended by line feeds alone: JSON may hold what Python
+    and httpx also take for the end of a line."""
+    tail = b""
+    for part in parts:
+        *lines, tail = (tail + part).split(b"\n")
+        for line in lines:
+            name, _, data = line.removesuffix(b"\r").partition(b": ")
+            if name == b"data" and data != b"[DONE]":
+                yield data
 
 
 def model_list(models: Sequence[str]) -> dict[str, Any]:
