@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +47,25 @@ def test_the_divided_model_answers_as_the_undivided_one(
     assert told["embedwire"]["transport"] == transport
     assert max(told["embedwire"]["rounds"]) == NUM_BLOCKS // DEFAULT_LIMITS.window_rounds * BLOCK_SIZE
     assert "Gibberish" in ended.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_demo_that_is_stopped_leaves_nothing(
+    number: signal.Signals, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """By ``timeout``, a job that is cancelled, or a terminal that is closed."""
+    command = [sys.executable, "-m", "embedwire.cli", "demo"]
+    with subprocess.Popen(command, env=environment | {"TMPDIR": str(tmp_path)}) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not list(tmp_path.glob("embedwire-logs-*/*.log")):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(number)
+            assert process.wait(60) == 128 + number
+        finally:
+            process.kill()
+    assert list(tmp_path.glob("embedwire-*")) == []
 
 
 def test_other_ids_are_not_taken_for_the_same() -> None:

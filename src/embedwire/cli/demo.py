@@ -21,6 +21,7 @@ import typer
 from rich.status import Status
 
 from embedwire.cli.options import JsonFile
+from embedwire.cli.process import end_in_order
 from embedwire.cli.quiet import quieten
 from embedwire.cli.screen import check_writable, err, out, size, table, timeline, write_json
 from embedwire.cli.tiny import Family
@@ -83,6 +84,7 @@ def demo(
 
     check_writable(json)
     quieten()
+    end_in_order(exit_code=None)
     variables = {
         "EMBEDWIRE_DTYPE": dtype,
         "EMBEDWIRE_DEVICE": device,

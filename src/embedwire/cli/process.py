@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from embedwire.cli.screen import out
 from embedwire.cli.settings import Settings
 from embedwire.errors import ConfigurationError
+from embedwire.serve.signals import end_signals
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -49,17 +50,24 @@ class Voice:
 
 
 def begin(settings: Settings, *, is_child: bool) -> None:
-    """Before anything is held: from now on SIGTERM ends this process through its cleaning up, also while a model is loading."""
+    """Before anything is held: from now on signals end this process through its cleaning up, also while a model is loading."""
     logging.basicConfig(
         level=settings.log_level.upper(),
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    end_in_order()
     if is_child:
         bound_s = settings.shutdown_s + ORPHAN_MARGIN_S
         threading.Thread(target=_end_with_stdin, args=(bound_s,), name="embedwire-stdin", daemon=True).start()
+
+
+def end_in_order(*, exit_code: int | None = 0) -> None:
+    """SIGTERM, and SIGHUP where it means something, unwind this process like Ctrl-C. ``exit_code`` None is 128 and the signal's number."""
+    for number in end_signals():
+        if number != signal.SIGINT:
+            signal.signal(number, lambda n, frame: sys.exit(128 + n if exit_code is None else exit_code))
 
 
 def _end_with_stdin(bound_s: float) -> None:
@@ -74,11 +82,11 @@ def _end_with_stdin(bound_s: float) -> None:
 def serve(
     app: FastAPI, settings: Settings, facts: dict[str, Any], *, voice: Voice, port: int | None = None
 ) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; from then on this process ignores both.
+    """Answer requests until a signal; from then on this process ignores them.
 
     Raises ConfigurationError when the address can not be had.
     """
-    from embedwire.serve.run import SIGNALS, AppServer
+    from embedwire.serve.run import AppServer
 
     port = settings.port if port is None else port
     on_ready: Callable[[str], None] = lambda url: voice.say(facts | {"url": url})  # noqa: E731
@@ -89,5 +97,7 @@ def serve(
     except OSError as error:
         raise ConfigurationError(f"can not listen on {settings.host}:{port}: {error}") from None
     server.serve()
-    for number in SIGNALS:  # a second one would interrupt the cleaning up, and leave shared memory behind
+    for (
+        number
+    ) in end_signals():  # a second one would interrupt the cleaning up, and leave shared memory behind
         signal.signal(number, signal.SIG_IGN)

@@ -24,6 +24,7 @@ from embedwire.cli.process import Voice, begin, serve
 from embedwire.cli.servers import IsChild, Model
 from embedwire.cli.settings import Loaded, Settings
 from embedwire.errors import EmbedwireError, RankError
+from embedwire.serve.signals import end_signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +84,7 @@ def _lead(building: AbstractContextManager[Built], loaded: Loaded, *, is_child: 
 
 def _follow(building: AbstractContextManager[Callable[[], None]], *, rank: int, is_child: bool) -> None:
     with building as run:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in end_signals():
             signal.signal(number, signal.SIG_IGN)  # it ends with rank 0
         Voice(None, is_child).say({"role": "rank", "rank": rank})
         try:

@@ -23,6 +23,7 @@ from embedwire.cli.cluster import EMBEDWIRE, Child, ChildFailed, Cluster
 from embedwire.cli.process import Voice
 from embedwire.cli.screen import err
 from embedwire.cli.settings import PREFIX, Loaded
+from embedwire.serve.signals import end_signals
 
 READY_S = 600.0
 """Loading a large model takes minutes."""
@@ -74,7 +75,7 @@ class _Group:
         self._is_ending = False
         self._exit_code: int | None = None
         self.was_ever_ready = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in end_signals():
             signal.signal(number, self._on_signal)
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +23,7 @@ from embedwire.cli.groups import (
     Wire,
 )
 from embedwire.cli.options import JsonFile, takes
+from embedwire.cli.process import end_in_order
 from embedwire.cli.screen import check_writable, err, out, table, write_json
 from embedwire.cli.servers import Name
 from embedwire.cli.settings import Loaded
@@ -66,7 +65,7 @@ def up(
     settings = loaded.settings
     if (model is None) == (model_option is None):
         raise ConfigurationError("give the model once: as MODEL, or with --model")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    end_in_order()
     try:
         with Cluster(loaded.as_variables(), shutdown_s=settings.shutdown_s) as cluster:
             with err.status("starting") as status:

@@ -28,6 +28,7 @@ from embedwire.cli.servers import IsChild, Model, Name
 from embedwire.cli.settings import Loaded
 from embedwire.errors import ConfigurationError, EmbedwireError
 from embedwire.registry import Role
+from embedwire.serve.signals import end_signals
 
 API_SERVER = "vllm.entrypoints.openai.api_server"
 """As a module: the ``vllm`` command looks for a distribution of that name, which builds for CPU are not."""
@@ -156,7 +157,8 @@ def _running(command: Sequence[str], *, end_within_s: float) -> Iterator[subproc
     try:
         yield process
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being ended is ended to the end
+        for number in end_signals():
+            signal.signal(number, signal.SIG_IGN)  # what is being ended is ended to the end
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(end_within_s)

@@ -1,8 +1,8 @@
 """Runs an app on a socket until it is told to stop.
 
 Owns the socket, the signals and the bounded shutdown; it must not know which app it is. ``serve_app`` blocks
-the thread that calls it; on the main thread SIGTERM and SIGINT end it, and it returns, so that the caller can
-close what stands behind the app.
+the thread that calls it; on the main thread signals end it (``signals.py``), and it returns, so that the caller
+can close what stands behind the app.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from embedwire.serve.signals import end_signals
 
 
 class AppServer:
@@ -101,7 +101,7 @@ class _Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        before = {number: signal.signal(number, self.handle_exit) for number in end_signals()}
         try:
             yield
         finally:
