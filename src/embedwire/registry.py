@@ -25,6 +25,9 @@ from embedwire.limits import INCARNATION_MAX, RANKS_MAX
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 
+WILDCARDS = frozenset({"0.0.0.0", "::"})
+"""Where a server may listen, and nobody can be told to reach it."""
+
 
 class Role(StrEnum):
     """The half of a model that a worker serves."""

@@ -71,6 +71,17 @@ def test_help_imports_neither_torch_nor_a_server(embedwire: Run) -> None:
             ("router", "--worker-urls", "http://a", "--registry-url", "http://b"),
             "registry_url or worker_urls",
         ),
+        (
+            ("router", "--registry-url", "registry:9000"),
+            "registry_url is 'registry:9000' (--registry-url): it has to begin with http://",
+        ),
+        (
+            ("router", "--worker-urls", "http://a,b"),
+            "worker_urls is 'b' (--worker-urls): it has to begin with http://",
+        ),
+        (("encoder", "no-model", "--host", "0.0.0.0"), "host 0.0.0.0 is no address that others can be told"),
+        (("language", "no-model", "--host", "::"), "host :: is no address that others can be told"),
+        (("up", "no-model", "--host", "203.0.113.1"), "can not listen on 203.0.113.1:8000"),
         (("registry", "--host", "203.0.113.1"), "can not listen on 203.0.113.1:0"),
         (("ask", "hello", "--url", "http://127.0.0.1:1"), "router http://127.0.0.1:1"),
         (("ask", "hello", "/nowhere.png", "--model", "m"), "image /nowhere.png: No such file"),

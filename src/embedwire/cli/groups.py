@@ -11,8 +11,9 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, create_model
 from pydantic_settings import NoDecode
 
 from embedwire import limits
@@ -22,8 +23,18 @@ Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, lt=2**16)]
 Seconds = Annotated[float, Field(gt=0)]
 Size = Annotated[ByteSize, Field(ge=1)]
+
+
+def _checked_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it has to begin with http:// or https://, and name a host")
+    return text
+
+
+Url = Annotated[str, AfterValidator(_checked_url)]
 Urls = Annotated[
-    tuple[str, ...],
+    tuple[Url, ...],
     NoDecode,
     BeforeValidator(lambda v: " ".join([v] if isinstance(v, str) else v).replace(",", " ").split()),
 ]
@@ -51,7 +62,7 @@ class Server(Group):
 class Member(Group):
     """Registry"""
 
-    registry_url: str | None = None
+    registry_url: Url | None = None
     """The registry to belong to, or to ask who is there."""
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -77,6 +78,14 @@ def _end_with_stdin(bound_s: float) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Event().wait(bound_s)
     os._exit(1)
+
+
+def check_can_listen(host: str, port: int) -> None:
+    """Before much is loaded that would be of no use. Raises ConfigurationError."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ConfigurationError(f"can not listen on {host}:{port}: {error}") from None
 
 
 def serve(

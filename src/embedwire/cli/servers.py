@@ -27,7 +27,9 @@ from embedwire.cli.groups import (
 )
 from embedwire.cli.options import takes
 from embedwire.cli.process import Voice, begin, serve
-from embedwire.cli.settings import Loaded
+from embedwire.cli.settings import Loaded, Settings
+from embedwire.errors import ConfigurationError
+from embedwire.registry import WILDCARDS
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, or a name on the Hugging Face Hub.")
@@ -46,6 +48,14 @@ ReadyFile = Annotated[
     ),
 ]
 IsChild = Annotated[bool, typer.Option("--child", hidden=True, help="Speak JSON, and end when stdin does.")]
+
+
+def _begin_worker(settings: Settings, *, is_child: bool) -> None:
+    begin(settings, is_child=is_child)
+    if settings.host in WILDCARDS:
+        raise ConfigurationError(
+            f"host {settings.host} is no address that others can be told; name one of this machine's"
+        )
 
 
 @takes(Server, Checks)
@@ -85,7 +95,7 @@ def encoder(
     With --tensor-parallel-size above 1 it is so many processes, which share out the images of each prompt; this one watches over them.
     Exit code 0: stopped by SIGTERM or Ctrl-C; 2: an error, whose cause is the last line.
     """
-    begin(loaded.settings, is_child=child)
+    _begin_worker(loaded.settings, is_child=child)
     voice = Voice(ready_file, child)
     if loaded.settings.tensor_parallel_size > 1:
         from embedwire.cli.supervise import serve_group
@@ -106,7 +116,7 @@ def language(
     With --tensor-parallel-size above 1 it is so many processes, which end and start together; this one watches over them. Exit code 0:
     stopped by SIGTERM or Ctrl-C; 2: an error, whose cause is the last line.
     """
-    begin(loaded.settings, is_child=child)
+    _begin_worker(loaded.settings, is_child=child)
     voice = Voice(ready_file, child)
     if loaded.settings.tensor_parallel_size > 1:
         from embedwire.cli.supervise import serve_group

@@ -135,7 +135,7 @@ def load(flags: Mapping[str, Any] | None = None, *, config: Path | None = None) 
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise ConfigurationError(
-            f"{name} is {first['input']!r} ({origins[name]}): {first['msg'].lower()}"
+            f"{name} is {first['input']!r} ({origins[name]}): {first['msg'].lower().removeprefix('value error, ')}"
         ) from None
     return Loaded(settings, origins)
 

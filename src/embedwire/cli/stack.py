@@ -14,6 +14,8 @@ from embedwire.cli.settings import PREFIX
 READY_S = 600.0
 """Loading a large model takes minutes."""
 HEALTH_POLL_S = 0.1
+INSIDE = "127.0.0.1"
+"""Where all but the router listen: nobody else has to reach them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,13 @@ def start_stack(
     """Start everything and wait until the router can send requests to every worker. Each encoder is ``encoder_ranks`` processes; the
     settings say how many a language server is. Raises ChildFailed with the cause.
     """
-    anywhere = {f"{PREFIX}PORT": "0", f"{PREFIX}CONTROL_PORT": "0"}  # a port can be had by one process only
+    # a port can be had by one process only
+    anywhere = {f"{PREFIX}HOST": INSIDE, f"{PREFIX}PORT": "0", f"{PREFIX}CONTROL_PORT": "0"}
     on_step("starting the registry")
     registry = cluster.start("registry", "registry", variables=anywhere)
     cluster.wait_ready([registry], timeout_s=READY_S)
-    member = anywhere | {f"{PREFIX}REGISTRY_URL": registry.url}
+    registered = {f"{PREFIX}REGISTRY_URL": registry.url}
+    member = anywhere | registered
     named = ["--name", name] if name else []
     on_step(f"loading the model: {encoders} × its encode half, {languages} × its language half")
     ranks = {f"{PREFIX}TENSOR_PARALLEL_SIZE": str(encoder_ranks)}
@@ -65,7 +69,7 @@ def start_stack(
         )
         for i in range(languages)
     ]
-    router = cluster.start("router", "router", variables=member | {f"{PREFIX}PORT": str(router_port)})
+    router = cluster.start("router", "router", variables=registered | {f"{PREFIX}PORT": str(router_port)})
     cluster.wait_ready([*encoding, *reading, router], timeout_s=READY_S)
     on_step("waiting until the router knows all workers")
     wait_known(cluster, router.url, {"encoder": encoders, "language": languages})

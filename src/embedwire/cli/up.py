@@ -23,7 +23,7 @@ from embedwire.cli.groups import (
     Wire,
 )
 from embedwire.cli.options import JsonFile, takes
-from embedwire.cli.process import end_in_order
+from embedwire.cli.process import check_can_listen, end_in_order
 from embedwire.cli.screen import check_writable, err, out, table, write_json
 from embedwire.cli.servers import Name
 from embedwire.cli.settings import Loaded
@@ -55,9 +55,9 @@ def up(
     """Run everything for MODEL on this machine: registry, router, encoders and language servers, each a process of its own.
 
     With --engine vllm the encoders and language servers are stock vLLM servers with this package's connector, and there is no registry.
-    --port is the router's; the others take free ones. --tensor-parallel-size is that of each language server. Ctrl-C or SIGTERM
-    ends all of them within --shutdown-s and a few seconds; when one ends by itself, so do the others, and its last log lines are
-    shown. Exit code 0: stopped; 2: an error, or a server that ended by itself.
+    --host and --port are the router's; the others listen on 127.0.0.1, at free ports. --tensor-parallel-size is that of each language
+    server. Ctrl-C or SIGTERM ends all of them within --shutdown-s and a few seconds; when one ends by itself, so do the others, and its
+    last log lines are shown. Exit code 0: stopped; 2: an error, or a server that ended by itself.
     """
     from embedwire.cli.cluster import Cluster
 
@@ -66,6 +66,7 @@ def up(
     if (model is None) == (model_option is None):
         raise ConfigurationError("give the model once: as MODEL, or with --model")
     end_in_order()
+    check_can_listen(settings.host, loaded.public_port)
     try:
         with Cluster(loaded.as_variables(), shutdown_s=settings.shutdown_s) as cluster:
             with err.status("starting") as status:
@@ -106,7 +107,7 @@ def _starter(loaded: Loaded, *, encoder_ranks: int) -> Callable[..., Stack]:
             raise ConfigurationError(
                 "vLLM encoders are divided with --vllm-encoder-args '--tensor-parallel-size N'"
             )
-        return partial(start_vllm_stack, host=loaded.settings.host)
+        return start_vllm_stack
     from embedwire.cli.stack import start_stack
 
     return partial(start_stack, encoder_ranks=encoder_ranks)

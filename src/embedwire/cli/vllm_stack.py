@@ -11,8 +11,7 @@ from pathlib import Path
 
 from embedwire.cli.cluster import Child, Cluster
 from embedwire.cli.settings import PREFIX
-from embedwire.cli.stack import READY_S, Stack, wait_known
-from embedwire.errors import ConfigurationError
+from embedwire.cli.stack import INSIDE, READY_S, Stack, wait_known
 from embedwire.registry import Role
 
 SYSTEMS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -25,7 +24,6 @@ def start_vllm_stack(
     cluster: Cluster,
     model: str,
     *,
-    host: str,
     name: str | None = None,
     encoders: int = 1,
     languages: int = 1,
@@ -36,12 +34,12 @@ def start_vllm_stack(
 
     The router comes first: language servers are told its URL, to report causes to. It is told the others' before they are there.
     """
-    ports = free_ports(host, 2 * encoders + languages)
+    ports = free_ports(2 * encoders + languages)
     encoder_ports, items_ports = ports[:encoders], ports[encoders : 2 * encoders]
     language_ports = ports[2 * encoders :]
 
     def urls(scheme: str, ports: Sequence[int]) -> list[str]:
-        return [f"{scheme}://{host}:{port}" for port in ports]
+        return [f"{scheme}://{INSIDE}:{port}" for port in ports]
 
     on_step("starting the router")
     known = {
@@ -58,7 +56,10 @@ def start_vllm_stack(
         arguments = [model, "--role", role.value, "--report-to", router.url, *more]
         arguments += ["--name", name] if name else []
         return cluster.start(
-            f"{role} {number}", "vllm-server", *arguments, variables={f"{PREFIX}PORT": str(port)}
+            f"{role} {number}",
+            "vllm-server",
+            *arguments,
+            variables={f"{PREFIX}HOST": INSIDE, f"{PREFIX}PORT": str(port)},
         )
 
     encoding = [
@@ -77,23 +78,21 @@ def start_vllm_stack(
     return Stack(None, router, encoding, reading)
 
 
-def free_ports(host: str, count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody has at this moment: vLLM can not say which one it took. Who comes in between makes its server fail to start, so
-    they are drawn from those that the system gives out to nobody, where there are any. Raises ConfigurationError for a host that is not
-    this one."""
+    they are drawn from those that the system gives out to nobody, where there are any."""
     first, last = map(int, SYSTEMS_PORTS.read_text().split())
     others = [*range(LOWEST_PORT, first), *range(last + 1, 2**16)]
     drawn = iter([*random.sample(others, len(others)), *[0] * count])
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     ports: list[int] = []
     with ExitStack() as held:
         while len(ports) < count:
-            one = held.enter_context(socket.socket(family))
+            one = held.enter_context(socket.socket())
             try:
-                one.bind((host, next(drawn)))
+                one.bind((INSIDE, next(drawn)))
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
-                    raise ConfigurationError(f"can not listen on {host}: {error}") from None
+                    raise
                 one.close()
             else:
                 ports.append(one.getsockname()[1])

@@ -24,12 +24,10 @@ from starlette.responses import Response
 from embedwire.errors import ConfigurationError
 from embedwire.limits import INCARNATION_MAX
 from embedwire.memory.layout import Layout
-from embedwire.registry import Role, Worker
+from embedwire.registry import WILDCARDS, Role, Worker
 from embedwire.serve.faults import answer_faults, json_response
 from embedwire.serve.metrics import AppMetrics, CountRequests
 from embedwire.serve.registration import RegistrationTimes, registered
-
-WILDCARDS = frozenset({"0.0.0.0", "::"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
