@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from embedwire.endpoint import ReceiverEndpoint
 from embedwire.errors import ConfigurationError, TransportError, UsageError
 from embedwire.limits import ROOM_MAX
 from embedwire.memory.pool import BlockPool
+from embedwire.memory.source import Source
+from embedwire.protocol import receiver_lanes
 from embedwire.protocol.messages import Message
 
 pytestmark = pytest.mark.timeout(60)
@@ -108,6 +111,44 @@ def test_a_room_is_open_once(stage: Any) -> None:
         receiver.open(1, sender.address)
     stage.offer(sender, 1, TOKENS)
     stage.check(reception, TOKENS).release()
+
+
+@pytest.mark.parametrize("is_released", [False, True])
+def test_a_number_that_comes_again(stage: Any, is_released: bool) -> None:
+    """From an encoder that was started anew, and numbers its rooms from the beginning, while the first room's arrays are still there. Each
+    room's memory is its own."""
+    receiver = stage.receiver()
+    first = stage.move(stage.sender(), receiver, 1, TOKENS)
+    if is_released:
+        first.release()
+    second = stage.move(stage.sender(), receiver, 1, TOKENS)
+    need = TOKENS * stage.layout.token_bytes
+    assert reserved(receiver) == (need if is_released else 2 * need)
+    del first
+    gc.collect()
+    assert reserved(receiver) == need
+    second.release()
+    assert reserved(receiver) == 0
+
+
+def test_a_lane_that_was_done_long_before_the_other(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session has ended by the time that the room is whole."""
+    monkeypatch.setattr(receiver_lanes, "IDLE_S", 0.1)
+    senders = [stage.sender(rank=rank, ranks=2) for rank in range(2)]
+    offers = [stage.offer(sender, 1, TOKENS) for sender in senders]
+    stage.until(lambda: offers[1].sources)
+    late, go_on, real = set(offers[1].sources.values()), threading.Event(), Source.pieces
+
+    def pieces(source: Source, *args: Any, **more: Any) -> Any:
+        assert source not in late or go_on.wait(20)
+        return real(source, *args, **more)
+
+    monkeypatch.setattr(Source, "pieces", pieces)
+    receiver = stage.receiver()
+    reception = receiver.open(1, [sender.address for sender in senders])
+    stage.until(lambda: offers[0].done() and receiver.stats().sessions == 1)
+    go_on.set()
+    assert stage.check(reception, TOKENS).report.transport == stage.wire
 
 
 def test_an_assembly_that_can_not_be_made(stage: Any, stamped: Any) -> None:

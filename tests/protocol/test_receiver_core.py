@@ -176,8 +176,9 @@ def test_a_whole_room() -> None:
     assert bench.hear(Ended(**FROM, room=7, cause=Cause.DONE)) == []
     assert not bench.core.lanes.rooms
     assert bench.memory.used_bytes == 300
-    bench.core.on_assembly_released(KEY, now=2.0)
-    bench.core.on_assembly_released(KEY, now=2.0)
+    assert isinstance(last[-1], Finished)
+    for _ in range(2):
+        bench.core.on_assembly_released(last[-1].room, now=2.0)
     assert bench.memory.used_bytes == 0
 
 

@@ -459,22 +459,22 @@ class ReceiverEndpoint(Driver):
         if not room.is_dummy:
             self._receptions.deliver(room)
 
-    def _released(self, key: RoomKey) -> None:
+    def _released(self, room: Room) -> None:
         """Nobody needs the arrays of a room. Any thread."""
-        self.post(partial(self._let_go, key))
+        self.post(partial(self._let_go, room))
 
-    def _left(self, key: RoomKey) -> None:
+    def _left(self, room: Room) -> None:
         """The last array of a room is gone. Any thread."""
 
         def left() -> None:
             if self._member is not None:
-                self._member.left(key)
-            self._let_go(key)
+                self._member.left(room.key)
+            self._let_go(room)
 
         self.post(left)
 
-    def _let_go(self, key: RoomKey) -> None:
-        self.carry_out(self._core.on_assembly_released(key, now=time.monotonic()))
+    def _let_go(self, room: Room) -> None:
+        self.carry_out(self._core.on_assembly_released(room, now=time.monotonic()))
 
     @property
     def memory_free_bytes(self) -> int:

@@ -83,8 +83,8 @@ class Receptions:
         endpoint: ReceiverEndpoint,
         core: ReceiverCore,
         *,
-        on_released: Callable[[RoomKey], None],
-        on_left: Callable[[RoomKey], None],
+        on_released: Callable[[Room], None],
+        on_left: Callable[[Room], None],
     ) -> None:
         self._endpoint = endpoint
         self._core = core
@@ -124,14 +124,16 @@ class Receptions:
     ) -> None:
         """A room is where it is read: where it landed, or in ``arrays``, with ``aux``, that another rank has filled."""
         key = room.key
+        report = _report(
+            room, readers=len(self._core.group.readers), token_bytes=self._endpoint.layout.token_bytes
+        )
         reception = self._open.pop(key)
         if arrays is None or aux is None:
             announced = next(iter(room.lanes.values())).announced
             assert announced is not None
             arrays, aux = reception.arrays, announced.aux
-        report = _report(self._core, room, token_bytes=self._endpoint.layout.token_bytes)
-        received = Received(key.room, key.attempt, arrays, aux, report, partial(self._on_released, key))
-        _when_gone(arrays, partial(self._on_left, key))
+        received = Received(key.room, key.attempt, arrays, aux, report, partial(self._on_released, room))
+        _when_gone(arrays, partial(self._on_left, room))
         self.ended[Cause.DONE.value] += 1
         reception.arrays, reception.rows = {}, ()
         reception.set_result(received)
@@ -142,9 +144,8 @@ class Receptions:
         self._open.pop(key).set_exception(TransferError(cause.value, detail))
 
 
-def _report(core: ReceiverCore, room: Room, *, token_bytes: int) -> ReceiveReport:
+def _report(room: Room, *, readers: int, token_bytes: int) -> ReceiveReport:
     lanes, now = list(room.lanes.values()), time.monotonic()
-    readers = len(core.group.readers)
     if not lanes:
         return ReceiveReport(total_tokens=room.total_tokens, readers=readers)
     announced = lanes[0].announced
@@ -154,7 +155,7 @@ def _report(core: ReceiverCore, room: Room, *, token_bytes: int) -> ReceiveRepor
         total_tokens=room.total_tokens,
         rounds=tuple(tokens for lane in lanes for tokens in lane.round_sizes),
         bytes=sum(lane.total_tokens for lane in lanes) * token_bytes,
-        transport=core.lanes.sessions[lanes[0].address].wire or "",
+        transport=lanes[0].wire,
         source_ms=announced.source_ms,
         wait_ms=(granted_at - max(lane.ready_at for lane in lanes)) * 1000,
         transfer_ms=(now - granted_at) * 1000,

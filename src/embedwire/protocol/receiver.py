@@ -69,6 +69,7 @@ class ReceiverTransfer:
         self.end: tuple[Cause, str] | None = None
         self.deadline = opened_at
         self.wait_s = 0.0
+        self.wire = ""
 
     @property
     def state(self) -> ReceiverState:

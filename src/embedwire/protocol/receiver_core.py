@@ -58,7 +58,7 @@ class Memory(Protocol):
 class Room:
     """One room on one rank. ``lanes`` are those that end here: none on a dummy rank. ``landed_tokens`` is what all ranks that receive are
     known to have; ``end`` is set once this rank knows how it ends, which the others may not know yet;
-    ``told`` is the poll that they know."""
+    ``told`` is the poll that they know. Memory is reserved for the object, not for its key, which may come again."""
 
     key: RoomKey
     lanes: dict[RoomKey, ReceiverTransfer]
@@ -190,9 +190,9 @@ class ReceiverCore:
             return []
         return self._follow(self._fail(room, cause, detail, now), now)
 
-    def on_assembly_released(self, key: RoomKey, *, now: float) -> list[ReceiverAction]:
+    def on_assembly_released(self, room: Room, *, now: float) -> list[ReceiverAction]:
         """The assembly of a finished room is no longer needed. Idempotent."""
-        if not self.memory.release(key) or self.group.size > 1:
+        if not self.memory.release(room) or self.group.size > 1:
             return []
         return self._follow(self._admit(self._free_bytes, now), now)
 
@@ -282,7 +282,7 @@ class ReceiverCore:
             room.told = Poll.TRANSFERRING
             if room.is_dummy or room.end is not None:
                 continue  # one that has failed here meanwhile fails everywhere in the next turn
-            is_reserved = self.memory.try_reserve(room.key, need)
+            is_reserved = self.memory.try_reserve(room, need)
             assert is_reserved, "agreed free memory is there"
             actions.append(Assemble(room.key, room.total_tokens))
             for key in room.lanes:
@@ -319,7 +319,7 @@ class ReceiverCore:
         is_told = room.end is not None
         room.end = (cause, cut(detail))
         aborts = [] if is_told else self._abort_lanes(room, now)
-        self.memory.release(room.key)
+        self.memory.release(room)
         self._forget(room)
         return [Failed(room.key, *room.end), *aborts]
 

@@ -321,6 +321,7 @@ class ReceiverLanes:
             room, blocks = turn
             self._tickets += 1
             room.granted_at = room.granted_at if room.round_sizes else now
+            room.wire = self.sessions[room.address].wire or room.wire
             before = room.last_ticket if self._goes_on_alone(room) else None
             granted = room.grant(blocks, block_size=self.offered.block_size, ticket=self._tickets)
             self.admission.want_more(room)

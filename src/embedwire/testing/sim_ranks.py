@@ -116,7 +116,9 @@ class Ranks:
 
     def release(self, rank: int, room: int) -> None:
         """The assembly of a finished room is no longer needed."""
-        self.do(rank, self.cores[rank].on_assembly_released(RoomKey(room), now=0.0))
+        held = next(one.room for one in self.finished[rank] if one.key == RoomKey(room))
+        assert held is not None
+        self.do(rank, self.cores[rank].on_assembly_released(held, now=0.0))
 
     def do(self, rank: int, actions: Sequence[ReceiverAction]) -> None:
         """Carry out the orders that concern rooms and drains; ``orders`` keeps them all."""

@@ -248,11 +248,12 @@ class ReceiverNode:
         if not np.array_equal(held, cells(key, 0, len(held))):
             raise InvariantBroken(f"{self.address}: room {key} finished with wrong bytes")
         self._end(key, finished)
-        self.process.run_after(self.setup.read_s, lambda: self._release(key))
+        self.process.run_after(self.setup.read_s, lambda: self._release(finished))
 
-    def _release(self, key: RoomKey) -> None:
-        del self.assemblies[key]
-        self.do(self.core.on_assembly_released(key, now=self.timeline.now))
+    def _release(self, finished: Finished) -> None:
+        del self.assemblies[finished.key]
+        assert finished.room is not None
+        self.do(self.core.on_assembly_released(finished.room, now=self.timeline.now))
 
     def _end(self, key: RoomKey, end: Finished | Failed) -> None:
         if key in self.ends:
