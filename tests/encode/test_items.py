@@ -182,6 +182,28 @@ def test_an_item_that_is_being_fetched_is_not_given_up() -> None:
         assert shelf.stats().memory_reserved_bytes == 64
 
 
+def test_what_does_not_fit_now_takes_nobody_s_place() -> None:
+    """Others than those that are being fetched have to go for it, and that would not be enough: they stay."""
+    with ItemShelf(LAYOUT, memory_bytes=20 * 64) as shelf:
+        shelf.put(b"lent", rows(10, 1))
+        shelf.put(b"idle", rows(5, 2))
+        with ReceiverEndpoint(LAYOUT, num_blocks=1, block_size=1, assembly_bytes=15 * 64) as slow:
+            held = fetch(slow, shelf, b"lent").result(PATIENCE_S)
+            until(lambda: not shelf._kept[b"lent"].lent)
+            waiting = fetch(slow, shelf, b"lent")  # no assembly for it while the first is held
+            until(lambda: bool(shelf._kept[b"lent"].lent))
+            with pytest.raises(OverloadedError):
+                shelf.put(b"large", rows(11, 3))
+            assert not shelf.expect(b"idle")
+            held.release()
+            assert value_of(waiting, 10) == 1
+            until(lambda: not shelf._kept[b"lent"].lent)
+            shelf.put(b"large", rows(11, 3))
+            assert shelf.expect(b"lent")
+            assert not shelf.expect(b"idle")
+            assert shelf._lent_bytes == 0
+
+
 def test_a_sender_without_items(reader: Any) -> None:
     """It says so at once; an item hash is bounded where it is asked for."""
     from embedwire import SenderEndpoint

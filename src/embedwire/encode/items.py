@@ -30,6 +30,7 @@ assert CONTENT_HASH_BYTES_MAX >= 32
 @dataclass(slots=True)
 class _Kept:
     filling: Filling
+    nbytes: int
     was_fetched: bool = False
     lent: set[Offer] = field(default_factory=set)
 
@@ -55,6 +56,7 @@ class ItemShelf:
         # What nobody fetches now, in order of last use: the items that were fetched before, and those that never were.
         self._fetched: dict[bytes, None] = {}
         self._unfetched: dict[bytes, None] = {}
+        self._lent_bytes = 0  # of those that somebody fetches now
         self._endpoint = SenderEndpoint(
             layout, host=host, port=port, transports=transports, limits=limits, on_wanted=self._on_wanted
         )
@@ -126,8 +128,9 @@ class ItemShelf:
 
     def _put(self, item: bytes, filling: Filling) -> None:
         if item not in self._kept:
-            self._make_room(item, filling.source.tokens * self.layout.token_bytes)
-            self._kept[item] = _Kept(filling)
+            need = filling.source.tokens * self.layout.token_bytes
+            self._make_room(item, need)
+            self._kept[item] = _Kept(filling, need)
             self._named.add(item)
             self._rest(item)
             self._endpoint.tell_kept(item, tokens=filling.source.tokens)
@@ -137,12 +140,10 @@ class ItemShelf:
     def _make_room(self, item: bytes, need: int) -> None:
         if not self._budget.can_ever(need):
             raise NeverFitsError(f"an item of {need} bytes; there are {self._budget.limit_bytes} for all")
+        if need > self._budget.limit_bytes - self._lent_bytes:
+            raise OverloadedError(f"{need} bytes for an item are not free now: others are being fetched")
         while not self._budget.try_reserve(item, need):
             idle = self._fetched or self._unfetched
-            if not idle:
-                raise OverloadedError(
-                    f"{need} bytes for an item are not free now: all others are being fetched"
-                )
             oldest = next(iter(idle))
             del idle[oldest], self._kept[oldest]
             self._named.discard(oldest)
@@ -182,6 +183,7 @@ class ItemShelf:
             return  # this room was given up on once, and stood in line twice
         for idle in (self._fetched, self._unfetched):
             idle.pop(item, None)
+        self._lent_bytes += 0 if kept.lent else kept.nbytes
         kept.lent.add(offer)
         offer.add_done_callback(partial(self._on_end, item))
 
@@ -191,4 +193,5 @@ class ItemShelf:
         kept.lent.discard(offer)
         kept.was_fetched = kept.was_fetched or not isinstance(offer.exception(), TransferError)
         if not kept.lent:
+            self._lent_bytes -= kept.nbytes
             self._rest(item)
