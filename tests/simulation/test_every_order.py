@@ -57,7 +57,7 @@ class State:
                     yield "land", rank, key.room
         for rank, finished in enumerate(ranks.finished):
             for end in finished:
-                if end.key in ranks.budgets[rank]._reserved:
+                if end.room in ranks.budgets[rank]._reserved:
                     yield "release", rank, end.key.room
         for fault in sorted(self.faults):
             if fault == "abort" and RoomKey(1) in ranks.cores[0].rooms:
@@ -131,7 +131,7 @@ class State:
         return (
             tuple(_core(core) for core in ranks.cores),
             tuple(tuple((room, cause) for room, cause, _ in ends) for ends in ranks.ends),
-            tuple(tuple(sorted(budget._reserved)) for budget in ranks.budgets),
+            tuple(tuple(sorted(room.key for room in budget._reserved)) for budget in ranks.budgets),
             tuple((rank, facts.free_bytes, facts.rooms) for rank, facts in sorted(ranks.said.items())),
             tuple((rank, facts.free_bytes, facts.rooms) for rank, facts in sorted(ranks.agreed.items())),
             tuple(self.opened) if self.is_told else (),
