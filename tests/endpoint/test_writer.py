@@ -163,6 +163,35 @@ def test_a_doubt_outlives_a_close_that_proved_nothing(stage: Any, monkeypatch: A
     stage.wait_idle()
 
 
+def test_a_doubt_outlives_its_writer(stage: Any, monkeypatch: Any) -> None:
+    """Scenario 26f: a receiver that was frozen in mid-write, for longer than its sender waits, goes on: its blocks come back as soon as
+    the old session has ended, however many new ones there are, and the sender keeps nothing of it."""
+    region, may_end, lost, awake = (REGIONS[stage.wire], *(threading.Event() for _ in range(3)))
+    real = region.close
+    monkeypatch.setattr(region, "close", lambda self: may_end.is_set() and bool(real(self)))
+
+    def write() -> Outcome:
+        receiver.post(lambda: awake.wait(30) and None)
+        assert lost.wait(30)
+        return Outcome.UNKNOWN
+
+    script(monkeypatch, region, "write", [write])
+    sender = stage.sender(limits=stage.quick)
+    receiver = stage.receiver(num_blocks=4, default_allocate_tokens=128, limits=Limits(window_rounds=1))
+    offer, reception = stage.offer(sender, 1, TOKENS), receiver.open(1, sender.address)
+    stage.until(lambda: sender.stats().sessions == 1)
+    stage.until(lambda: sender.stats().sessions == 0)
+    lost.set()
+    assert stage.failure_of(offer).cause == "peer_lost"
+    awake.set()
+    stage.failure_of(reception)
+    assert receiver.stats().blocks_quarantined == (0 if stage.wire == "tcp" else 1)
+    may_end.set()
+    stage.until(lambda: not receiver.stats().blocks_quarantined)
+    stage.move(sender, receiver, 2, TOKENS).release()
+    stage.until(lambda: len(writers()) == len(sender._outbounds[stage.wire]._regions) == 1)
+
+
 def test_a_receiver_that_can_not_be_reached_again(stage: Any, monkeypatch: Any) -> None:
     """After an unknown outcome: its rooms end, none waits for its deadline, and its next try works."""
 

@@ -249,6 +249,8 @@ class SenderEndpoint(Driver):
         self.post(lambda: self._carry_out(self._core.close(now=time.monotonic())))
         self.call(self._retire_writers)
         for writer in self._retired:
+            writer.abandon()
+        for writer in self._retired:
             writer.join(self.limits.write_timeout_s)
         self.call(self._stop)  # what the writers reported last is in the queue before this
         self._thread.join()

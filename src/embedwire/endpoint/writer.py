@@ -80,7 +80,8 @@ class WriteJob:
 
 
 class SessionWriter:
-    """The thread. ``close`` ends a running write too, and is the only call from another thread besides ``submit``."""
+    """The thread. ``submit``, ``close`` and ``abandon`` are for other threads; ``close`` ends a running write too. From then on the thread
+    lives until the wire has said that each session of it has ended, or until it is abandoned."""
 
     def __init__(
         self,
@@ -109,8 +110,10 @@ class SessionWriter:
         self._marked: tuple[RoomKey | None, float] = (None, -math.inf)  # the last one, and when
         self._watched: RoomKey | None = None
         self._awaited = Awaited()
+        self._ending: list[RemoteRegion] = []  # sessions whose end was asked for; the writer's thread alone
         self._closer: threading.Thread | None = None
         self._is_closed = False
+        self._is_abandoned = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"embedwire-writer-{peer:x}", daemon=True)
         self._thread.start()
 
@@ -146,6 +149,10 @@ class SessionWriter:
             self._closer = threading.Thread(target=region.close, name=name, daemon=True)
             self._closer.start()
 
+    def abandon(self) -> None:
+        """After ``close``: nobody is left to tell what becomes of its sessions."""
+        self._is_abandoned.set()
+
     def is_alive(self) -> bool:
         """Whether a thread of it still runs."""
         return self._thread.is_alive() or (self._closer is not None and self._closer.is_alive())
@@ -165,6 +172,18 @@ class SessionWriter:
                 is_usable = self._carry_out(job)
             else:
                 self._events.written(job.write, Outcome.LOST)
+        self._part()
+
+    def _part(self) -> None:
+        """What may still land is the receiver's loss until it hears that it can not; and what a wire keeps for a session, ours."""
+        with self._lock:
+            region, self._region = self._region, None
+        self._ending += [] if region is None else [region]
+        while True:
+            self._ending = [region for region in self._ending if not region.close()]
+            self._settle_doubts()
+            if not (self._ending or self._doubts) or self._is_abandoned.wait(self._limits.retry_s):
+                return
 
     def _next_job(self) -> WriteJob | None:
         """None comes last, from ``close``, and it comes in any case. While it waits it looks for a note, and whether a doubt has ended."""
@@ -223,7 +242,7 @@ class SessionWriter:
             if not self._is_closed:
                 self._region = region
                 return True
-        region.close()
+        self._ending.append(region)
         return False
 
     def _renew(self, write: Write) -> bool:
@@ -235,7 +254,7 @@ class SessionWriter:
             self._events.doubt_ended(write)
         else:
             self._doubts.append((region, write))
-        return self._attach()
+        return not self._is_closed and self._attach()
 
     def _carry_out(self, job: WriteJob) -> bool:
         """Write a round and report it. False: the receiver is out of reach."""
