@@ -306,13 +306,14 @@ class Turns(Driver):
         """What the others say beside, and whether none of them has more to say."""
         missing = set(self._others)
         aside, are_silent = Aside(), True
-        until = time.monotonic() + self._seat.timeout_s
+        beats = 0
         while missing:
-            left_s = until - time.monotonic()
-            if left_s <= 0 or not self._socket.poll(math.ceil(left_s * 1000), zmq.POLLIN):
-                raise RankLost(
-                    f"rank {', '.join(map(str, sorted(missing)))} did not answer within {self._seat.timeout_s:g} s"
-                )
+            if not self._socket.poll(math.ceil(self._seat.timeout_s / BEATS * 1000), zmq.POLLIN):
+                beats += 1
+                if beats >= BEATS:
+                    names = ", ".join(map(str, sorted(missing)))
+                    raise RankLost(f"rank {names} did not answer within {self._seat.timeout_s:g} s")
+                continue
             said = decode_of_rank(self._socket.recv_multipart()[-1])
             if isinstance(said, Present) and said.turn == number:
                 missing.discard(said.rank)

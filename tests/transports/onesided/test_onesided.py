@@ -177,6 +177,17 @@ def test_an_engine_is_destroyed_before_its_sender_is_gone() -> None:
     door.close()
 
 
+def test_a_host_that_vanished_is_noticed() -> None:
+    """After a minute, and not after the two hours that are the system's: so long its blocks would stay in quarantine."""
+    door = Door("127.0.0.1", make_engine=lambda: Receiving(0))
+    with socket.create_connection(("127.0.0.1", door.port)):
+        eventually(lambda: bool(door._sessions))
+        (session,) = door._sessions
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert [session.sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3]
+    door.close()
+
+
 @pytest.mark.parametrize(
     "say",
     [

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from embedwire.errors import ProtocolViolation, TransportError
 from embedwire.transports.onesided import greeting
 from embedwire.transports.onesided.engine import EngineError, ReceivingEngine
+from embedwire.transports.sockets import tune
 
 GREETING_S = 5.0
 """A connection that has not greeted within this time is dropped."""
@@ -114,8 +115,12 @@ class Door:
             logger.warning("! %s refused: %d sessions are open", peer, self._sessions_max)
             sock.close()
             return
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        try:
+            sock.setblocking(False)
+            tune(sock)
+        except OSError:  # gone again
+            sock.close()
+            return
         session = _Session(sock, greets_until_s=time.monotonic() + self._greeting_s)
         with self._lock:
             self._sessions.add(session)

@@ -15,10 +15,10 @@ from contextlib import suppress
 from embedwire.errors import ProtocolViolation, TransportError
 from embedwire.transports.onesided import greeting
 from embedwire.transports.onesided.engine import EngineError, SendingEngine
+from embedwire.transports.sockets import tune
 
 CLOSE_WAIT_S = 0.5
 """How long an ending session waits for the receiver's word that nothing can land any more."""
-_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 30, 10, 3
 
 
 class Presence:
@@ -94,11 +94,7 @@ def _greet(target: greeting.Descriptor, sender_token: int, deadline_s: float) ->
     except (OSError, ValueError) as error:
         raise TransportError(f"can not connect to {place}: {error}") from error
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        tune(sock)
         sock.sendall(greeting.encode_hello(target.nonce, sender_token))
         nbytes = greeting.decode_welcome(_receive(sock, greeting.WELCOME_BYTES, deadline_s))
         return sock, _receive(sock, nbytes, deadline_s)

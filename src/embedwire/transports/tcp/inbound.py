@@ -24,6 +24,7 @@ import msgspec
 from embedwire.errors import ConfigurationError, ProtocolViolation, TransportError, UsageError
 from embedwire.transports.contract import Inbound
 from embedwire.transports.pieces import check_sender_token, check_spans, check_ticket
+from embedwire.transports.sockets import tune
 from embedwire.transports.tcp import frames
 from embedwire.transports.tcp.connection import Connection
 from embedwire.transports.tickets import Tickets
@@ -31,9 +32,6 @@ from embedwire.transports.tickets import Tickets
 GREETING_S = 5.0
 """A connection that has not greeted within this time is dropped."""
 CONNECTIONS_MAX = 1024
-_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 30, 10, 3
-"""A host that vanished without a word is noticed after a minute. A stopped process still answers these
-probes."""
 _PAUSE_S = 0.2
 
 _log = logging.getLogger(__name__)
@@ -155,7 +153,8 @@ class TcpInbound(Inbound):
             sock.close()
             return
         try:
-            _tune(sock)
+            sock.setblocking(False)
+            tune(sock)
         except OSError:  # gone again
             sock.close()
             return
@@ -205,12 +204,3 @@ class TcpInbound(Inbound):
         if self._accepts_from_s and now >= self._accepts_from_s:
             self._accepts_from_s = 0.0
             self._selector.register(self._listener, selectors.EVENT_READ)
-
-
-def _tune(sock: socket.socket) -> None:
-    sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # answers are small and wanted at once
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from itertools import islice
 
 from embedwire.errors import ProtocolViolation, TransportError
+from embedwire.transports.sockets import tune
 from embedwire.transports.tcp import frames
 
 FRAMES_AHEAD = 2
@@ -133,7 +134,7 @@ def open_stream(target: frames.Descriptor, sender_token: int, *, deadline_s: flo
     except (OSError, ValueError) as error:
         raise TransportError(f"can not connect to {target.host}:{target.port}: {error}") from error
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune(sock)
         sock.sendall(frames.encode_hello(target.nonce, sender_token))
         answer = b""
         while len(answer) < len(frames.WELCOME):
