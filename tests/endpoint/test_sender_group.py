@@ -93,6 +93,26 @@ def test_a_room_that_ends_on_one_rank_ends_on_all(ranks: Ranks) -> None:
     wait(lambda: ranks.ends[1].stats().memory_reserved_bytes == 0)
 
 
+@pytest.mark.parametrize("ranks", [1], indirect=True)
+@pytest.mark.parametrize("is_offered", [True, False])
+def test_a_room_that_nobody_has_opened_ends_on_all(ranks: Ranks, is_offered: bool) -> None:
+    """The client has gone before a language server asked: no rank keeps the room or its place in the line, and none of those who encode
+    it waits for what will never be."""
+    first = None if is_offered else ranks.leader.offer(1, total_tokens=TOKENS)
+    offer = ranks.leader.offer(2, total_tokens=TOKENS)
+    wait(lambda: ranks.ends[1].stats().memory_reserved_bytes > 0)
+    offer.abort("nobody wants it")
+    ranks.follower.fill((2, 0), embedding(2))
+    if first is not None:
+        first.abort("nor this")
+    wait(lambda: ranks.ends[1].stats().memory_reserved_bytes == 0)
+    assert not ranks.follower.call(lambda: ranks.follower._line or ranks.follower._open)
+    ranks.leader.offer(3, total_tokens=TOKENS).fill(embedding(3))
+    ranks.follower.fill((3, 0), embedding(3))
+    received = ranks.receiver.open(3, ranks.leader.addresses).result(WAIT_S)
+    assert np.array_equal(received.arrays["embeddings"], embedding(3)["embeddings"])
+
+
 def wait(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not condition():

@@ -1,7 +1,8 @@
 """The senders of one encoder's ranks, which offer the same rooms, each to send its part.
 
-Rank 0 decides what is offered; its ``LeadingSender`` tells the others, whose ``FollowingSender`` offers the same. Rooms end on each rank by
-themselves, since a receiver that loses one part gives up the others. Any thread; a following sender brings one of its own.
+Rank 0 decides what is offered, and what nobody wants any more; its ``LeadingSender`` tells the others, whose ``FollowingSender`` does the
+same. Otherwise rooms end on each rank by themselves, since a receiver that loses one part gives up the others. Any thread; a following
+sender brings one of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,7 +31,7 @@ Key = tuple[int, int]
 """Room and attempt."""
 
 
-class _Offered(msgspec.Struct, frozen=True, array_like=True):
+class _Offered(msgspec.Struct, frozen=True, array_like=True, tag=True):
     room: int
     attempt: int
     total_tokens: int
@@ -40,7 +44,13 @@ class _Offered(msgspec.Struct, frozen=True, array_like=True):
         return self.room, self.attempt
 
 
-_decode = msgspec.msgpack.Decoder(_Offered).decode
+class _Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    room: int
+    attempt: int
+    detail: str
+
+
+_decode = msgspec.msgpack.Decoder(_Offered | _Failed).decode
 
 
 class LeadingSender:
@@ -56,6 +66,7 @@ class LeadingSender:
             socket.setsockopt(zmq.SNDHWM, 0)  # the rooms that may be offered at a time are bounded
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(address)
+        self._is_open = True
 
     def offer(
         self,
@@ -76,19 +87,28 @@ class LeadingSender:
             content_hash=content_hash,
             readers=readers,
         )
-        frame = msgspec.msgpack.encode(
-            _Offered(room, attempt, total_tokens, tuple(aux), content_hash, readers)
-        )
-        with self._lock:
-            for socket in self._sockets:
-                socket.send(frame)
+        self._tell(_Offered(room, attempt, total_tokens, tuple(aux), content_hash, readers))
+        offer.add_done_callback(partial(self._on_end, room, attempt))
         return offer
+
+    def _on_end(self, room: int, attempt: int, offer: Future[Any]) -> None:
+        """There may be no receiver yet to give up the other parts of a room that has failed here."""
+        if (error := offer.exception()) is not None:
+            self._tell(_Failed(room, attempt, str(error)))
+
+    def _tell(self, told: _Offered | _Failed) -> None:
+        frame = msgspec.msgpack.encode(told)
+        with self._lock:
+            for socket in self._sockets if self._is_open else ():
+                socket.send(frame)
 
     def __enter__(self) -> LeadingSender:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._context.destroy(linger=0)
+        with self._lock:
+            self._is_open = False
+            self._context.destroy(linger=0)
 
 
 class FollowingSender(Driver):
@@ -103,7 +123,10 @@ class FollowingSender(Driver):
         self._memory_wait_s = memory_wait_s
         self._line: deque[tuple[_Offered, float]] = deque()
         self._changed = threading.Condition()
-        self._offers: OrderedDict[Key, Offer | None] = OrderedDict()
+        self._open: dict[Key, Offer] = {}
+        self._offers: OrderedDict[Key, Offer | None] = (
+            OrderedDict()
+        )  # which nobody has filled; None: not offered
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(address)
@@ -132,7 +155,20 @@ class FollowingSender(Driver):
 
     def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
         until = time.monotonic() + self._memory_wait_s
-        self._line.extend((_decode(frame[-1]), until) for frame in frames)
+        for frame in frames:
+            told = _decode(frame[-1])
+            if isinstance(told, _Offered):
+                self._line.append((told, until))
+            else:
+                self._give_up(told)
+
+    def _give_up(self, failed: _Failed) -> None:
+        key = (failed.room, failed.attempt)
+        if key in self._open:
+            self._open[key].abort(failed.detail)
+        for place in [place for place in self._line if place[0].key == key]:
+            self._line.remove(place)
+            self._enter(key, None)
 
     def _next_due(self) -> float | None:
         return self._line[0][1] if self._line else None
@@ -151,13 +187,14 @@ class FollowingSender(Driver):
             except EmbedwireError as error:
                 logger.warning("room %d is not offered here: %s", offered.room, error)
             self._line.popleft()
-            with self._changed:
-                self._offers[offered.key] = offer
-                if (
-                    len(self._offers) > self._endpoint.limits.rooms_max
-                ):  # rooms that were over before their turn in the tower
-                    self._offers.popitem(last=False)
-                self._changed.notify_all()
+            self._enter(offered.key, offer)
+
+    def _enter(self, key: Key, offer: Offer | None) -> None:
+        with self._changed:
+            self._offers[key] = offer
+            if len(self._offers) > self._endpoint.limits.rooms_max:  # over before their turn in the tower
+                self._offers.popitem(last=False)
+            self._changed.notify_all()
 
     def _offer(self, offered: _Offered) -> Offer:
         offer = self._endpoint.offer(
@@ -168,5 +205,10 @@ class FollowingSender(Driver):
             content_hash=offered.content_hash,
             readers=offered.readers,
         )
-        offer.add_done_callback(lambda _: self.post(lambda: None))
+        self._open[offered.key] = offer
+        offer.add_done_callback(lambda _: self.post(lambda: self._forget(offered.key)))
         return offer
+
+    def _forget(self, key: Key) -> None:
+        """A room is over. There may be memory for the next one after this turn."""
+        self._open.pop(key, None)
