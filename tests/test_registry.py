@@ -122,7 +122,10 @@ def test_unknown_urls_are_harmless() -> None:
     assert len(registry) == 0
 
 
-@pytest.mark.parametrize("url", ["ftp://a", "http://a/path", "a:80", "http://", "http://a b"])
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://a", "http://a/path", "a:80", "http://", "http://a b", "http://a:80000", "http://[10.0.0.5]:80"],
+)
 def test_a_worker_needs_a_base_url(url: str) -> None:
     good = msgspec.to_builtins(worker("a"))
     with pytest.raises(msgspec.ValidationError, match="url"):

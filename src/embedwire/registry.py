@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -53,6 +54,12 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     control_addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=RANKS_MAX)] = ()
     readers: Annotated[int, msgspec.Meta(ge=1, le=RANKS_MAX)] = 1
     engine: Literal["embedwire", "vllm"] = "embedwire"
+
+    def __post_init__(self) -> None:
+        try:
+            _ = urlsplit(self.url).port
+        except ValueError as error:
+            raise ValueError(f"url: {error}") from None
 
 
 @dataclass(slots=True)
@@ -114,6 +121,11 @@ class Registry:
         if entry := self._entries.get(url):
             entry.missed += 1
 
+    def evicted(self, url: str) -> None:
+        """Somebody else's checks have failed often enough."""
+        if entry := self._entries.get(url):
+            entry.missed = max(entry.missed, self._misses_to_evict)
+
     def remove(self, url: str, *, incarnation: int | None = None) -> bool:
         """Take a worker off the table; with ``incarnation``, only that life of it. True when it was there."""
         entry = self._entries.get(url)
@@ -141,6 +153,11 @@ class Registry:
         """Whether it is here, but fails its checks. Who said good-bye is not here, and ends what it has begun."""
         entry = self._entries.get(url)
         return entry is not None and not self.is_candidate(entry)
+
+    def is_replaced(self, worker: Worker) -> bool:
+        """Whether another life of it is at its URL."""
+        entry = self._entries.get(worker.url)
+        return entry is not None and entry.worker.incarnation != worker.incarnation
 
     def candidates(
         self, role: Role, *, model: str | None = None, fingerprint: str | None = None

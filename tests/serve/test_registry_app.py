@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from typing import Any
 
+import anyio
 import httpx
 import msgspec
 import pytest
@@ -16,7 +19,7 @@ from embedwire.registry import Registry, Role, Worker
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.registration import RegistrationTimes
 from embedwire.serve.run import AppServer
-from embedwire.serve.watch import WatchTimes, check_workers, every, follow_registry
+from embedwire.serve.watch import WatchTimes, check_workers, checking_client, every, follow_registry
 from embedwire.serve.worker_app import Identity, RegistryLink, worker_app
 
 WAIT_S = 20.0
@@ -159,6 +162,45 @@ async def test_a_check_needs_a_worker_at_the_other_end(cluster: Any) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_check_that_fails_oddly_is_a_check_that_fails() -> None:
+    """It takes no other one with it, and is no reason to keep that worker."""
+    odd, well = (
+        Worker(role=Role.ENCODER, url=f"http://{n}:1", model="m", fingerprint="f", incarnation=1)
+        for n in ("odd", "well")
+    )
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "odd":
+            raise OverflowError("injected")
+        return httpx.Response(200, json={"worker": msgspec.to_builtins(well)})
+
+    table = Registry(misses_to_evict=1)
+    for worker in (odd, well):
+        table.register(worker, now=0.0)
+    table.missed(well.url)
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+        await check_workers(table, client)
+    assert table.candidates(Role.ENCODER) == [well]
+
+
+@pytest.mark.anyio
+async def test_those_who_do_not_answer_take_no_time_from_the_others(cluster: Any) -> None:
+    """There may be many: processes that are frozen, or hosts that are gone."""
+    table = Registry(misses_to_evict=1)
+    _, encoder = cluster.add_encoder()
+    with socket.create_server(("0.0.0.0", 0), backlog=512) as frozen:
+        port = frozen.getsockname()[1]
+        for number in range(1, 151):
+            url = f"http://127.0.0.{number}:{port}"
+            worker = Worker(role=Role.ENCODER, url=url, model="m", fingerprint="f", incarnation=1)
+            table.register(worker, now=time.monotonic())
+        async with checking_client(WatchTimes(timeout_s=5.0)) as client:
+            with anyio.fail_after(WAIT_S):
+                await check_workers(table, client, static_urls=[encoder.url])
+    assert [worker.url for worker in table.candidates(Role.ENCODER)] == [encoder.url]
+
+
+@pytest.mark.anyio
 async def test_following_a_registry() -> None:
     a, b, c = (
         Worker(role=Role.ENCODER, url=f"http://{n}:1", model="m", fingerprint="f", incarnation=1)
@@ -172,7 +214,7 @@ async def test_following_a_registry() -> None:
         lines = [{"worker": msgspec.to_builtins(w), "candidate": is_one} for w, is_one in listed.items()]
         return httpx.Response(status, json={"workers": lines})
 
-    table = Registry(misses_to_evict=1)
+    table = Registry(misses_to_evict=3)  # which is for checks of its own: the registry has counted already
     async with httpx.AsyncClient(transport=httpx.MockTransport(registry)) as client:
 
         async def candidates() -> list[Worker]:
@@ -182,6 +224,10 @@ async def test_following_a_registry() -> None:
         assert await candidates() == [a, c]
         listed[b] = True
         del listed[c]
+        assert await candidates() == [a, b]
+        listed[a] = False
+        assert await candidates() == [b]
+        listed[a] = True
         assert await candidates() == [a, b]
         status = 500
         assert await candidates() == [a, b], "a registry that is away takes nobody with it"

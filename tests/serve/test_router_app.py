@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -307,6 +310,55 @@ def test_a_disconnect_while_the_encoder_prepares(cluster: Any, chat: Any, hang_u
     gate.set()
     assert encoder.aborted.get(timeout=WAIT_S) == (room, 0), "the encoder's own, once it had the room"
     assert not encoder.rooms
+
+
+def test_requests_that_are_being_encoded_count_at_their_language_server(
+    cluster: Any, chat: Any, hang_up_after: Any
+) -> None:
+    """Else all that come while the encoders are busy would go to the one that looks idle."""
+    gate = threading.Event()
+    encoder, a = cluster.add_encoder(gate=gate)
+    languages, workers = zip(
+        *(cluster.add_language(steps=threading.Semaphore(0)) for _ in range(2)), strict=True
+    )
+    router = cluster.add_router(a, *workers)
+    with hang_up_after(f"{router.url}/v1/chat/completions", chat("held", max_tokens=16)):
+        held, idle = who_works(languages)
+        for language in languages:
+            language.steps.release(1000)
+        with ThreadPoolExecutor(6) as pool:
+            answers = [pool.submit(post, router.url, chat("what?", b"x")) for _ in range(6)]
+            for _ in answers:
+                encoder.entered.get(timeout=WAIT_S)
+            gate.set()
+            assert all(text_of(answer.result()) for answer in answers)
+    assert {len(held.samplings) - 1, len(idle.samplings)} <= {2, 3, 4}
+
+
+def test_an_encoder_is_free_when_its_room_is_over(cluster: Any, chat: Any) -> None:
+    """However long the answer goes on."""
+    encoders, workers = zip(*(cluster.add_encoder() for _ in range(2)), strict=True)
+    languages, more = zip(
+        *(cluster.add_language(steps=threading.Semaphore(1)) for _ in range(2)), strict=True
+    )
+    router = cluster.add_router(*workers, *more)
+    url, body = f"{router.url}/v1/chat/completions", chat("what?", b"x", stream=True)
+    with httpx.stream("POST", url, json=body, timeout=WAIT_S) as answer:
+        assert answer.status_code == 200
+        _, idle = who_works(languages)
+        idle.steps.release(1000)
+        for _ in range(4):
+            text_of(post(router.url, chat("what?", b"x")))
+    assert sorted(len(encoder.prompts) for encoder in encoders) == [2, 3]
+
+
+def who_works(languages: Sequence[Any]) -> list[Any]:
+    """The one of two that has a job, and the other: which the first is, is not ours to say."""
+    deadline = time.monotonic() + WAIT_S
+    while not any(language.samplings for language in languages):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return sorted(languages, key=lambda language: not language.samplings)
 
 
 def test_one_more_than_the_limit_is_refused_at_once(cluster: Any, chat: Any, hang_up_after: Any) -> None:

@@ -53,7 +53,7 @@ def connector(role: str, **extra: Any) -> tuple[str, str]:
 
 def free_port() -> int:
     """One that nobody has now, and nobody gets by chance until a server listens there."""
-    return free_ports("127.0.0.1", 1)[0]
+    return free_ports(1)[0]
 
 
 class VllmServer:

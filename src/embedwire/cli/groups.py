@@ -27,6 +27,7 @@ Size = Annotated[ByteSize, Field(ge=1)]
 
 def _checked_url(text: str) -> str:
     parts = urlsplit(text)
+    _ = parts.port  # raises when there can be none of that number
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("it has to begin with http:// or https://, and name a host")
     return text

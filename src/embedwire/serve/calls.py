@@ -52,25 +52,28 @@ class WorkerCalls:
         """A response of any status, its body not yet read; ``stack`` closes it. Raises WorkerFailed when there is none."""
         content = await anyio.to_thread.run_sync(msgspec.json.encode, body)
         client = await stack.enter_async_context(self.client())
-        request = client.build_request(
-            "POST", worker.url + path, content=content, headers={"content-type": "application/json"}
-        )
         try:
+            request = client.build_request(
+                "POST", worker.url + path, content=content, headers={"content-type": "application/json"}
+            )
             with self.waits_for(worker):
                 response = await client.send(request, stream=True)
-        except httpx.HTTPError as error:
-            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            if not isinstance(error, httpx.HTTPError) or isinstance(
+                error, httpx.ConnectError | httpx.ConnectTimeout
+            ):
                 self._table.missed(worker.url)
             raise WorkerFailed(worker.url, unreachable(named(worker), error)) from None
         stack.push_async_callback(response.aclose)
         return response
 
-    def give_up_on_evicted(self) -> None:
-        """End the waiting for workers that fail their checks, where another one can take over: a process that is frozen takes
-        connections, and answers none. To be called when the table has changed."""
+    def give_up_on_lost(self) -> None:
+        """End the waiting for workers that are not there any more: those that another life has taken the place of, and those that fail
+        their checks, where another one can take over. A process that is frozen takes connections, and answers none; a host that is
+        gone says nothing of it. To be called when the table has changed."""
         for scope, worker in self._waiting.items():
             others = self._table.candidates(worker.role, model=worker.model, fingerprint=worker.fingerprint)
-            if others and self._table.is_evicted(worker.url):
+            if self._table.is_replaced(worker) or (others and self._table.is_evicted(worker.url)):
                 scope.cancel()
 
     @contextmanager
@@ -83,7 +86,7 @@ class WorkerCalls:
             finally:
                 del self._waiting[scope]
             return
-        lost = unreachable(named(worker), TimeoutError("it does not answer its checks"))
+        lost = unreachable(named(worker), TimeoutError("it does not answer its checks, or was started anew"))
         raise WorkerFailed(worker.url, lost)
 
     @asynccontextmanager

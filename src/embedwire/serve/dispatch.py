@@ -133,29 +133,30 @@ class Dispatch:
     async def _attempt(self, way: Way, attempt: int, stack: AsyncExitStack) -> httpx.Response:
         language = self._pick(Role.LANGUAGE, way, fingerprint=None)
         tokens = way.asked.max_completion_tokens or way.asked.max_tokens or self._limits.default_max_tokens
-        body = dict(way.raw)
-        encoder = None
-        if way.media:
-            encoder = self._pick(Role.ENCODER, way, fingerprint=language.fingerprint)
-            stack.enter_context(self._table.loaded(encoder.url, way.media))
+        stack.enter_context(self._table.loaded(language.url, tokens))
+        if not way.media:
+            return await self._post(language, "/v1/chat/completions", way.raw, stack)
+        encoder = self._pick(Role.ENCODER, way, fingerprint=language.fingerprint)
+        with self._table.loaded(encoder.url, way.media):  # its room is over when the answer begins
             way.held = encoder, attempt
             taken = await self._encode(way, attempt, encoder, readers=language.readers)
-            tokens += taken.total_tokens
-            del body["messages"]
-            body["embedwire_room"] = RoomRef(
+            stack.enter_context(self._table.loaded(language.url, taken.total_tokens))
+            room = RoomRef(
                 room=way.room,
                 attempt=attempt,
                 control_addresses=taken.control_addresses,
                 encoder=encoder.url,
                 elapsed_ms=(time.monotonic() - way.began_s) * 1000,
             )
-        stack.enter_context(self._table.loaded(language.url, tokens))
-        try:
-            return await self._post(language, "/v1/chat/completions", body, stack)
-        except WorkerFailed as error:
-            if encoder and error.fault.type == "transfer_error":
-                error.url = encoder.url  # the messenger is not to blame
-            raise
+            body = {name: value for name, value in way.raw.items() if name != "messages"}
+            try:
+                return await self._post(
+                    language, "/v1/chat/completions", body | {"embedwire_room": room}, stack
+                )
+            except WorkerFailed as error:
+                if error.fault.type == "transfer_error":
+                    error.url = encoder.url  # the messenger is not to blame
+                raise
 
     async def _let_go(self, way: Way) -> None:
         """End the room of an attempt that failed: at once where the next attempt may come to the same

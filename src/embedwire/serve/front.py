@@ -40,7 +40,7 @@ from embedwire.serve.faults import (
 from embedwire.serve.language_app import model_not_found
 from embedwire.serve.metrics import AppMetrics, CountRequests
 from embedwire.serve.openai import DONE_EVENT, decode_object, model_list
-from embedwire.serve.watch import WatchTimes, every
+from embedwire.serve.watch import WatchTimes, checking_client, every
 from embedwire.serve.worker_app import add_metrics_route
 
 LAST_WORDS_S = 5.0
@@ -125,7 +125,7 @@ class Front(ABC, Generic[P, W]):
         """Knows its workers before it takes a request in, and keeps knowing them."""
         watch = self.settings.watch
         async with (
-            httpx.AsyncClient(timeout=watch.timeout_s, trust_env=False) as watcher,
+            checking_client(watch) as watcher,
             anyio.create_task_group() as background,
         ):
             self.calls = self.connect(background)
@@ -137,7 +137,7 @@ class Front(ABC, Generic[P, W]):
 
     async def _look(self, client: httpx.AsyncClient) -> None:
         await self.look(client)
-        self.calls.give_up_on_evicted()
+        self.calls.give_up_on_lost()
 
     def check_model(self, name: str) -> None:
         """Raises InvalidRequestError (404), or FaultError (503) while no model is known."""

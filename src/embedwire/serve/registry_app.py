@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
-import httpx
 import msgspec
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -27,7 +26,7 @@ from embedwire.registry import Registry, Worker
 from embedwire.serve.exchange import read_body
 from embedwire.serve.faults import answer_faults, json_response
 from embedwire.serve.openai import convert, decode_object
-from embedwire.serve.watch import WatchTimes, check_workers, every
+from embedwire.serve.watch import WatchTimes, check_workers, checking_client, every
 
 BODY_BYTES_MAX = 64 * 2**10
 
@@ -39,7 +38,7 @@ def registry_app(table: Registry, *, times: WatchTimes | None = None) -> FastAPI
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with (
-            httpx.AsyncClient(timeout=times.timeout_s, trust_env=False) as client,
+            checking_client(times) as client,
             anyio.create_task_group() as group,
         ):
             group.start_soon(every, times.interval_s, lambda: check_workers(table, client))

@@ -61,13 +61,15 @@ class VllmLimits:
 
 @dataclass(slots=True)
 class VllmWay:
-    """One request under way. ``items`` are its media once they are here; ``failed`` are URLs of workers, ``fault`` what they said."""
+    """One request under way. ``items`` are its media once they are here; ``failed`` are URLs of workers, ``fault`` what they said.
+    ``doubted`` are those that may be to blame: they come last."""
 
     asked: Asked
     began_s: float
     hold: Hold
     items: Sequence[Item] | None = None
     failed: set[str] = field(default_factory=set)
+    doubted: set[str] = field(default_factory=set)
     fault: Fault | None = None
     finished: bool = False
 
@@ -138,10 +140,12 @@ class VllmDispatch:
                     stack.push_async_exit(this_attempt.pop_all())
                     return answer
             except WorkerFailed as error:
-                failed, fault = {error.url}, error.fault
+                fault = error.fault
+                way.failed.add(error.url)
             except _AttemptFailed as error:
-                failed, fault = {url for url in [error.verdict.to_blame] if url}, error.verdict.fault
-            way.failed |= failed
+                fault = error.verdict.fault
+                way.failed.update(filter(None, [error.verdict.to_blame]))
+                way.doubted.update(filter(None, [error.verdict.doubted]))
             way.fault = more_telling(way.fault, fault)
             self._metrics.retries.labels(fault.code).inc()
         assert way.fault is not None
@@ -231,11 +235,11 @@ class VllmDispatch:
 
     def _pick_language(self, way: VllmWay) -> Worker:
         """Raises FaultError: nobody is there, or of those who were the last one's fault."""
-        worker = self._table.pick(Role.LANGUAGE, model=way.asked.model, avoid=way.failed)
+        model = way.asked.model
+        worker = self._table.pick(Role.LANGUAGE, model=model, avoid=way.failed | way.doubted)
+        worker = worker or self._table.pick(Role.LANGUAGE, model=model, avoid=way.failed)
         if worker is None:
-            raise FaultError(
-                way.fault or overloaded(f"no language server for {way.asked.model!r} is available")
-            )
+            raise FaultError(way.fault or overloaded(f"no language server for {model!r} is available"))
         return worker
 
     def _max_tokens(self, way: VllmWay) -> int:

@@ -25,13 +25,15 @@ LANGUAGE_CAUSES = frozenset({Cause.OVERLOADED, Cause.RANK_LOST})
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """``fault`` is what the client hears if nothing helps. The next attempt, unless the failure ``is_final``, avoids the worker at
-    ``to_blame``, and asks anew for the items ``lost`` and for all that the encoder ``lost_encoder`` had."""
+    ``to_blame``, rather goes to another than the one ``doubted``, and asks anew for the items ``lost`` and for all that the encoder
+    ``lost_encoder`` had."""
 
     fault: Fault
     is_final: bool = False
     to_blame: str | None = None
     lost: frozenset[str] = frozenset()
     lost_encoder: str | None = None
+    doubted: str | None = None
 
 
 def judge(
@@ -41,7 +43,7 @@ def judge(
     at ``began_s``."""
     everything = frozenset(name for answer in encoded for name in answer.offered)
     if end is None:
-        return Verdict(fault=said, lost=everything)
+        return Verdict(fault=said, lost=everything, doubted=language_url)
     fault = fault_of(TransferError(end.cause, end.words))
     if end.cause in FINAL_CAUSES:
         return Verdict(fault=fault, is_final=True)

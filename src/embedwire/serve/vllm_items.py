@@ -47,8 +47,9 @@ Encode = Callable[[Item, Collection[str]], Awaitable[Encoded]]
 
 @dataclass(slots=True)
 class _Flight:
-    """A call under way, and how many wait for it. It ends when nobody does."""
+    """A call under way, and how many wait for it. It ends when nobody does. ``avoid``: no answer comes from these encoders."""
 
+    avoid: frozenset[str]
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     done: anyio.Event = field(default_factory=anyio.Event)
     waiters: int = 0
@@ -76,13 +77,14 @@ class Items:
         self._flights: dict[bytes, _Flight] = {}
 
     async def get(self, item: Item, *, avoid: Collection[str] = ()) -> Encoded:
-        """The answer about an item: a remembered one, one on its way, or that of an encoder outside ``avoid``. Raises FaultError."""
-        if known := self._recall(item.key):
+        """The answer about an item of an encoder outside ``avoid``: a remembered one, one on its way, or a new one. Raises FaultError."""
+        known = self._recall(item.key)
+        if known is not None and known.encoder not in avoid:
             return known
         flight = self._flights.get(item.key)
-        if flight is None:
-            flight = self._flights[item.key] = _Flight()
-            self._background.start_soon(self._fly, item, avoid, flight)
+        if flight is None or not flight.avoid.issuperset(avoid):
+            flight = self._flights[item.key] = _Flight(frozenset(avoid))
+            self._background.start_soon(self._fly, item, flight)
         flight.waiters += 1
         try:
             await flight.done.wait()
@@ -117,10 +119,10 @@ class Items:
         self._remembered.move_to_end(key)
         return known
 
-    async def _fly(self, item: Item, avoid: Collection[str], flight: _Flight) -> None:
+    async def _fly(self, item: Item, flight: _Flight) -> None:
         try:
             with flight.scope:
-                flight.encoded = await self._encode(item, avoid)
+                flight.encoded = await self._encode(item, flight.avoid)
                 self._remember(item.key, flight.encoded)
         except Exception as error:
             flight.fault = fault_of(error)

@@ -20,6 +20,8 @@ from embedwire.errors import ConfigurationError, OverloadedError
 from embedwire.registry import Registry, Role, Worker
 
 log = logging.getLogger(__name__)
+CHECKS_MAX = 256
+"""At a time, each a connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,15 @@ class Models(msgspec.Struct):
     data: list[Model]
 
 
+def checking_client(times: WatchTimes) -> httpx.AsyncClient:
+    """For checks. One that has to wait for a connection, since so many others get no answer, has not failed."""
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(times.timeout_s, pool=None),
+        limits=httpx.Limits(max_connections=CHECKS_MAX),
+        trust_env=False,
+    )
+
+
 async def every(interval_s: float, step: Callable[[], Awaitable[None]]) -> None:
     """Run ``step`` for ever. A step that fails is logged, and does not end the loop."""
     while True:
@@ -77,8 +88,9 @@ async def check_workers(
     """Ask every worker of the table, and those at ``static_urls``, for its health, all at once."""
     async with anyio.create_task_group() as group:
         foreign = {e.worker.url: e.worker.role for e in table if e.worker.engine == "vllm"}
-        for url in {*static_urls, *(e.worker.url for e in table)} - foreign.keys():
-            group.start_soon(_check, table, client, url)
+        for url in dict.fromkeys((*(e.worker.url for e in table), *static_urls)):
+            if url not in foreign:
+                group.start_soon(_check, table, client, url)
         for url, role in foreign.items():
             group.start_soon(_check_vllm, table, client, url, role)
     table.forget_silent(now=time.monotonic())
@@ -112,7 +124,7 @@ async def follow_registry(
         if listing.candidate:
             table.answered(listing.worker.url, now=now)
         else:
-            table.missed(listing.worker.url)
+            table.evicted(listing.worker.url)
     for gone in {e.worker.url for e in table} - {line.worker.url for line in listed}:
         table.remove(gone)
 
@@ -121,7 +133,7 @@ async def _check(table: Registry, client: httpx.AsyncClient, url: str) -> None:
     try:
         answer = (await client.get(f"{url}/health")).raise_for_status()
         worker = msgspec.json.decode(answer.content, type=Health).worker
-    except (httpx.HTTPError, msgspec.MsgspecError) as error:
+    except Exception as error:  # whatever it is: the other checks go on
         log.info("worker %s: %s", url, error)
         table.missed(url)
         return
@@ -135,7 +147,7 @@ async def _check_vllm(table: Registry, client: httpx.AsyncClient, url: str, role
         (await client.get(f"{url}/health")).raise_for_status()
         answer = (await client.get(f"{url}/v1/models")).raise_for_status()
         model = msgspec.json.decode(answer.content, type=Models).data[0].id
-    except (httpx.HTTPError, msgspec.MsgspecError, IndexError) as error:
+    except Exception as error:
         log.info("vLLM server %s: %s", url, error)
         table.missed(url)
         return

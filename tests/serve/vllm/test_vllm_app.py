@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -406,6 +408,33 @@ def test_a_failure_without_a_cause(servers: Any, post: Any, chat: Any) -> None:
     assert cause_of(answer) == (502, "language_failed")
     assert "Internal server error" in answer.json()["error"]["message"]
     assert (len(encoder.bodies), len(language.bodies)) == (3, 3)
+
+
+def test_a_failure_without_a_cause_where_there_is_another_server(servers: Any, post: Any, chat: Any) -> None:
+    """Nobody says who is to blame, so the other one is asked, however busy it is: a broken server is always the least loaded."""
+    gate = threading.Event()
+    servers.encoder()
+    languages = [servers.language(gate=gate) for _ in range(2)]
+    router = servers.router(cause_wait_s=0.01)
+    with ThreadPoolExecutor(2) as pool:
+        text = pool.submit(post, router, chat("a"))
+        try:
+            until(lambda: any(language.bodies for language in languages))
+            busy, broken = sorted(languages, key=lambda language: not language.bodies)
+            broken.gate, broken.ends = None, [("", "")] * 9
+            picture = pool.submit(post, router, chat("what?", b"x"))
+            until(lambda: len(busy.bodies) == 2)
+        finally:
+            gate.set()
+        assert {text.result().status_code, picture.result().status_code} == {200}
+    assert len(broken.bodies) == 1
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_an_encoder_that_has_gone_since_hides_no_cause(servers: Any, post: Any, chat: Any) -> None:

@@ -22,7 +22,7 @@ def verdict(cause: str | None, **where: str) -> Verdict:
 
 
 def test_without_a_cause_all_is_asked_for_again() -> None:
-    assert verdict(None) == Verdict(fault=SAID, lost=frozenset("ab"))
+    assert verdict(None) == Verdict(fault=SAID, lost=frozenset("ab"), doubted="http://l")
 
 
 @pytest.mark.parametrize("cause", ["deadline", "never_fits", "aborted"])
