@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Who starts the tests in the background may have them ignore Ctrl-C; the servers that they start and interrupt would inherit that.
+# Who starts the tests in the background may have them ignore Ctrl-C, or the end of a terminal; the servers that they start and interrupt
+# would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -60,6 +60,7 @@ try:
     os.kill(os.getpid(), signal.SIGHUP)
     print("goes on")
 finally:
+    os.kill(os.getpid(), signal.SIGHUP)
     print("cleaned up")
 """
     ended = subprocess.run(

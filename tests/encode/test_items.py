@@ -88,9 +88,10 @@ def test_several_readers_fetch_one_item(reader: Any) -> None:
         assert fetched[0].result().report.rounds != (300,)
 
 
-def test_an_item_that_is_here_is_announced_once(reader: Any, monkeypatch: Any) -> None:
+def test_an_item_that_is_here_is_announced_once(monkeypatch: Any) -> None:
     """Each message wakes two threads on its way."""
-    with ItemShelf(LAYOUT) as shelf:
+    patient = Limits(retry_s=5.0, peer_silence_s=20.0)  # nothing is asked twice
+    with ItemShelf(LAYOUT) as shelf, ReceiverEndpoint(LAYOUT, limits=patient) as reader:
         shelf.put(b"a", rows(60, 1))
         said: list[object] = []
         say = shelf._endpoint._say

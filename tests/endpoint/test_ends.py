@@ -129,7 +129,8 @@ def test_nobody_listens(stage: Any) -> None:
 def test_what_never_fits_takes_one_round_trip(stage: Any, said: list[str]) -> None:
     """Scenarios 17 and 32: refused on the announcement, before its source is made; both sides know at once."""
     sender = stage.sender()
-    receiver = stage.receiver(assembly_bytes=1000 * stage.layout.token_bytes)
+    patient = Limits(retry_s=5.0, peer_silence_s=20.0)  # nothing is asked twice
+    receiver = stage.receiver(assembly_bytes=1000 * stage.layout.token_bytes, limits=patient)
     stage.move(sender, receiver, 1, 1000).release()
     said.clear()
     offer = sender.offer(2, total_tokens=1001)

@@ -264,7 +264,8 @@ def test_a_rank_that_stops_while_nothing_happens(
         if other != rank:
             failure = stage.failure_of(reception)
             assert failure.cause == "rank_lost"
-            assert f"rank {rank} " in failure.detail
+            # the latter if it stopped in the midst of a turn
+            assert f"rank {rank} " in failure.detail or "lost its group" in failure.detail
 
 
 def test_an_open_room_is_no_news(make_group: Callable[..., Group], stage: Any) -> None:

@@ -121,6 +121,9 @@ def test_a_number_that_comes_again(stage: Any, is_released: bool) -> None:
     first = stage.move(stage.sender(), receiver, 1, TOKENS)
     if is_released:
         first.release()
+    stage.until(
+        lambda: not sum(receiver.stats().rooms.values())
+    )  # the sender has confirmed the end of the first
     second = stage.move(stage.sender(), receiver, 1, TOKENS)
     need = TOKENS * stage.layout.token_bytes
     assert reserved(receiver) == (need if is_released else 2 * need)

@@ -12,8 +12,9 @@ from embedwire.protocol.messages import RoomKey
 def test_the_last_look_comes_after_the_time_is_over() -> None:
     """The thread may have been away meanwhile, and nothing else tells soon of what has landed."""
     watch, wire, key = Watch(), Mock(has_marks=True), RoomKey(1, 0)
+    now = time.monotonic()
     watch.begin(key, wire)
-    assert watch.due(time.monotonic()) == [(key, wire)]
+    assert watch.due(now) == [(key, wire)]
     assert watch
     assert watch.due(time.monotonic() + WATCH_S) == [(key, wire)]
     assert not watch

@@ -377,7 +377,7 @@ def test_one_more_than_the_limit_is_refused_at_once(cluster: Any, chat: Any, han
 def test_the_deadline_of_a_request(cluster: Any, chat: Any, stream: bool) -> None:
     """Rule: every state has a deadline, and the client hears of it in words."""
     language, a = cluster.add_language(steps=threading.Semaphore(1 if stream else 0))
-    router = cluster.add_router(a, limits=DispatchLimits(deadline_s=0.3))
+    router = cluster.add_router(a, limits=DispatchLimits(deadline_s=2.0 if stream else 0.3))
     answer = post(router.url, chat("one two", stream=stream))
     assert answer.status_code == (200 if stream else 504)
     assert '"code":"deadline"' in answer.text

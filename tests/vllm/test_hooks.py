@@ -162,7 +162,7 @@ class Pair:
 @pytest.fixture(params=["V1", "V2"])
 def pair(request: pytest.FixtureRequest, config: Callable[..., Any]) -> Iterator[Pair]:
     """At its end no request holds anything, and the pool is whole."""
-    made = Pair(config, request.param, num_blocks=2, block_size=8, item_deadline_s=0.5)
+    made = Pair(config, request.param, num_blocks=2, block_size=8, item_deadline_s=PATIENCE_S)
     yield made
     stats = made.fetcher._fetcher._receiver.stats()
     desk = made.fetcher._fetcher.desk
@@ -383,6 +383,7 @@ def test_an_item_of_another_shape_is_not_kept(pair: Pair) -> None:
 
 def test_an_item_that_never_comes(pair: Pair) -> None:
     """It ends within the deadline that was set, with the cause."""
+    pair.fetcher._fetcher.desk._deadline_s = 0.5
     pair.keeper._keeper.shelf.expect(content_hash_of("late"))
     late = {"items": {"late": {"addresses": [pair.teller._teller.address], "tokens": 5}}}
     cause, detail = pair.cause(request("r", ["late"], 5, embedwire=late))

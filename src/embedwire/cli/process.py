@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from embedwire.cli.screen import out
@@ -65,10 +66,17 @@ def begin(settings: Settings, *, is_child: bool) -> None:
 
 
 def end_in_order(*, exit_code: int | None = 0) -> None:
-    """SIGTERM, and SIGHUP where it means something, unwind this process like Ctrl-C. ``exit_code`` None is 128 and the signal's number."""
-    for number in end_signals():
-        if number != signal.SIGINT:
-            signal.signal(number, lambda n, frame: sys.exit(128 + n if exit_code is None else exit_code))
+    """SIGTERM, and SIGHUP where it means something, unwind this process like Ctrl-C; more of them change nothing, and a terminal that is
+    closed sends two. ``exit_code`` None is 128 and the signal's number."""
+    numbers = [number for number in end_signals() if number != signal.SIGINT]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(128 + number if exit_code is None else exit_code)
+
+    for number in numbers:
+        signal.signal(number, end)
 
 
 def _end_with_stdin(bound_s: float) -> None:

@@ -65,12 +65,13 @@ def up(
     settings = loaded.settings
     if (model is None) == (model_option is None):
         raise ConfigurationError("give the model once: as MODEL, or with --model")
-    end_in_order()
+    start = _starter(loaded, encoder_ranks=encoder_tensor_parallel_size)
     check_can_listen(settings.host, loaded.public_port)
+    end_in_order()
     try:
         with Cluster(loaded.as_variables(), shutdown_s=settings.shutdown_s) as cluster:
             with err.status("starting") as status:
-                stack = _starter(loaded, encoder_ranks=encoder_tensor_parallel_size)(
+                stack = start(
                     cluster,
                     model or model_option or "",
                     name=name,

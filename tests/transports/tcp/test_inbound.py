@@ -216,7 +216,7 @@ def test_revoke_neither_waits_for_a_silent_peer_nor_lets_its_rest_in(server: Ser
 
 def test_a_connection_without_a_greeting_is_dropped() -> None:
     """Scenario 29: half-open connections, one of them with half a greeting, do not stay."""
-    server = Server(greeting_s=0.05)
+    server = Server(greeting_s=1.5)
     silent, half = server.connect(), server.connect()
     half.sendall(frames.encode_hello(server.target.nonce, 77)[:-1])
     assert is_dropped(silent)

@@ -72,7 +72,12 @@ def _check_header(image: Image.Image, max_pixels: int) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     """Only the orientation is read. What else the camera noted may be as odd as it likes, where ``ImageOps`` would write it anew."""
     turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for notes in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+        turned.info.pop(notes, None)  # or whoever reads them would turn it again
+    return turned
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
