@@ -64,12 +64,13 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class Entry:
-    """A worker and what is known of it here. ``missed`` counts failed checks in a row; ``seen_s`` is when it
-    was last heard."""
+    """A worker and what is known of it here. ``missed`` counts failed checks in a row, ``is_silent`` says that the last of them had no
+    answer at all; ``seen_s`` is when it was last heard."""
 
     worker: Worker
     seen_s: float
     missed: int = 0
+    is_silent: bool = False
     turn: int = 0
 
 
@@ -116,15 +117,17 @@ class Registry:
         if entry := self._entries.get(url):
             entry.missed, entry.seen_s = 0, now
 
-    def missed(self, url: str) -> None:
-        """A check failed, or a request could not reach the worker."""
+    def missed(self, url: str, *, is_silent: bool = True) -> None:
+        """A check failed, or a request could not reach the worker. Not silent is one whose host says that nobody listens there."""
         if entry := self._entries.get(url):
             entry.missed += 1
+            entry.is_silent = is_silent
 
     def evicted(self, url: str) -> None:
         """Somebody else's checks have failed often enough."""
         if entry := self._entries.get(url):
             entry.missed = max(entry.missed, self._misses_to_evict)
+            entry.is_silent = True
 
     def remove(self, url: str, *, incarnation: int | None = None) -> bool:
         """Take a worker off the table; with ``incarnation``, only that life of it. True when it was there."""
@@ -149,10 +152,11 @@ class Registry:
         entry = self._entries.get(url)
         return entry is not None and self.is_candidate(entry)
 
-    def is_evicted(self, url: str) -> bool:
-        """Whether it is here, but fails its checks. Who said good-bye is not here, and ends what it has begun."""
+    def is_silent(self, url: str) -> bool:
+        """Whether it is here, but fails its checks without a word. Who said good-bye is not here, and who does not listen any more but is
+        alive ends what it has begun, as connections of the dead end by themselves."""
         entry = self._entries.get(url)
-        return entry is not None and not self.is_candidate(entry)
+        return entry is not None and entry.is_silent and not self.is_candidate(entry)
 
     def is_replaced(self, worker: Worker) -> bool:
         """Whether another life of it is at its URL."""

@@ -43,10 +43,10 @@ def anyio_backend() -> str:
 
 
 @contextmanager
-def running(app: FastAPI, port: int = 0) -> Iterator[AppServer]:
+def running(app: FastAPI, port: int = 0, *, shutdown_s: float = 1.0) -> Iterator[AppServer]:
     """A server on a thread of its own."""
     ready = threading.Event()
-    server = AppServer(app, port=port, shutdown_s=1, on_ready=lambda _url: ready.set())
+    server = AppServer(app, port=port, shutdown_s=shutdown_s, on_ready=lambda _url: ready.set())
     thread = threading.Thread(target=server.serve, daemon=True)
     thread.start()
     try:
@@ -199,8 +199,8 @@ class Cluster:
     stack: ExitStack
     encoders: dict[str, EncodeDouble] = field(default_factory=dict)
 
-    def run(self, app: FastAPI, port: int = 0) -> AppServer:
-        return self.stack.enter_context(running(app, port))
+    def run(self, app: FastAPI, port: int = 0, **how: Any) -> AppServer:
+        return self.stack.enter_context(running(app, port, **how))
 
     def add_encoder(self, port: int = 0, **changes: Any) -> tuple[EncodeDouble, AppServer]:
         app_settings = {k: changes.pop(k) for k in ("requests_max", "registry", "metrics") if k in changes}
@@ -219,8 +219,9 @@ class Cluster:
 
     def add_language(self, port: int = 0, **changes: Any) -> tuple[LanguageDouble, AppServer]:
         app_settings = {k: changes.pop(k) for k in ("registry", "metrics", "readers") if k in changes}
+        how = {k: changes.pop(k) for k in ("shutdown_s",) if k in changes}
         double = LanguageDouble(self.encoders, **changes)
-        return double, self.run(language_app(double, model=MODEL, layout=LAYOUT, **app_settings), port)
+        return double, self.run(language_app(double, model=MODEL, layout=LAYOUT, **app_settings), port, **how)
 
     def add_router(
         self, *workers: AppServer, limits: DispatchLimits | None = None, **changes: Any

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -63,6 +65,42 @@ def test_a_worker_registers_itself_and_says_goodbye(cluster: Any) -> None:
             break
     else:
         pytest.fail("it did not say good-bye")
+
+
+@pytest.mark.parametrize("has_registry", [True, False])
+def test_who_is_told_to_end_ends_what_it_has_begun(cluster: Any, chat: Any, has_registry: bool) -> None:
+    """It has taken its leave by then, or refuses connections, and is not taken for one that is frozen: no answer is begun twice."""
+    fast = WatchTimes(interval_s=0.05)
+    registry = cluster.add_registry(times=fast)
+    link = {"registry": RegistryLink(url=registry.url, times=FAST)} if has_registry else {}
+    languages = [
+        cluster.add_language(steps=threading.Semaphore(0), shutdown_s=WAIT_S, **link) for _ in range(2)
+    ]
+    known = {"registry_url": registry.url} if has_registry else {}
+    router = cluster.add_router(
+        *([] if has_registry else [s for _, s in languages]), watch=fast, misses_to_evict=1, **known
+    )
+    health = f"{router.url}/health"
+    wait(lambda: httpx.get(health).json()["workers"].get("language") == 2)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            httpx.post, f"{router.url}/v1/chat/completions", json=chat("a b c"), timeout=WAIT_S
+        )
+        wait(lambda: any(language.samplings for language, _ in languages))
+        (busy, server), (idle, _) = sorted(languages, key=lambda one: not one[0].samplings)
+        server.stop()
+        wait(lambda: httpx.get(health).json()["workers"].get("language") == 1)
+        time.sleep(5 * fast.interval_s)
+        busy.steps.release(3)
+        assert answer.result().status_code == 200
+    assert not idle.samplings
+
+
+def wait(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_an_address_that_nobody_can_reach_is_not_registered() -> None:

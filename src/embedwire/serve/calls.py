@@ -68,12 +68,12 @@ class WorkerCalls:
         return response
 
     def give_up_on_lost(self) -> None:
-        """End the waiting for workers that are not there any more: those that another life has taken the place of, and those that fail
-        their checks, where another one can take over. A process that is frozen takes connections, and answers none; a host that is
-        gone says nothing of it. To be called when the table has changed."""
+        """End the waiting for workers that are not there any more: those that another life has taken the place of, and those that say
+        nothing when they are checked, where another one can take over. A process that is frozen takes connections, and answers none; a
+        host that is gone says nothing of it. To be called when the table has changed."""
         for scope, worker in self._waiting.items():
             others = self._table.candidates(worker.role, model=worker.model, fingerprint=worker.fingerprint)
-            if self._table.is_replaced(worker) or (others and self._table.is_evicted(worker.url)):
+            if self._table.is_replaced(worker) or (others and self._table.is_silent(worker.url)):
                 scope.cancel()
 
     @contextmanager

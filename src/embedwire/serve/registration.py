@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -40,24 +40,40 @@ class RegistrationTimes:
             raise ConfigurationError(f"times have to be above 0, and retry_min_s <= retry_max_s: {self}")
 
 
+Leave = Callable[[], Awaitable[None]]
+
+
 @asynccontextmanager
 async def registered(
     registry_url: str | None, worker: Worker, *, times: RegistrationTimes | None = None
-) -> AsyncIterator[None]:
-    """Be in the registry while the block runs; without a registry, do nothing."""
+) -> AsyncIterator[Leave]:
+    """Be in the registry while the block runs, or until what it is given is called; without a registry, do nothing."""
     if registry_url is None:
-        yield
+        yield _do_nothing
         return
     times = times or RegistrationTimes()
     client = httpx.AsyncClient(base_url=registry_url, timeout=times.timeout_s, trust_env=False)
+    saying = anyio.CancelScope()
+
+    async def say() -> None:
+        with saying:
+            await _keep_saying(client, worker, times)
+
+    async def leave() -> None:
+        saying.cancel()
+        with anyio.move_on_after(GOODBYE_S, shield=True):
+            await _say_goodbye(client, worker)
+
     async with client, anyio.create_task_group() as group:
-        group.start_soon(_keep_saying, client, worker, times)
+        group.start_soon(say)
         try:
-            yield
+            yield leave
         finally:
-            group.cancel_scope.cancel()
-            with anyio.move_on_after(GOODBYE_S, shield=True):
-                await _say_goodbye(client, worker)
+            await leave()
+
+
+async def _do_nothing() -> None:
+    pass
 
 
 async def _keep_saying(client: httpx.AsyncClient, worker: Worker, times: RegistrationTimes) -> None:

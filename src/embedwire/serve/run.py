@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -26,7 +26,7 @@ class AppServer:
 
     ``url`` is known from the start, and connections wait from then on; so an app may name its own address
     while it starts (``app.state.url``). ``advertise_host`` is the host under which others reach it, where
-    that is not ``host``.
+    that is not ``host``. What the app appends to ``app.state.before_shutdown`` is awaited before it stops to listen.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class AppServer:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.url = _url(advertise_host or host, self._socket.getsockname()[1])
         app.state.url = self.url
+        app.state.before_shutdown = before_shutdown = list[Callable[[], Awaitable[None]]]()
         self._stopped = threading.Event()
         config = uvicorn.Config(
             app,
@@ -55,7 +56,11 @@ class AppServer:
             timeout_graceful_shutdown=max(1, round(shutdown_s)),
             timeout_keep_alive=30,
         )
-        self._server = _Server(config, on_started=lambda: on_ready(self.url) if on_ready else None)
+        self._server = _Server(
+            config,
+            on_started=lambda: on_ready(self.url) if on_ready else None,
+            before_shutdown=before_shutdown,
+        )
 
     def serve(self) -> None:
         """Block until :meth:`stop` or a signal; then let answers under way end, for ``shutdown_s`` at
@@ -85,14 +90,27 @@ def print_ready(url: str) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, *, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        on_started: Callable[[], None],
+        before_shutdown: Sequence[Callable[[], Awaitable[None]]],
+    ) -> None:
         super().__init__(config)
         self._on_started = on_started
+        self._before_shutdown = before_shutdown
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn ends the app's lifespan after it has let answers end, and nobody can connect while it does
+        for step in self._before_shutdown:
+            await step()
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -135,7 +135,7 @@ async def _check(table: Registry, client: httpx.AsyncClient, url: str) -> None:
         worker = msgspec.json.decode(answer.content, type=Health).worker
     except Exception as error:  # whatever it is: the other checks go on
         log.info("worker %s: %s", url, error)
-        table.missed(url)
+        table.missed(url, is_silent=not _is_refusal(error))
         return
     # It may say another name of itself than the one it was asked by: this is the one it can be reached by.
     _enter(table, msgspec.structs.replace(worker, url=url))
@@ -149,9 +149,16 @@ async def _check_vllm(table: Registry, client: httpx.AsyncClient, url: str, role
         model = msgspec.json.decode(answer.content, type=Models).data[0].id
     except Exception as error:
         log.info("vLLM server %s: %s", url, error)
-        table.missed(url)
+        table.missed(url, is_silent=not _is_refusal(error))
         return
     _enter(table, Worker(role=role, url=url, model=model, fingerprint="vllm", incarnation=1, engine="vllm"))
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether there is a host, and nobody listens at that port."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _enter(table: Registry, worker: Worker) -> None:

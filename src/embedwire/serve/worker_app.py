@@ -68,8 +68,8 @@ def worker_app(
     registry: RegistryLink | None = None,
     while_running: AbstractAsyncContextManager[object] | None = None,
 ) -> FastAPI:
-    """An app with these routes. It reads its own address from ``app.state.url`` when it starts (see
-    ``run.py``), and enters ``while_running`` for as long as it runs."""
+    """An app with these routes. It reads its own address from ``app.state.url`` when it starts, and takes its leave of the registry before
+    it stops to listen, by ``app.state.before_shutdown`` (see ``run.py``); it enters ``while_running`` for as long as it runs."""
     link = registry or RegistryLink()
 
     @asynccontextmanager
@@ -77,7 +77,8 @@ def worker_app(
         worker = identity.at(app.state.url)
         if link.url and urlsplit(worker.url).hostname in WILDCARDS:
             raise ConfigurationError(f"nobody can reach {worker.url}: a registry needs an advertise_host")
-        async with while_running or nullcontext(), registered(link.url, worker, times=link.times):
+        async with while_running or nullcontext(), registered(link.url, worker, times=link.times) as leave:
+            app.state.before_shutdown.append(leave)
             yield
 
     app = FastAPI(title=f"Embedwire {identity.role}", lifespan=lifespan, openapi_url=None)
