@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -41,20 +42,31 @@ def test_assemblies_under_a_limit(stage: Any) -> None:
 
 
 def test_two_encoders_and_two_language_servers_in_a_ring(stage: Any) -> None:
-    """Scenario 26b: each encoder's memory is full of rooms for one pool that is granted to the other's."""
+    """Scenario 26b: encoder 1 is full of A, whose language server was asked for B first, which waits at encoder 2, which is full of C, and
+    so round. Each has memory for one room. All arrive."""
     nbytes = 1500 * stage.layout.token_bytes
-    senders = [stage.sender(memory_bytes=2 * nbytes) for _ in range(2)]
-    receivers = [stage.receiver(num_blocks=2, assembly_bytes=nbytes) for _ in range(2)]
-    receptions = []
-    for room in range(4):
-        sender, receiver = senders[room % 2], receivers[(room // 2 + room) % 2]
-        stage.offer(sender, room, 1500)
-        receptions.append(receiver.open(room, sender.address))
-    for _ in range(4):
-        stage.until(lambda: any(reception.done() for reception in receptions))
-        reception = next(reception for reception in receptions if reception.done())
+    one, two = (stage.sender(memory_bytes=nbytes) for _ in range(2))
+    left, right = (stage.receiver(num_blocks=2, assembly_bytes=nbytes) for _ in range(2))
+    a, c = (sender.offer(room, total_tokens=1500) for room, sender in ((1, one), (3, two)))
+    for room, sender in ((2, two), (4, one)):
+        with pytest.raises(OverloadedError):
+            stage.offer(sender, room, 1500)
+    opened = [(2, two, left), (4, one, right), (1, one, left), (3, two, right)]
+    receptions = [receiver.open(room, sender.address) for room, sender, receiver in opened]
+    for offer, room in ((a, 1), (c, 3)):
+        offer.fill(payload(stage.layout, 1500, room=room))
+
+    def offer_as_soon_as_there_is_memory(room: int, sender: Any) -> bool:
+        with suppress(OverloadedError):
+            stage.offer(sender, room, 1500)
+            return True
+        return False
+
+    for first, room, sender in ((receptions[2], 4, one), (receptions[3], 2, two)):
+        stage.check(first, 1500).release()
+        stage.until(lambda room=room, sender=sender: offer_as_soon_as_there_is_memory(room, sender))
+    for reception in receptions[:2]:
         stage.check(reception, 1500).release()
-        receptions.remove(reception)
 
 
 def test_many_threads_offer_and_open(stage: Any) -> None:

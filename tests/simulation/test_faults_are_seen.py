@@ -307,7 +307,7 @@ def a_grant_that_comes_twice_is_written_twice(patch: Patch) -> None:
     patch.setattr(SenderTransfer, "on_grant", on_grant)
 
 
-def the_last_round_is_told_by_the_configured_size(patch: Patch) -> None:
+def half_of_what_is_configured_is_granted(patch: Patch) -> None:
     def wanted(self: Admission, room: ReceiverTransfer) -> int:
         return self.blocks.blocks_for(min(self.default_allocate_tokens // 2, room.total_tokens))
 
@@ -519,8 +519,8 @@ def only_the_first_hello_subscribes(patch: Patch) -> None:
         (a_grant_that_comes_twice_is_written_twice, two_rounds),  # 4, 11
         (rounds_are_told_apart_by_their_blocks, two_rounds),  # 5
         (partial_is_success, two_rounds),  # 6
-        (the_last_round_is_told_by_the_configured_size, two_rounds),  # 7
-        (a_drain_skips_what_came_late, two_rounds),  # 8
+        (half_of_what_is_configured_is_granted, two_rounds),
+        (a_drain_skips_what_came_late, two_rounds),
         (blocks_are_kept_while_waiting_for_more, two_rounds),  # 16
         (who_has_seen_no_total_is_a_dummy, dummies),  # 21
         (the_fastest_rank_decides, ranks),  # 21a
@@ -546,7 +546,7 @@ def only_the_first_hello_subscribes(patch: Patch) -> None:
 def test_a_fault_put_back_is_seen(
     fault: Callable[[Patch], None], world: Callable[[], None], monkeypatch: Patch
 ) -> None:
-    """Scenarios 1 to 8, 11, 16, 21, 21a, 22a, 26d, 26f, 27, 28, 30, 32, 33 and 34, each with its fault put back."""
+    """Scenarios 1 to 6, 11, 16, 21, 21a, 22a, 26d, 26f, 27, 28, 30, 32, 33 and 34, each with its fault put back."""
     fault(monkeypatch)
     with pytest.raises((AssertionError, EmbedwireError, KeyError)):
         world()
