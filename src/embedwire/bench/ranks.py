@@ -90,7 +90,7 @@ class Passage:
 
 
 class TimedRank(Rank):
-    """A rank whose rooms hold ``bench.payload``, in fresh memory each time."""
+    """A rank whose rooms hold ``bench.payload``."""
 
     def __init__(self, place: Place, layout: Layout, tokens: int, settings: dict[str, Any]) -> None:
         self._expected = Payload(tokens, layout.token_bytes)

@@ -8,9 +8,10 @@ the baseline.
     tcp    baseline: a blocking socket between two processes, into a buffer, and a copy from there to the destination
 
 A room whose pool is smaller than itself resumes; beside each such case stands the same room in one round. Where the language side has
-several ranks, each is a process, and beside it stands the same room to one such process: both into fresh memory, for a group makes its
-assemblies itself. Who calls: ``embedwire bench`` and its tests, on the main thread. The clock runs from ``open`` until ``result`` has
-returned, on every rank; every byte is checked outside that.
+several ranks, each is a process, and beside it stands the same room to one such process, into fresh memory; a group makes its assemblies
+itself, and where its ranks share them they are memory that was used before. Who calls: ``embedwire bench`` and its tests, on the main
+thread. The clock runs from ``open`` until ``result`` has returned, on every rank; the source is ready by then, and summed up by its
+sender. Every byte is checked outside that.
 """
 
 from __future__ import annotations
