@@ -66,7 +66,8 @@ def transfer(
     The baseline makes the same copies with nothing but the operating system: two copies in memory for shm; for tcp a blocking
     socket between two processes and one copy. ratio is its time over ours: 1 is as fast, more is faster. resume is our time over
     that of the same embedding in one round. With --ranks, ranks is the time to one rank, into fresh memory, over that to all of
-    them: 1 says that the others cost nothing. The source is ready, and its sum made, before the clock starts. Everything is warmed up, measured in turns, and checked byte for byte.
+    them: 1 says that the others cost nothing. The source is ready, and its sum made, before the clock starts. Everything is warmed
+    up, measured in turns, and checked byte for byte.
 
     Run it on an idle machine with two cores or more: ours overlaps two processes, so whatever else runs costs it more than the
     baseline. Exit code 0: measured, whatever the numbers; 2: not measured, with the cause.
