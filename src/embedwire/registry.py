@@ -64,8 +64,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class Entry:
-    """A worker and what is known of it here. ``missed`` counts failed checks in a row, ``is_silent`` says that the last of them had no
-    answer at all; ``seen_s`` is when it was last heard."""
+    """A worker and what is known of it here. ``missed`` counts failed checks in a row, ``is_silent`` says that the last of them was no
+    refusal; ``seen_s`` is when it was last heard."""
 
     worker: Worker
     seen_s: float
@@ -99,6 +99,9 @@ class Registry:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, url: str) -> bool:
+        return url in self._entries
+
     def register(self, worker: Worker, *, now: float) -> None:
         """Enter a worker, or hear from it again: the same words twice change nothing. Raises OverloadedError
         when full."""
@@ -123,11 +126,11 @@ class Registry:
             entry.missed += 1
             entry.is_silent = is_silent
 
-    def evicted(self, url: str) -> None:
+    def evicted(self, url: str, *, is_silent: bool) -> None:
         """Somebody else's checks have failed often enough."""
         if entry := self._entries.get(url):
             entry.missed = max(entry.missed, self._misses_to_evict)
-            entry.is_silent = True
+            entry.is_silent = is_silent
 
     def remove(self, url: str, *, incarnation: int | None = None) -> bool:
         """Take a worker off the table; with ``incarnation``, only that life of it. True when it was there."""
@@ -153,15 +156,16 @@ class Registry:
         return entry is not None and self.is_candidate(entry)
 
     def is_silent(self, url: str) -> bool:
-        """Whether it is here, but fails its checks without a word. Who said good-bye is not here, and who does not listen any more but is
-        alive ends what it has begun, as connections of the dead end by themselves."""
+        """Whether it is here and fails its checks, and may be frozen. Who said good-bye is not here. Whose host refuses connections is no
+        reason to wait no longer: it lets its answers end, or is dead, and its connections with it."""
         entry = self._entries.get(url)
         return entry is not None and entry.is_silent and not self.is_candidate(entry)
 
     def is_replaced(self, worker: Worker) -> bool:
-        """Whether another life of it is at its URL."""
+        """Whether another life of it is at its URL. Stock vLLM servers tell no lives apart."""
         entry = self._entries.get(worker.url)
-        return entry is not None and entry.worker.incarnation != worker.incarnation
+        is_other = entry is not None and entry.worker.incarnation != worker.incarnation
+        return is_other and worker.engine == "embedwire"
 
     def candidates(
         self, role: Role, *, model: str | None = None, fingerprint: str | None = None

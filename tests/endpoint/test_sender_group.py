@@ -113,6 +113,18 @@ def test_a_room_that_nobody_has_opened_ends_on_all(ranks: Ranks, is_offered: boo
     assert np.array_equal(received.arrays["embeddings"], embedding(3)["embeddings"])
 
 
+def test_a_room_that_fails_fails_with_one_cause(ranks: Ranks) -> None:
+    """That of rank 0, on all: it decides what becomes of the request."""
+    offer = ranks.leader.offer(5, total_tokens=TOKENS)
+    wait(lambda: bool(ranks.follower._open))
+    followed = ranks.follower._open[5, 0]
+    offer.fail("the tower is broken")
+    for part in (offer, followed):
+        with pytest.raises(TransferError) as caught:
+            part.result(WAIT_S)
+        assert (caught.value.cause, caught.value.detail) == ("encoder_failed", "the tower is broken")
+
+
 def wait(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not condition():

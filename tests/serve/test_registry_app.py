@@ -21,7 +21,14 @@ from embedwire.registry import Registry, Role, Worker
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.registration import RegistrationTimes
 from embedwire.serve.run import AppServer
-from embedwire.serve.watch import WatchTimes, check_workers, checking_client, every, follow_registry
+from embedwire.serve.watch import (
+    WatchTimes,
+    check_workers,
+    checking_client,
+    every,
+    follow_registry,
+    is_refusal,
+)
 from embedwire.serve.worker_app import Identity, RegistryLink, worker_app
 
 WAIT_S = 20.0
@@ -219,6 +226,34 @@ async def test_a_check_that_fails_oddly_is_a_check_that_fails() -> None:
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
         await check_workers(table, client)
     assert table.candidates(Role.ENCODER) == [well]
+
+
+@pytest.mark.anyio
+async def test_who_said_goodbye_while_it_was_asked_is_gone() -> None:
+    """The answer to a check does not bring it back."""
+    worker = Worker(role=Role.ENCODER, url="http://a:1", model="m", fingerprint="f", incarnation=1)
+    table = Registry()
+    table.register(worker, now=0.0)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        table.remove(worker.url)
+        return httpx.Response(200, json={"worker": msgspec.to_builtins(worker)})
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+        await check_workers(table, client)
+        assert len(table) == 0
+        await check_workers(table, client, static_urls=[worker.url])
+        assert table.candidates(Role.ENCODER) == [worker]
+
+
+def test_what_is_a_refusal() -> None:
+    """Of any address that a name has, under whatever the libraries have put around it."""
+    refused = ConnectionRefusedError(111, "refused")
+    one, two = httpx.ConnectError("failed"), OSError("all failed")
+    one.__cause__, two.__cause__ = two, ExceptionGroup("", [OSError("unreachable"), refused])
+    assert is_refusal(refused)
+    assert is_refusal(one)
+    assert not is_refusal(httpx.ReadTimeout("late"))
 
 
 @pytest.mark.anyio

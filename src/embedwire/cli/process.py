@@ -72,7 +72,7 @@ def end_in_order(*, exit_code: int | None = 0) -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         for one in numbers:
-            signal.signal(one, signal.SIG_IGN)
+            signal.signal(one, lambda *_: None)  # not SIG_IGN: children would inherit it
         sys.exit(128 + number if exit_code is None else exit_code)
 
     for number in numbers:

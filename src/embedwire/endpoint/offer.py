@@ -115,11 +115,15 @@ class Offer(Future[SendReport]):
 
     def fail(self, detail: str) -> None:
         """The source can not be made: the room ends with cause ``encoder_failed`` on both sides."""
-        self._endpoint._end(self, Cause.ENCODER_FAILED, detail)
+        self.end(Cause.ENCODER_FAILED, detail)
 
     def abort(self, detail: str = "") -> None:
         """Nobody wants it any more: the room ends with cause ``aborted`` on both sides."""
-        self._endpoint._end(self, Cause.ABORTED, detail)
+        self.end(Cause.ABORTED, detail)
+
+    def end(self, cause: Cause, detail: str) -> None:
+        """The room ends without its embedding on both sides, as another part of it has. Harmless when it has ended."""
+        self._endpoint._end(self, cause, detail)
 
     def cancel(self) -> bool:
         """The same as :meth:`abort`; False when it has ended already."""

@@ -23,7 +23,8 @@ import zmq
 from embedwire.endpoint.driver import Driver
 from embedwire.endpoint.offer import Offer
 from embedwire.endpoint.sender import SenderEndpoint
-from embedwire.errors import EmbedwireError, OverloadedError
+from embedwire.errors import EmbedwireError, OverloadedError, TransferError
+from embedwire.protocol.messages import Cause
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class _Offered(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class _Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     room: int
     attempt: int
+    cause: Cause
     detail: str
 
 
@@ -92,9 +94,9 @@ class LeadingSender:
         return offer
 
     def _on_end(self, room: int, attempt: int, offer: Future[Any]) -> None:
-        """There may be no receiver yet to give up the other parts of a room that has failed here."""
-        if (error := offer.exception()) is not None:
-            self._tell(_Failed(room, attempt, str(error)))
+        """There may be no receiver yet to give up the other parts of a room that has failed here. They end with the same cause."""
+        if isinstance(error := offer.exception(), TransferError):
+            self._tell(_Failed(room, attempt, Cause(error.cause), error.detail))
 
     def _tell(self, told: _Offered | _Failed) -> None:
         frame = msgspec.msgpack.encode(told)
@@ -165,7 +167,7 @@ class FollowingSender(Driver):
     def _give_up(self, failed: _Failed) -> None:
         key = (failed.room, failed.attempt)
         if key in self._open:
-            self._open[key].abort(failed.detail)
+            self._open[key].end(failed.cause, failed.detail)
         for place in [place for place in self._line if place[0].key == key]:
             self._line.remove(place)
             self._enter(key, None)

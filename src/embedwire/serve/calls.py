@@ -17,6 +17,7 @@ import msgspec
 
 from embedwire.registry import Registry, Worker
 from embedwire.serve.faults import Fault, FaultError, fault_from, unreachable
+from embedwire.serve.watch import is_refusal
 
 IDLE_CLIENTS_MAX = 64
 KEPT_IDLE_S = 2.0
@@ -62,7 +63,7 @@ class WorkerCalls:
             if not isinstance(error, httpx.HTTPError) or isinstance(
                 error, httpx.ConnectError | httpx.ConnectTimeout
             ):
-                self._table.missed(worker.url)
+                self._table.missed(worker.url, is_silent=not is_refusal(error))
             raise WorkerFailed(worker.url, unreachable(named(worker), error)) from None
         stack.push_async_callback(response.aclose)
         return response

@@ -60,6 +60,8 @@ async def registered(
             await _keep_saying(client, worker, times)
 
     async def leave() -> None:
+        if saying.cancel_called:
+            return
         saying.cancel()
         with anyio.move_on_after(GOODBYE_S, shield=True):
             await _say_goodbye(client, worker)

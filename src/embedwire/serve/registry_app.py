@@ -70,6 +70,7 @@ def registry_app(table: Registry, *, times: WatchTimes | None = None) -> FastAPI
             {
                 "worker": msgspec.to_builtins(e.worker),
                 "candidate": table.is_candidate(e),
+                "silent": e.is_silent,
                 "missed": e.missed,
                 "age_s": now - e.seen_s,
             }

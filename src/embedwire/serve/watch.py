@@ -47,6 +47,7 @@ class Listing(msgspec.Struct):
 
     worker: Worker
     candidate: bool
+    silent: bool = True
 
 
 class Listings(msgspec.Struct):
@@ -90,9 +91,9 @@ async def check_workers(
         foreign = {e.worker.url: e.worker.role for e in table if e.worker.engine == "vllm"}
         for url in dict.fromkeys((*(e.worker.url for e in table), *static_urls)):
             if url not in foreign:
-                group.start_soon(_check, table, client, url)
+                group.start_soon(_check, table, client, url, url in static_urls)
         for url, role in foreign.items():
-            group.start_soon(_check_vllm, table, client, url, role)
+            group.start_soon(_check_vllm, table, client, url, role, False)
     table.forget_silent(now=time.monotonic())
 
 
@@ -100,7 +101,7 @@ async def check_vllm_workers(table: Registry, client: httpx.AsyncClient, roles: 
     """Ask stock vLLM servers, by URL, for their health and their model, all at once."""
     async with anyio.create_task_group() as group:
         for url, role in roles.items():
-            group.start_soon(_check_vllm, table, client, url, role)
+            group.start_soon(_check_vllm, table, client, url, role, True)
 
 
 async def follow_registry(
@@ -124,24 +125,26 @@ async def follow_registry(
         if listing.candidate:
             table.answered(listing.worker.url, now=now)
         else:
-            table.evicted(listing.worker.url)
+            table.evicted(listing.worker.url, is_silent=listing.silent)
     for gone in {e.worker.url for e in table} - {line.worker.url for line in listed}:
         table.remove(gone)
 
 
-async def _check(table: Registry, client: httpx.AsyncClient, url: str) -> None:
+async def _check(table: Registry, client: httpx.AsyncClient, url: str, is_static: bool) -> None:
     try:
         answer = (await client.get(f"{url}/health")).raise_for_status()
         worker = msgspec.json.decode(answer.content, type=Health).worker
     except Exception as error:  # whatever it is: the other checks go on
         log.info("worker %s: %s", url, error)
-        table.missed(url, is_silent=not _is_refusal(error))
+        table.missed(url, is_silent=not is_refusal(error))
         return
     # It may say another name of itself than the one it was asked by: this is the one it can be reached by.
-    _enter(table, msgspec.structs.replace(worker, url=url))
+    _enter(table, msgspec.structs.replace(worker, url=url), is_static=is_static)
 
 
-async def _check_vllm(table: Registry, client: httpx.AsyncClient, url: str, role: Role) -> None:
+async def _check_vllm(
+    table: Registry, client: httpx.AsyncClient, url: str, role: Role, is_static: bool
+) -> None:
     """Its health is a bare status (503 once its engine has died); its first model is the one it serves."""
     try:
         (await client.get(f"{url}/health")).raise_for_status()
@@ -149,19 +152,28 @@ async def _check_vllm(table: Registry, client: httpx.AsyncClient, url: str, role
         model = msgspec.json.decode(answer.content, type=Models).data[0].id
     except Exception as error:
         log.info("vLLM server %s: %s", url, error)
-        table.missed(url, is_silent=not _is_refusal(error))
+        table.missed(url, is_silent=not is_refusal(error))
         return
-    _enter(table, Worker(role=role, url=url, model=model, fingerprint="vllm", incarnation=1, engine="vllm"))
+    _enter(
+        table,
+        Worker(role=role, url=url, model=model, fingerprint="vllm", incarnation=1, engine="vllm"),
+        is_static=is_static,
+    )
 
 
-def _is_refusal(error: BaseException | None) -> bool:
-    """Whether there is a host, and nobody listens at that port."""
-    while error is not None and not isinstance(error, ConnectionRefusedError):
-        error = error.__cause__ or error.__context__
-    return error is not None
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether there is a host, and nobody listens at that port. A name may have several addresses."""
+    if error is None or isinstance(error, ConnectionRefusedError):
+        return error is not None
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(is_refusal, error.exceptions))
+    return is_refusal(error.__cause__ or error.__context__)
 
 
-def _enter(table: Registry, worker: Worker) -> None:
+def _enter(table: Registry, worker: Worker, *, is_static: bool) -> None:
+    """One that is not ``is_static`` may have said good-bye while it was asked."""
+    if not is_static and worker.url not in table:
+        return
     now = time.monotonic()
     try:
         table.register(worker, now=now)
