@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -31,6 +31,8 @@ class CountingEncoder:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
+        self.encoded: list[int] = []
+        self.answers = threading.Semaphore(0)
 
     def prepare(self, prompt: ChatPrompt) -> PreparedPrompt:
         text = prompt.messages[0]["content"]
@@ -38,14 +40,22 @@ class CountingEncoder:
             raise InvalidRequestError("empty", code="invalid_messages")
         return PreparedPrompt(len(text), -7, b"hash", text)
 
-    def encode(self, batch: Sequence[PreparedPrompt]) -> Sequence[Mapping[str, np.ndarray]]:
+    def encode(self, batch: Sequence[PreparedPrompt]) -> Iterable[Mapping[str, np.ndarray]]:
         self.batches.append([p.total_tokens for p in batch])
         self.keys += [p.key for p in batch]
         self.entered.release()
         assert self.gate.wait(DEADLINE_S)
         if any("!" in p.inputs for p in batch):
             raise ValueError("a word too loud")
-        return [{"x": np.full((p.total_tokens, 4), p.total_tokens, np.int32)} for p in batch]
+        return map(self.encode_one, batch)
+
+    def encode_one(self, prompt: PreparedPrompt) -> Mapping[str, np.ndarray]:
+        self.encoded.append(prompt.total_tokens)
+        if "?" in prompt.inputs:
+            assert self.answers.acquire(timeout=DEADLINE_S)
+        if "&" in prompt.inputs:
+            raise ValueError("a word too much")
+        return {"x": np.full((prompt.total_tokens, 4), prompt.total_tokens, np.int32)}
 
 
 def prompt(tokens: int, letter: str = "a") -> ChatPrompt:
@@ -126,6 +136,31 @@ def test_prompts_that_wait_for_the_tower_run_in_one_batch(
     assert [len(key) for key in engine.keys] == [2] * 4, (
         "room and attempt, by which other ranks know the prompt"
     )
+
+
+@pytest.mark.parametrize("last", ["?", "?&"])
+def test_the_first_of_a_batch_does_not_wait_for_the_last(
+    service: Callable[..., EncodeService], engine: CountingEncoder, receiver: ReceiverEndpoint, last: str
+) -> None:
+    """Its room is whole while the other is still being encoded; and it is not encoded again for a fault of that one."""
+    one = service()
+    engine.gate.clear()
+    one.take_up(1, prompt(10))
+    assert engine.entered.acquire(timeout=DEADLINE_S)
+    one.take_up(2, prompt(20))
+    address = one.take_up(3, prompt(30 // len(last), last)).control_addresses
+    engine.gate.set()
+    assert (receiver.open(2, address).result(DEADLINE_S).arrays["x"] == 20).all()
+    reception = receiver.open(3, address)
+    assert not reception.done()
+    engine.answers.release(2)
+    if last == "?":
+        assert (reception.result(DEADLINE_S).arrays["x"] == 30).all()
+    else:
+        with pytest.raises(TransferError, match="a word too much"):
+            reception.result(DEADLINE_S)
+    assert engine.batches[:2] == [[10], [20, 30]]
+    assert engine.encoded.count(20) == 1
 
 
 def test_a_fault_of_one_prompt_is_not_its_neighbours(

@@ -58,6 +58,31 @@ def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {"x": torch.bfloat16, "n": torch.int64}
 
 
+def test_an_index_that_was_left_behind_counts_for_nothing(tmp_path: Path) -> None:
+    """Saved anew into one file, a checkpoint may keep the index of its former shards, and these: as for transformers, the file counts."""
+    save_file({"x": torch.zeros(2)}, tmp_path / "old.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "old.safetensors"}}')
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    tensors = checkpoint.read_tensors(tmp_path, lambda name: name, dtype=torch.float32)
+    assert tensors["x"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "model.safetensors"),
+        ("model.safetensors.index.json", "version https://git-lfs.github.com/spec/v1", "index.json"),
+        ("model.safetensors.index.json", "{}", "index.json"),
+        ("model.safetensors.index.json", '{"weight_map": {"x": "gone.safetensors"}}', "gone.safetensors"),
+    ],
+)
+def test_a_file_that_is_none_is_named(tmp_path: Path, name: str, content: str, named: str) -> None:
+    """A pointer to a file that was not fetched, half a file, a shard that is not there."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigurationError, match=named):
+        checkpoint.read_tensors(tmp_path, lambda name: name, dtype=torch.float32)
+
+
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     save_file({"x": torch.ones(2), "y": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigurationError, match="more than one tensor is 'z'"):

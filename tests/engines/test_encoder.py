@@ -165,7 +165,7 @@ def test_neighbours_in_a_batch_change_no_bit(
 ) -> None:
     engine = encoder(family, dtype)
     batch = [engine.prepare(prompt(images)) for images in (1, 0, 3)]
-    together = engine.encode(batch)
+    together = list(engine.encode(batch))
     for prepared, arrays in zip(batch, together, strict=True):
         (alone,) = engine.encode([prepared])
         assert all(np.array_equal(alone[name].view(np.uint8), arrays[name].view(np.uint8)) for name in alone)
@@ -188,7 +188,7 @@ def test_the_picture_is_in_the_embedding(encoder: Encoders, picture: Picture) ->
     """Scenario 33: every payload names its room; here, every picture makes rows of its own."""
     engine = encoder("qwen2_5_vl", "float32")
     rows = {
-        engine.encode([engine.prepare(ChatPrompt(chat(1), [picture(seed=seed)]))])[0][
+        next(engine.encode([engine.prepare(ChatPrompt(chat(1), [picture(seed=seed)]))]))[
             "input_embeddings"
         ].tobytes()
         for seed in range(5)

@@ -35,7 +35,7 @@ def test_a_tower_that_fails_ends_the_group(tiny_model_dir, monkeypatch) -> None:
         monkeypatch.setattr(engine, "_encode_one", lambda _: 1 / 0)
         for _ in range(2):
             with pytest.raises(RankError, match="division by zero"):
-                engine.encode([prepared])
+                list(engine.encode([prepared]))
         with pytest.raises(RankError, match="division by zero"):
             engine.prepare(chat([]))
         engine.close()
@@ -60,7 +60,7 @@ def test_every_rank_has_what_one_rank_makes(family: str, group: Group, tiny_mode
     media = [picture(84, 56, 1), picture(56, 112, 2), picture(56, 56, 3)]
     prompts = [chat(media), chat(media[:1]), chat([])]
     prepared = [replace(engine.prepare(prompt), key=(n, 0)) for n, prompt in enumerate(prompts)]
-    encoded = engine.encode(prepared)
+    encoded = list(engine.encode(prepared))
     engine.close()
     others = group.hear()
     for n, (own, one) in enumerate(zip(encoded, alone.encode(prepared), strict=True)):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -336,3 +338,26 @@ def test_end_tokens_are_those_of_the_generation_settings_if_there_are_any(
 def test_settings_out_of_range_are_named(name: str, tiny_model_dir) -> None:
     with pytest.raises(ConfigurationError, match=f"{name} has to be at least 1, got 0"):
         TransformersLanguage(str(tiny_model_dir("qwen2_5_vl")), **{name: 0})
+
+
+def test_who_is_cancelled_while_others_are_dropped_is_dropped_next() -> None:
+    """It is cancelled on another thread, at any moment: nobody may leave the queue without an end."""
+
+    class Fickle(Mock):
+        looks = 0
+
+        @property
+        def is_cancelled(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    engine = TransformersLanguage.__new__(TransformersLanguage)
+    engine._wakeup, engine._refused, engine._runner = threading.Condition(), [], Mock()
+    first, second = Mock(is_cancelled=True), Fickle()
+    engine._waiting = deque([(first, "a"), (second, "b")])
+    engine._drop_cancelled()
+    assert [answer for answer, _ in engine._waiting] == [second]
+    engine._drop_cancelled()
+    assert not engine._waiting
+    for answer in (first, second):
+        answer.end.assert_called_once_with("cancelled")

@@ -104,6 +104,23 @@ def test_a_template_beside_the_tokenizer_as_older_checkpoints_have_it(
 
 
 @pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}{% endfor %}",
+        "{% for m in messages %}{{ '[INST] ' + m['content'] }}{% endfor %}",
+    ],
+)
+def test_a_template_that_takes_no_parts_is_refused(
+    template: str, tmp_path: Path, tiny_model_dir: Models
+) -> None:
+    """That of a model for text: it would write a list as Python does, or fail at each request."""
+    path = shutil.copytree(tiny_model_dir("llava"), tmp_path / "model")
+    (path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigurationError, match="chat template takes no parts"):
+        ChatTokenizer(path)
+
+
+@pytest.mark.parametrize(
     ("family", "hostile"),
     [
         ("qwen2_5_vl", "<|image_pad|>"),

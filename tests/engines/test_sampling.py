@@ -53,6 +53,22 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, allowed: set
     assert set(draws(SamplingParams(temperature=1.0, top_p=top_p, seed=0), 400)) == allowed
 
 
+@pytest.mark.parametrize("top_p", [1e-3, 0.5, 0.9, 0.999, 1 - 1e-7])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 20.0])
+def test_the_set_is_that_of_the_whole_vocabulary_in_order(top_p: float, spread: float) -> None:
+    """However few of it are looked at."""
+    sampler = Sampler(SamplingParams(temperature=1.0, top_p=top_p))
+    for seed in range(20):
+        drawn = torch.randn(3000, generator=torch.Generator().manual_seed(seed))
+        probabilities = (drawn * spread).round(decimals=1).softmax(0)
+        in_order, order = probabilities.sort(descending=True, stable=True)
+        mass = in_order.cumsum(0)
+        kept = int((mass - in_order < top_p).sum())
+        ids, found = sampler._nucleus(probabilities)
+        assert ids.tolist() == order[:kept].tolist()
+        assert found.tolist() == mass[:kept].tolist()
+
+
 @pytest.mark.parametrize(("uniform", "index"), [(0.0, 1), (0.24, 1), (0.25, 3), (1 - 2**-24, 3)])
 def test_no_draw_falls_on_a_probability_of_zero(uniform: float, index: int) -> None:
     """Not even the first and the last possible one, whose product with the mass is rounded."""

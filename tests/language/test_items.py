@@ -410,6 +410,24 @@ def test_a_pin_keeps_an_item_here(desk: Desk) -> None:
     assert desk.value(b) == 2
 
 
+def test_asking_costs_the_same_however_many_have_what_they_need(steps_of: Any) -> None:
+    """vLLM asks for each of its requests with pictures in each step, as long as it answers."""
+
+    def steps(requests: int) -> int:
+        with ItemShelf(LAYOUT) as shelf, ReceiverEndpoint(LAYOUT, num_blocks=2, block_size=8) as receiver:
+            desk = Desk(shelf, receiver)
+            key = desk.put(b"a", 1, 1)
+            for number in range(requests):
+                desk.until(READY, f"request {number}", key)
+            taken: int = steps_of(lambda: desk.desk.ask("request 0", {}))
+            for number in range(requests):
+                desk.desk.forget(f"request {number}")
+        desk.desk.close()
+        return taken
+
+    assert steps(20) == steps(200)
+
+
 def test_making_room_costs_the_same_however_many_items_are_here(steps_of: Any) -> None:
     """In vLLM's scheduler, with the memory full: one more item takes the place of another."""
 

@@ -5,7 +5,7 @@ Called by: ``embedwire.encode`` (from its worker threads) and ``embedwire.serve`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -58,7 +58,8 @@ class EncoderEngine(Protocol):
         """
         ...
 
-    def encode(self, batch: Sequence[PreparedPrompt]) -> Sequence[Mapping[str, np.ndarray]]:
-        """Run the tower. One mapping a prompt: layout field name to an array of shape (total_tokens, *field.shape)
-        in the field's numpy dtype, C-contiguous, owned by the caller. Called from one thread at a time."""
+    def encode(self, batch: Sequence[PreparedPrompt]) -> Iterable[Mapping[str, np.ndarray]]:
+        """Run the tower. One mapping a prompt, in order: layout field name to an array of shape (total_tokens, *field.shape)
+        in the field's numpy dtype, C-contiguous, owned by the caller. Each may be made when it is asked for, so that it can be sent while
+        the next is made. Called, and read from, by one thread at a time."""
         ...

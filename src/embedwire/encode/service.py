@@ -198,20 +198,21 @@ class EncodeService:
             return batch
 
     def _encode(self, batch: Sequence[_Work]) -> None:
+        left = deque(batch)
         try:
             outputs = self.engine.encode([work.prepared for work in batch])
             for work, arrays in zip(batch, outputs, strict=True):
                 work.offer.fill(arrays)
+                left.popleft()
+                self._count(encoded=1)
         except Exception as error:
-            if len(batch) > 1:  # one prompt's fault is not its neighbours'
-                for work in batch:
+            if len(left) != 1:  # one prompt's fault is not its neighbours'
+                for work in left:
                     self._encode([work])
                 return
-            logger.exception("the tower failed for room %d", batch[0].offer.key.room)
-            batch[0].offer.fail(f"{type(error).__name__}: {error}")
+            logger.exception("the tower failed for room %d", left[0].offer.key.room)
+            left[0].offer.fail(f"{type(error).__name__}: {error}")
             self._count(failed=1)
-        else:
-            self._count(encoded=len(batch))
 
     def _count(self, *, encoded: int = 0, failed: int = 0) -> None:
         with self._changed:

@@ -10,6 +10,7 @@ can each hold what the other needs, and any amount of memory that holds the larg
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -107,6 +108,7 @@ class ItemDesk:
         self._waiters: dict[str, _Waiter] = {}
         self._line: deque[str] = deque()
         self._failed: dict[str, ItemFailure] = {}
+        self._next_due = math.inf  # no waiter is late before
 
     # ------------------------------------------------------------------ requests
 
@@ -193,7 +195,7 @@ class ItemDesk:
             item = self._items.get(key)
             if item is None or not item.is_ready:
                 return None
-            entry = self._waiters.setdefault(waiter, _Waiter({}, until=float("inf"), is_admitted=True))
+            entry = self._waiters.setdefault(waiter, _Waiter({}, until=math.inf, is_admitted=True))
             entry.wanted[key] = item.address
             self._occupy(waiter, item)
             return item.handle
@@ -221,7 +223,9 @@ class ItemDesk:
             detail = f"its items take {need} bytes; there are {limit} for those of all requests"
             self._failed[waiter] = ItemFailure(Cause.NEVER_FITS, detail)
             return
-        self._waiters[waiter] = _Waiter(dict(wanted), until=self._clock() + self._deadline_s)
+        until = self._clock() + self._deadline_s
+        self._waiters[waiter] = _Waiter(dict(wanted), until=until)
+        self._next_due = min(self._next_due, until)
         self._line.append(waiter)
 
     def _leave(self, waiter: str) -> None:
@@ -241,6 +245,8 @@ class ItemDesk:
 
     def _expire(self) -> None:
         now = self._clock()
+        if now < self._next_due:
+            return
         for waiter, entry in list(self._waiters.items()):
             if now < entry.until:
                 continue
@@ -248,13 +254,12 @@ class ItemDesk:
                 (key for key in entry.wanted if not entry.is_admitted or not self._items[key].is_ready), None
             )
             if late is None:
-                entry.until = float(
-                    "inf"
-                )  # readiness counts before the deadline: it may have been asked late
+                entry.until = math.inf  # readiness counts before the deadline: it may have been asked late
                 continue
             waits = "its items were" if entry.is_admitted else "there was no memory for its items, which were"
             detail = f"{waits} not here within {self._deadline_s:g} s"
             self.refuse(waiter, ItemFailure(Cause.DEADLINE, detail, late, entry.wanted[late]))
+        self._next_due = min((entry.until for entry in self._waiters.values()), default=math.inf)
 
     def _admit(self, waiter: str) -> bool:
         """Whether the first in line stands there no longer."""

@@ -8,14 +8,15 @@ engine, while it starts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig
 
@@ -79,15 +80,15 @@ def read_tensors(
     ``wanted`` gets every name in the checkpoint and returns the name under which the tensor is to be had, or
     None to leave it on disk. Of a tensor whose new name is in ``cuts`` only that part is read. Tensors that
     have ``dtype`` already and lie in one piece stay memory-mapped and take memory page by page as they are
-    used; others are copied. Raises ConfigurationError for a checkpoint without safetensors, and for two tensors
-    of one new name.
+    used; others are copied. Raises ConfigurationError for a checkpoint without safetensors, a file of it that can not be read, and two
+    tensors of one new name.
     """
     tensors: dict[str, torch.Tensor] = {}
     for shard, names in _shards(path).items():
         chosen = [(name, new) for name in names if (new := wanted(name)) is not None]
         if not chosen:
             continue
-        with safe_open(path / shard, framework="pt") as file:
+        with _opened(path / shard) as file:
             for name, new in chosen:
                 if new in tensors:
                     raise ConfigurationError(
@@ -100,18 +101,29 @@ def read_tensors(
 
 
 def _shards(path: Path) -> dict[str, list[str]]:
-    """Names of tensors by the file that holds them."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        shards: dict[str, list[str]] = {}
+    """Names of tensors by the file that holds them. As for transformers, one file is the checkpoint, whatever lies beside it."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        with _opened(single) as file:
+            return {single.name: list(file.keys())}
+    if not index.exists():
+        raise ConfigurationError(f"{path} holds no safetensors checkpoint")
+    shards: dict[str, list[str]] = {}
+    try:
         for name, shard in json.loads(index.read_text())["weight_map"].items():
             shards.setdefault(shard, []).append(name)
-        return shards
-    single = path / "model.safetensors"
-    if not single.exists():
-        raise ConfigurationError(f"{path} holds no safetensors checkpoint")
-    with safe_open(single, framework="pt") as file:
-        return {single.name: list(file.keys())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"{index} is no index of a checkpoint: {error!r}") from error
+    return shards
+
+
+@contextmanager
+def _opened(shard: Path) -> Iterator[Any]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"{shard} can not be read: {error}") from error
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:

@@ -9,7 +9,7 @@ Owns: those weights, and the arrays of a prompt room made with them. Must not kn
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,14 +110,14 @@ class TransformersEncoder:
             len(processed.ids), delta, processed.content_hash, _Inputs(processed, positions)
         )
 
-    def encode(self, batch: Sequence[PreparedPrompt]) -> Sequence[Mapping[str, np.ndarray]]:
+    def encode(self, batch: Sequence[PreparedPrompt]) -> Iterator[Mapping[str, np.ndarray]]:
         """One mapping of layout fields a prompt, bit-equal to what the undivided model merges for it alone.
 
-        The tower runs once a prompt. One run for a whole batch was up to a fifth faster on a CPU, but not
+        The tower runs once a prompt, when that is asked for. One run for a whole batch was up to a fifth faster on a CPU, but not
         bit-equal: its matrix products are cut up by size, and rows differed by 2e-6 in float32 (Qwen2.5-VL,
         two threads) and 0.03 in bfloat16 (CLIP), so an answer would have depended on its neighbours.
         """
-        return [self._encode_everywhere(prompt) for prompt in batch]
+        return map(self._encode_everywhere, batch)
 
     def follow(self, on_encoded: Callable[[tuple[int, int] | None, Mapping[str, np.ndarray]], None]) -> None:
         """On the other ranks: encode what rank 0 does until it closes. ``on_encoded`` gets each prompt's key and its arrays, owned by it,

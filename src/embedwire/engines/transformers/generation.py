@@ -181,7 +181,8 @@ class TransformersLanguage:
         with self._wakeup:
             cancelled = [entry for entry in self._waiting if entry[0].is_cancelled]
             if cancelled:
-                self._waiting = deque(entry for entry in self._waiting if not entry[0].is_cancelled)
+                gone = {id(answer) for answer, _ in cancelled}  # and nobody who is cancelled from now on
+                self._waiting = deque(entry for entry in self._waiting if id(entry[0]) not in gone)
             unread = [*self._refused, *(prompt for _, prompt in cancelled)]
             self._refused.clear()
         for prompt in unread:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class ChatTokenizer:
                 f"{path} has a tokenizer without tokenizer.json, which is not thread-safe"
             )
         self._template = _chat_template(path, self._tokenizer)
+        self._refuse_plain_template(path)
         self._backend: Tokenizer = self._tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -79,6 +81,26 @@ class ChatTokenizer:
         self._special_ids = {token.content: id_ for id_, token in added if token.special}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def _refuse_plain_template(self, path: Path) -> None:
+        """That of a model for text takes a string, and would write our lists of parts as Python does."""
+        probe = "a probe"
+        chat = [{"role": "user", "content": [{"type": "text", "text": probe}]}]
+        with suppress(jinja2.TemplateError):  # it may refuse such a chat for reasons of its own
+            try:
+                takes_parts = f"'{probe}'" not in self._render(chat)
+            except TypeError:
+                takes_parts = False
+            if not takes_parts:
+                raise ConfigurationError(
+                    f"the chat template takes no parts (text, image) in a message, only strings: {path}"
+                )
+
+    def _render(self, chat: Sequence[Mapping[str, Any]]) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            chat, chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
+        return text
 
     @property
     def backend(self) -> Tokenizer:
@@ -97,10 +119,8 @@ class ChatTokenizer:
             raise invalid_messages("messages is empty")
         mark = self._shield(chat)
         try:
-            text = self._tokenizer.apply_chat_template(
-                chat, chat_template=self._template, tokenize=False, add_generation_prompt=True
-            )
-        except jinja2.TemplateError as error:
+            text = self._render(chat)
+        except (jinja2.TemplateError, TypeError) as error:
             raise invalid_messages(f"the model's chat template refuses these messages: {error}") from error
         if not _is_unicode(text):
             raise invalid_messages("messages hold half a surrogate pair, which is no character")

@@ -65,10 +65,20 @@ class Sampler:
         probabilities = (below_max / self._temperature).softmax(0)
         if self._top_p == 1:
             return _invert(probabilities.cumsum(0), self._uniform())
-        probabilities, ids = probabilities.sort(descending=True, stable=True)
-        mass = probabilities.cumsum(0)
-        kept = max(1, int((mass - probabilities < self._top_p).sum()))  # a top_p that float32 takes for 0
-        return int(ids[_invert(mass[:kept], self._uniform())])
+        ids, mass = self._nucleus(probabilities)
+        return int(ids[_invert(mass, self._uniform())])
+
+    def _nucleus(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest set that reaches ``top_p``, likeliest first, as ids, and its cumulative mass. To sort a whole vocabulary takes many
+        times as long as all else here; what is below the bound comes to less than half of what ``top_p`` leaves out."""
+        bound = (1 - self._top_p) / (2 * len(probabilities))
+        for ids in ((probabilities >= bound).nonzero()[:, 0], torch.arange(len(probabilities))):
+            in_order, order = probabilities[ids].sort(descending=True, stable=True)
+            mass = in_order.cumsum(0)
+            if mass[-1] >= self._top_p:  # else rounding has lost more than that
+                break
+        kept = max(1, int((mass - in_order < self._top_p).sum()))  # a top_p that float32 takes for 0
+        return ids[order[:kept]], mass[:kept]
 
     def _uniform(self) -> Tensor:
         return torch.rand((), generator=self._generator)
