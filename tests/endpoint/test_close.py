@@ -152,3 +152,27 @@ def test_a_callback_may_not_close_its_endpoint(stage: Any) -> None:
     stage.check(reception, 100)
     receiver.stats()
     assert len(raised) == 1
+
+
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_who_tries_again_while_it_closes_is_refused(stage: Any, side: str) -> None:
+    """The end of a room may be what makes its owner ask for the next one: nothing is taken up that nobody would end."""
+    sender, receiver = stage.sender(limits=stage.quick), stage.receiver(limits=stage.quick)
+    refused: list[str] = []
+    offer, reception = sender.offer(1, total_tokens=TOKENS), receiver.open(1, sender.address)
+    again = {
+        "sender": lambda: sender.offer(2, total_tokens=TOKENS),
+        "receiver": lambda: receiver.open(2, sender.address),
+    }[side]
+
+    def try_again(_: Any) -> None:
+        try:
+            again()
+        except UsageError as error:
+            refused.append(str(error))
+
+    room, endpoint = {"sender": (offer, sender), "receiver": (reception, receiver)}[side]
+    room.add_done_callback(try_again)
+    endpoint.close()
+    assert stage.failure_of(room).cause == "closed"
+    assert refused == [f"the {side} is closed"]

@@ -333,6 +333,18 @@ def test_a_rank_that_can_not_map_an_assembly_is_lost(
     stage.until(lambda: len(made.lost) == 2)
 
 
+@pytest.mark.parametrize("delivery", ["replicate", "share"])
+def test_a_room_that_was_received_before(make_group: Callable[..., Group], stage: Any, delivery: Any) -> None:
+    """Asked for again under the same number and attempt, as by a request that is sent twice: it ends on every rank, and not as done."""
+    made = make_group(RankGroup.on_one_host(2, delivery=delivery))
+    made.offer(7, 100)
+    for reception in made.open(7):
+        stage.check(reception, 100).release()
+    del reception
+    made.rest()
+    assert {stage.failure_of(reception).cause for reception in made.open(7)} == {"unknown_room"}
+
+
 def test_where_rooms_may_be_opened(make_group: Callable[..., Group], stage: Any) -> None:
     """On rank 0, once, into assemblies that the group makes."""
     made = make_group(RankGroup.on_one_host(2))

@@ -175,6 +175,25 @@ def test_an_assembly_that_can_not_be_made(stage: Any, stamped: Any) -> None:
     stage.move(sender, receiver, 99, TOKENS)
 
 
+def test_many_assemblies_that_can_not_be_made(stage: Any) -> None:
+    """Rooms in line for memory, each of which makes way for the next as it fails: all end, and the next one is received."""
+    rooms, tokens = 400, 4
+    sender, receiver = stage.sender(), stage.receiver(assembly_bytes=tokens * stage.layout.token_bytes)
+    first = stage.move(sender, receiver, 1, tokens)
+
+    def fail(_: int) -> Any:
+        raise MemoryError("injected")
+
+    receptions = []
+    for room in range(2, 2 + rooms):
+        stage.offer(sender, room, tokens)
+        receptions.append(receiver.open(room, sender.address, make_assembly=fail))
+    stage.until(lambda: receiver.stats().waiting["assembly"] == rooms)
+    first.release()
+    assert {stage.failure_of(reception).cause for reception in receptions} == {"overloaded"}
+    stage.move(sender, receiver, 2 + rooms, tokens)
+
+
 def test_a_drain_that_fails(stage: Any, monkeypatch: Any) -> None:
     """Scenario 30: the room ends at once on both sides, the thread goes on, and so do other rooms."""
     real, failures = BlockPool.get_rows, [RuntimeError("injected")]

@@ -11,6 +11,7 @@ from embedwire.errors import ConfigurationError, NeverFitsError, TransportError,
 from embedwire.limits import ROOM_MAX
 from embedwire.memory.layout import item
 from embedwire.protocol import messages
+from embedwire.testing.payload import payload
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -153,3 +154,13 @@ def test_who_waits_for_a_room_that_never_fits_hears_it_at_once(stage: Any) -> No
     with pytest.raises(NeverFitsError):
         sender.offer(1, total_tokens=1000)
     assert stage.failure_of(reception).cause == "never_fits"
+
+
+def test_a_number_in_use_is_nobody_elses(stage: Any) -> None:
+    """However large the room that is offered under it by mistake: the one that has it comes through."""
+    sender, receiver = stage.sender(memory_bytes=1000 * stage.layout.token_bytes), stage.receiver()
+    offer = sender.offer(1, total_tokens=500)
+    with pytest.raises(UsageError, match="offered before"):
+        sender.offer(1, total_tokens=5000)
+    offer.fill(payload(stage.layout, 500, room=1))
+    stage.check(receiver.open(1, sender.address), 500)

@@ -367,6 +367,31 @@ def test_another_receiver_does_not_get_the_room() -> None:
     assert KEY in bench.core.rooms
 
 
+@pytest.mark.parametrize("idle_s", [1.0, 6.0, 30.0])
+def test_a_receiver_that_was_idle_is_lost_as_soon_as_any(idle_s: float) -> None:
+    """Without rooms it may be silent for long; from its first room on it may not."""
+    bench = Bench(peer_silence_s=5.0)
+    while (due := bench.core.next_due()) is not None and due <= idle_s:
+        bench.core.on_tick(due)
+    bench.core.offer(KEY, total_tokens=300, aux=(300, *[0] * (AUX_WORDS - 1)), content_hash=b"", now=idle_s)
+    bench.say(Open(**TO, room=7), now=idle_s)
+    released: list[Any] = []
+    while not released:
+        due = bench.core.next_due()
+        assert due is not None
+        released = [action for action in bench.core.on_tick(due) if isinstance(action, Release)]
+    assert (released[0].cause, due) == (Cause.PEER_LOST, idle_s + 5.0)
+
+
+def test_an_abort_for_no_reason_is_a_violation() -> None:
+    """Else the room would count as received."""
+    bench = Bench()
+    bench.offer()
+    bench.say(Open(**TO, room=7))
+    ended = bench.say(Abort(**TO, room=7, cause=Cause.DONE))
+    assert [action.cause for action in ended if isinstance(action, Release)] == [Cause.VIOLATION]
+
+
 def test_a_silent_receiver_is_lost() -> None:
     """Scenario 28: its rooms end when its writes have returned, its session at once."""
     bench = Bench()

@@ -141,8 +141,8 @@ class Driver(ABC):
             try:
                 return future.result(timeout=1.0)
             except TimeoutError:
-                if future.done():
-                    raise
+                if future.done():  # now, or by a task that has timed out itself
+                    return future.result()
         if future.done():
             return future.result()
         raise UsageError(f"{self._thread.name} is closed")

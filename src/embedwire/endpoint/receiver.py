@@ -130,6 +130,7 @@ class ReceiverEndpoint(Driver):
         self._member: GroupMember | None = None
         self._watch = Watch()
         self._notes = Notes()
+        self._is_ending = False
         self._thread.start()
         if seat is not None and seat.group.size > 1:
             self._join(seat, on_room, on_lost)
@@ -188,6 +189,8 @@ class ReceiverEndpoint(Driver):
         self, key: RoomKey, addresses: tuple[Address, ...], item: bytes, make_assembly: MakeAssembly | None
     ) -> Reception:
         member = self._member
+        if self._is_ending:
+            raise UsageError("the receiver is closed")
         if member is not None:
             member.check()
         if key in self._receptions:
@@ -256,10 +259,14 @@ class ReceiverEndpoint(Driver):
     def _close(self) -> None:
         if self._member is not None:
             self._member.close()
-        self.post(lambda: self.carry_out(self._core.close(now=time.monotonic())))
+        self.post(self._end_all)
         self.call(self._stop)
         self._thread.join()
         self._landing.close()
+
+    def _end_all(self) -> None:
+        self._is_ending = True
+        self.carry_out(self._core.close(now=time.monotonic()))
 
     def __enter__(self) -> ReceiverEndpoint:
         return self
@@ -435,7 +442,7 @@ class ReceiverEndpoint(Driver):
             self._receptions.assemble(key, total_tokens, make_assembly=make_assembly)
         except Exception as error:
             detail = f"no assembly: {type(error).__name__}: {error}"
-            self.carry_out(self._core.abort(key, Cause.OVERLOADED, detail, now=time.monotonic()))
+            self._pending.extend(self._core.abort(key, Cause.OVERLOADED, detail, now=time.monotonic()))
 
     def _drain(self, drain: Drain) -> None:
         room = self._core.lanes.rooms.get(drain.key)

@@ -109,6 +109,7 @@ class SenderEndpoint(Driver):
         self._landed: dict[tuple[RoomKey, int], int] = {}
         self._landed_lock = threading.Lock()
         self._held = HeldStatuses()
+        self._is_ending = False
         self._ended: Counter[str] = Counter()
         self._rounds_total = self._bytes_total = self._frames_refused = 0
         self._socket = self._context.socket(zmq.ROUTER)
@@ -170,6 +171,7 @@ class SenderEndpoint(Driver):
         offer = Offer(self, key, total_tokens, row, lanes_of_sender(0, senders=1, readers=1))
 
         def lend() -> None:
+            self._check_open()
             self._core.check_offer([key])
             offer.filled_with(filling)
             self._announce(offer, content_hash, digests=filling.digests)
@@ -186,6 +188,8 @@ class SenderEndpoint(Driver):
         self.post(lambda: self._fail([key], cause, detail))
 
     def _reserve_and_offer(self, offer: Offer, content_hash: bytes) -> None:
+        self._check_open()
+        self._core.check_known(list(offer.shares))
         need = offer.total_tokens * self.layout.token_bytes
         if not self._budget.can_ever(need):
             limit = self._budget.limit_bytes
@@ -197,6 +201,10 @@ class SenderEndpoint(Driver):
         if not self._budget.try_reserve(offer.key, need):
             raise OverloadedError(f"{need} bytes of source memory are not free now")
         self._announce(offer, content_hash)
+
+    def _check_open(self) -> None:
+        if self._is_ending:
+            raise UsageError("the sender is closed")
 
     def _announce(self, offer: Offer, content_hash: bytes, *, digests: tuple[int, ...] = ()) -> None:
         for key, share in offer.shares.items():
@@ -246,7 +254,7 @@ class SenderEndpoint(Driver):
         )
 
     def _close(self) -> None:
-        self.post(lambda: self._carry_out(self._core.close(now=time.monotonic())))
+        self.post(self._end_all)
         self.call(self._retire_writers)
         for writer in self._retired:
             writer.abandon()
@@ -256,6 +264,10 @@ class SenderEndpoint(Driver):
         self._thread.join()
         for outbound in self._outbounds.values():
             outbound.close()
+
+    def _end_all(self) -> None:
+        self._is_ending = True
+        self._carry_out(self._core.close(now=time.monotonic()))
 
     def _retire_writers(self) -> None:
         for peer in list(self._writers):

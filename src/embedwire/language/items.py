@@ -315,7 +315,8 @@ class ItemDesk:
                     raise
                 self._drop(idle)
         item = self._items[key] = _Item(key, address, segment, nbytes)
-        assert self._budget.try_reserve(item, nbytes)
+        is_reserved = self._budget.try_reserve(item, nbytes)
+        assert is_reserved, "room was made for it"
         return item
 
     def _open_all(self, items: Sequence[_Item]) -> None:

@@ -160,7 +160,8 @@ class ReceiverLanes:
         elif isinstance(message, Refused):
             if session.wire is None and message.nonce == session.nonce:
                 session.heard_at = now
-                self._fail_all(session, message.cause, f"refused: {message.detail}", now)
+                cause = Cause.VIOLATION if message.cause is Cause.DONE else message.cause
+                self._fail_all(session, cause, f"refused: {message.detail}", now)
         elif message.source == session.incarnation:
             session.heard_at = now
             if isinstance(message, RoomMessage):
@@ -254,7 +255,10 @@ class ReceiverLanes:
 
     def _on_ended(self, room: ReceiverTransfer, ended: Ended, now: float) -> None:
         if room.is_live:
-            self._fail(room, ended.cause, ended.detail, now, is_told=True, is_certain=ended.certain)
+            cause, detail = ended.cause, ended.detail
+            if cause is Cause.DONE:  # it was another try under this key that was, or the sender is wrong
+                cause, detail = Cause.UNKNOWN_ROOM, "it was received before"
+            self._fail(room, cause, detail, now, is_told=True, is_certain=ended.certain)
             return
         self._on_certainty(ended, now)
         self._confirm(room)

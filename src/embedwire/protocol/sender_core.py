@@ -65,13 +65,17 @@ class SenderCore:
 
     def check_offer(self, keys: Sequence[RoomKey]) -> None:
         """Raise what offering these would: UsageError for a known key, OverloadedError over ``rooms_max``."""
-        for key in keys:
-            if key in self.rooms or key in self._tombstones:
-                raise UsageError(f"room {key.room} attempt {key.attempt} was offered before")
+        self.check_known(keys)
         if len(self.rooms) + len(keys) > self.limits.rooms_max:
             raise OverloadedError(
                 f"{len(self.rooms)} rooms are offered; at most {self.limits.rooms_max} at a time"
             )
+
+    def check_known(self, keys: Sequence[RoomKey]) -> None:
+        """Raise UsageError for a key that was offered before."""
+        for key in keys:
+            if key in self.rooms or key in self._tombstones:
+                raise UsageError(f"room {key.room} attempt {key.attempt} was offered before")
 
     def offer(
         self,
@@ -247,6 +251,8 @@ class SenderCore:
 
     def _on_message_of(self, room: SenderTransfer, message: RoomMessage, peer: Peer, now: float) -> None:
         if isinstance(message, Abort):
+            if message.cause is Cause.DONE:
+                raise ProtocolViolation("an abort whose cause is that all is well")
             room.peer = peer  # also when its `open` was lost: who ends a room hears of the end
             self._fail(room, message.cause, message.detail or "the receiver ended it", now)
         elif room.state is SenderState.ENDING:
@@ -262,7 +268,10 @@ class SenderCore:
     def _on_open(self, room: SenderTransfer, peer: Peer, now: float) -> None:
         if room.peer is None:
             room.on_open(peer)
-            self.sessions[peer].rooms.add(room.key)
+            session = self.sessions[peer]
+            if not session.rooms:  # from now on its silence is short
+                self._timers.set(peer, session.heard_at + self.limits.peer_silence_s)
+            session.rooms.add(room.key)
             self._await_progress(room, now)
         self._say(peer, room.announcement(self.incarnation, peer))
 
