@@ -241,6 +241,19 @@ def test_deep_nesting_is_a_violation(decode: Decode) -> None:
         decode(b"\x82\xa4type\xa4open\xa5extra" + b"\x91" * 100_000)
 
 
+@pytest.mark.parametrize(
+    ("message", "decode"), [pair for pair in ALL if isinstance(pair[0], Hello | Welcome)]
+)
+def test_a_greeting_of_another_version_is_understood_so_far(message: Any, decode: Decode) -> None:
+    """Whatever else it has, and has not: so that both sides hear which versions they speak."""
+    said = msgspec.to_builtins(message) | {"version": PROTOCOL_VERSION + 1, "codec": "none", "fields": 7}
+    heard: Any = decode(msgspec.msgpack.encode(said))
+    assert type(heard) is type(message)
+    assert (heard.source, heard.version, heard.nonce) == (message.source, PROTOCOL_VERSION + 1, message.nonce)
+    with pytest.raises(ProtocolViolation):
+        decode(msgspec.msgpack.encode(said | {"version": PROTOCOL_VERSION}))
+
+
 def test_a_text_for_people_is_cut() -> None:
     """What ``cut`` gives always fits into a message."""
     told = Abort(source=1, room=1, cause=Cause.ABORTED, detail=cut("é" * 1000))

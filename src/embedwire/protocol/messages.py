@@ -19,6 +19,8 @@ other knowledge are checked while decoding; the rest is checked by the cores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from typing import Annotated, NamedTuple, TypeAlias, TypeVar
 
@@ -34,6 +36,7 @@ from embedwire.limits import (
     INCARNATION_MAX,
     LANES_MAX,
     MESSAGE_BYTES_MAX,
+    PROTOCOL_VERSION,
     ROOM_MAX,
     TOKENS_MAX,
 )
@@ -228,10 +231,56 @@ class Ended(RoomMessage, tag="ended", frozen=True, kw_only=True):
 ToSender: TypeAlias = Hello | Ping | Open | Init | ResumeTransfer | Done | Abort
 ToReceiver: TypeAlias = Welcome | Refused | Stranger | Pong | Kept | Announce | Status | Ended
 
+
+class _AnyHello(Struct, tag_field="type", tag="hello"):
+    """What every version's has, and keeps."""
+
+    source: Incarnation
+    version: Count
+    nonce: Count
+
+    def in_our_words(self) -> Hello:
+        """Enough of one to be refused."""
+        return Hello(
+            source=self.source,
+            version=self.version,
+            nonce=self.nonce,
+            fields=("unknown",),
+            block_size=1,
+            num_blocks=1,
+            wires=(("unknown", b""),),
+        )
+
+
+class _AnyWelcome(Struct, tag_field="type", tag="welcome"):
+    """What every version's has, and keeps."""
+
+    source: Incarnation
+    target: Incarnation
+    version: Count
+    nonce: Count
+
+    def in_our_words(self) -> Welcome:
+        """Enough of one to be refused."""
+        return Welcome(
+            source=self.source,
+            target=self.target,
+            version=self.version,
+            nonce=self.nonce,
+            fields=("unknown",),
+            wire="unknown",
+        )
+
+
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 _to_sender: msgspec.msgpack.Decoder[ToSender] = msgspec.msgpack.Decoder(ToSender)
 _to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
+_any_hello = msgspec.msgpack.Decoder(_AnyHello)
+_any_welcome = msgspec.msgpack.Decoder(_AnyWelcome)
+
+
+_NOT_READABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def encode(message: Message) -> bytes:
@@ -240,21 +289,26 @@ def encode(message: Message) -> bytes:
 
 
 def decode_for_sender(frame: bytes) -> ToSender:
-    """Raises ProtocolViolation for whatever is not a whole, valid message to a sender."""
-    return _decode(_to_sender, frame)
+    """Raises ProtocolViolation for whatever is not a whole, valid message to a sender. Of a hello of another version only that is told."""
+    return _decode(_to_sender, frame, lambda f: _any_hello.decode(f).in_our_words())
 
 
 def decode_for_receiver(frame: bytes) -> ToReceiver:
-    """Raises ProtocolViolation for whatever is not a whole, valid message to a receiver."""
-    return _decode(_to_receiver, frame)
+    """Raises ProtocolViolation for whatever is not a whole, valid message to a receiver. Of a welcome of another version only that is
+    told."""
+    return _decode(_to_receiver, frame, lambda f: _any_welcome.decode(f).in_our_words())
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T:
+def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes, greeting: Callable[[bytes], T]) -> T:
     if len(frame) > MESSAGE_BYTES_MAX:
         raise ProtocolViolation(f"a message of {len(frame)} bytes; at most {MESSAGE_BYTES_MAX} are read")
     try:
         return decoder.decode(frame)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except _NOT_READABLE as error:
+        with suppress(*_NOT_READABLE):
+            greeted = greeting(frame)
+            if getattr(greeted, "version", PROTOCOL_VERSION) != PROTOCOL_VERSION:
+                return greeted
         raise ProtocolViolation(f"not a message: {error}") from error
 
 
