@@ -173,6 +173,9 @@ def test_who_tries_again_while_it_closes_is_refused(stage: Any, side: str) -> No
 
     room, endpoint = {"sender": (offer, sender), "receiver": (reception, receiver)}[side]
     room.add_done_callback(try_again)
+    stage.until(
+        lambda: receiver.stats().rooms.get("waiting") == 1
+    )  # both know of it, and can tell each other of its end
     endpoint.close()
     assert stage.failure_of(room).cause == "closed"
     assert refused == [f"the {side} is closed"]

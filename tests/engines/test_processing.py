@@ -108,12 +108,15 @@ def test_a_template_beside_the_tokenizer_as_older_checkpoints_have_it(
     [
         "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}{% endfor %}",
         "{% for m in messages %}{{ '[INST] ' + m['content'] }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'].strip() }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] | tojson if m['content'] is not string else m['content'] }}{% endfor %}",
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% endif %}{% endfor %}",
     ],
 )
 def test_a_template_that_takes_no_parts_is_refused(
     template: str, tmp_path: Path, tiny_model_dir: Models
 ) -> None:
-    """That of a model for text: it would write a list as Python does, or fail at each request."""
+    """That of a model for text: it would write a list as Python or JSON does, leave it out, or fail at each request."""
     path = shutil.copytree(tiny_model_dir("llava"), tmp_path / "model")
     (path / "chat_template.jinja").write_text(template)
     with pytest.raises(ConfigurationError, match="chat template takes no parts"):

@@ -171,7 +171,8 @@ class SenderEndpoint(Driver):
         offer = Offer(self, key, total_tokens, row, lanes_of_sender(0, senders=1, readers=1))
 
         def lend() -> None:
-            self._check_open()
+            if self._is_ending:
+                raise OverloadedError("the sender is shutting down")
             self._core.check_offer([key])
             offer.filled_with(filling)
             self._announce(offer, content_hash, digests=filling.digests)

@@ -5,7 +5,7 @@ For workers and routers: do not let users reach it. Owns routes only; the table 
 
     POST   /workers        a Worker as JSON; the same again is a heartbeat
     DELETE /workers        ?url=…&incarnation=… (the latter may be left out)
-    GET    /workers        {"workers": [{"worker", "candidate", "missed", "age_s"}]}
+    GET    /workers        {"workers": [{"worker", "candidate", "silent", "missed", "age_s"}]}
     GET    /health
 """
 

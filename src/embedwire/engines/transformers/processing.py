@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,18 +82,21 @@ class ChatTokenizer:
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def _refuse_plain_template(self, path: Path) -> None:
-        """That of a model for text takes a string, and would write our lists of parts as Python does."""
+        """That of a model for text takes a string: it would write a list of parts as Python or JSON does, leave it out, or fail."""
         probe = "a probe"
-        chat = [{"role": "user", "content": [{"type": "text", "text": probe}]}]
-        with suppress(jinja2.TemplateError):  # it may refuse such a chat for reasons of its own
+
+        def is_said(content: Any) -> bool | None:
+            """None for a chat that the template refuses."""
             try:
-                takes_parts = f"'{probe}'" not in self._render(chat)
-            except TypeError:
-                takes_parts = False
-            if not takes_parts:
-                raise ConfigurationError(
-                    f"the chat template takes no parts (text, image) in a message, only strings: {path}"
-                )
+                text = self._render([{"role": "user", "content": content}])
+            except (jinja2.TemplateError, TypeError):
+                return None
+            return probe in text and f"'{probe}'" not in text and f'"{probe}"' not in text
+
+        if not is_said([{"type": "text", "text": probe}]) and is_said(probe):
+            raise ConfigurationError(
+                f"the chat template takes no parts (text, image) in a message, only strings: {path}"
+            )
 
     def _render(self, chat: Sequence[Mapping[str, Any]]) -> str:
         text: str = self._tokenizer.apply_chat_template(
