@@ -179,3 +179,12 @@ def test_who_tries_again_while_it_closes_is_refused(stage: Any, side: str) -> No
     endpoint.close()
     assert stage.failure_of(room).cause == "closed"
     assert refused == [f"the {side} is closed"]
+
+
+def test_who_comes_while_a_sender_closes_gets_no_writer(stage: Any) -> None:
+    """Its hello may arrive when the others' writers have been told to end; nobody would tell this one."""
+    sender, receiver = stage.sender(limits=stage.quick), stage.receiver(limits=stage.quick)
+    sender.call(sender._end_all)
+    reception = receiver.open(1, sender.address)
+    assert "shutting down" in stage.failure_of(reception).detail
+    assert not sender.call(lambda: sender._writers)

@@ -349,6 +349,8 @@ class SenderEndpoint(Driver):
                 self._held.hold(peer, status, is_watched=is_watched, now=time.monotonic())
             case Reply(peer, message):
                 self._say(peer, message)
+            case Attach(peer) if self._is_ending:  # nobody would end its writer
+                self._carry_out(self._core.on_attach_failed(peer, "the sender is shutting down"))
             case Attach(peer, hello):
                 self._writers[peer] = SessionWriter(
                     peer,
