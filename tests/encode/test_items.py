@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -165,20 +166,26 @@ def test_memory_is_bounded_and_what_nobody_fetched_stays_longest(reader: Any) ->
         assert value_of(fetch(reader, shelf, b"fresh"), 10) == 1
 
 
+@contextmanager
+def lent(shelf: ItemShelf, name: bytes, tokens: int) -> Iterator[None]:
+    """Somebody fetches an item as long as the block runs: he has no memory for it until then."""
+    with ReceiverEndpoint(LAYOUT, num_blocks=1, block_size=1, assembly_bytes=15 * 64) as slow:
+        held = fetch(slow, shelf, name).result(PATIENCE_S)
+        until(lambda: not shelf._kept[name].lent)
+        waiting = fetch(slow, shelf, name)
+        until(lambda: bool(shelf._kept[name].lent))
+        yield
+        held.release()
+        assert value_of(waiting, tokens) == 1
+        until(lambda: not shelf._kept[name].lent)
+
+
 def test_an_item_that_is_being_fetched_is_not_given_up() -> None:
     """It has no room left for another, and says so, until the reader is done or gone."""
     with ItemShelf(LAYOUT, memory_bytes=10 * 64) as shelf:
         shelf.put(b"a", rows(10, 1))
-        with ReceiverEndpoint(LAYOUT, num_blocks=1, block_size=1, assembly_bytes=15 * 64) as slow:
-            held = fetch(slow, shelf, b"a").result(PATIENCE_S)
-            until(lambda: not shelf._kept[b"a"].lent)
-            waiting = fetch(slow, shelf, b"a")  # no assembly for it while the first is held
-            until(lambda: bool(shelf._kept[b"a"].lent))
-            with pytest.raises(OverloadedError):
-                shelf.put(b"b", rows(1, 2))
-            held.release()
-            assert value_of(waiting, 10) == 1
-        until(lambda: not shelf._kept[b"a"].lent)
+        with lent(shelf, b"a", 10), pytest.raises(OverloadedError):
+            shelf.put(b"b", rows(1, 2))
         shelf.put(b"b", rows(1, 2))
         assert shelf.stats().memory_reserved_bytes == 64
 
@@ -188,21 +195,14 @@ def test_what_does_not_fit_now_takes_nobody_s_place() -> None:
     with ItemShelf(LAYOUT, memory_bytes=20 * 64) as shelf:
         shelf.put(b"lent", rows(10, 1))
         shelf.put(b"idle", rows(5, 2))
-        with ReceiverEndpoint(LAYOUT, num_blocks=1, block_size=1, assembly_bytes=15 * 64) as slow:
-            held = fetch(slow, shelf, b"lent").result(PATIENCE_S)
-            until(lambda: not shelf._kept[b"lent"].lent)
-            waiting = fetch(slow, shelf, b"lent")  # no assembly for it while the first is held
-            until(lambda: bool(shelf._kept[b"lent"].lent))
+        with lent(shelf, b"lent", 10):
             with pytest.raises(OverloadedError):
                 shelf.put(b"large", rows(11, 3))
             assert not shelf.expect(b"idle")
-            held.release()
-            assert value_of(waiting, 10) == 1
-            until(lambda: not shelf._kept[b"lent"].lent)
-            shelf.put(b"large", rows(11, 3))
-            assert shelf.expect(b"lent")
-            assert not shelf.expect(b"idle")
-            assert shelf._lent_bytes == 0
+        shelf.put(b"large", rows(11, 3))
+        assert shelf.expect(b"lent")
+        assert not shelf.expect(b"idle")
+        assert shelf._lent_bytes == 0
 
 
 def test_a_sender_without_items(reader: Any) -> None:

@@ -119,14 +119,19 @@ def test_a_room_is_taken_up_once(service: Callable[..., EncodeService]) -> None:
         one.take_up(1, prompt(10))
 
 
+def hold_tower(one: EncodeService, engine: CountingEncoder) -> None:
+    """The tower works on room 1, of ten tokens, until its gate opens."""
+    engine.gate.clear()
+    one.take_up(1, prompt(10))
+    assert engine.entered.acquire(timeout=DEADLINE_S)
+
+
 def test_prompts_that_wait_for_the_tower_run_in_one_batch(
     service: Callable[..., EncodeService], engine: CountingEncoder
 ) -> None:
     """As many as fit: 60 + 60 fit into 128 tokens, the third does not."""
     one = service(batch_tokens=128)
-    engine.gate.clear()
-    one.take_up(1, prompt(10))
-    assert engine.entered.acquire(timeout=DEADLINE_S)
+    hold_tower(one, engine)
     for room in (2, 3, 4):
         one.take_up(room, prompt(60))
     engine.gate.set()
@@ -144,9 +149,7 @@ def test_the_first_of_a_batch_does_not_wait_for_the_last(
 ) -> None:
     """Its room is whole while the other is still being encoded; and it is not encoded again for a fault of that one."""
     one = service()
-    engine.gate.clear()
-    one.take_up(1, prompt(10))
-    assert engine.entered.acquire(timeout=DEADLINE_S)
+    hold_tower(one, engine)
     one.take_up(2, prompt(20))
     address = one.take_up(3, prompt(30 // len(last), last)).control_addresses
     engine.gate.set()
@@ -168,9 +171,7 @@ def test_a_fault_of_one_prompt_is_not_its_neighbours(
 ) -> None:
     """Scenario 30: the batch fails, its members run alone, and only the bad one ends."""
     one = service()
-    engine.gate.clear()
-    one.take_up(1, prompt(10))
-    assert engine.entered.acquire(timeout=DEADLINE_S)
+    hold_tower(one, engine)
     one.take_up(2, prompt(20))
     address = one.take_up(3, prompt(30, "!")).control_addresses
     engine.gate.set()
@@ -213,9 +214,7 @@ def test_an_abort_gives_the_memory_back_and_skips_the_tower(
 ) -> None:
     """Scenario 27: the client goes while its prompt waits for the tower."""
     one = service()
-    engine.gate.clear()
-    one.take_up(1, prompt(10))
-    assert engine.entered.acquire(timeout=DEADLINE_S)
+    hold_tower(one, engine)
     one.take_up(2, prompt(20))
     one.abort(2)
     one.abort(99)

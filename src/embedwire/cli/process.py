@@ -114,7 +114,6 @@ def serve(
     except OSError as error:
         raise ConfigurationError(f"can not listen on {settings.host}:{port}: {error}") from None
     server.serve()
-    for (
-        number
-    ) in end_signals():  # a second one would interrupt the cleaning up, and leave shared memory behind
+    # a second one would interrupt the cleaning up, and leave shared memory behind
+    for number in end_signals():
         signal.signal(number, signal.SIG_IGN)

@@ -126,9 +126,8 @@ class FollowingSender(Driver):
         self._line: deque[tuple[_Offered, float]] = deque()
         self._changed = threading.Condition()
         self._open: dict[Key, Offer] = {}
-        self._offers: OrderedDict[Key, Offer | None] = (
-            OrderedDict()
-        )  # which nobody has filled; None: not offered
+        # Which nobody has filled; None: not offered here.
+        self._offers: OrderedDict[Key, Offer | None] = OrderedDict()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(address)

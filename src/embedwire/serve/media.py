@@ -182,11 +182,8 @@ class MediaFetcher:
                 answer = await self._get(request, budget)
             except httpx.TimeoutException:
                 raise MediaError("the media host did not answer in time", code="media_timeout") from None
-            except (
-                httpx.HTTPError,
-                httpx.InvalidURL,
-                UnicodeError,
-            ) as error:  # the last for where it redirects to
+            # the last: httpx reads at once where an answer redirects to
+            except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
                 why = type(error).__name__
                 raise MediaError(f"the media could not be fetched: {why}", code="media_unreachable") from None
             if isinstance(answer, bytes):

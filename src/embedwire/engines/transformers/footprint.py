@@ -56,7 +56,7 @@ def _undivided(path: Path, dtype: str) -> None:
 
 def _encode(path: Path, dtype: str) -> None:
     engine = TransformersEncoder(str(path), dtype=dtype)
-    next(iter(engine.encode([engine.prepare(_prompt())])))
+    next(engine.encode([engine.prepare(_prompt())]))
 
 
 def _language(path: Path, dtype: str) -> None:
