@@ -17,10 +17,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from embedwire.errors import ProtocolViolation, TransportError
+from embedwire.errors import ProtocolViolation
 from embedwire.transports.onesided import greeting
 from embedwire.transports.onesided.engine import EngineError, ReceivingEngine
-from embedwire.transports.sockets import tune
+from embedwire.transports.sockets import accept, listen
 
 GREETING_S = 5.0
 """A connection that has not greeted within this time is dropped."""
@@ -58,12 +58,7 @@ class Door:
         self._greeting_s = greeting_s
         self._sessions_max = sessions_max
         self.nonce = secrets.token_bytes(greeting.NONCE_BYTES)
-        try:
-            family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-            self._listener = socket.create_server((host, 0), family=family)
-        except OSError as error:
-            raise TransportError(f"can not listen at {host}: {error}") from error
-        self._listener.setblocking(False)
+        self._listener = listen(host)
         self.port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self._sessions: set[_Session] = set()  # changed under the lock
@@ -103,22 +98,17 @@ class Door:
 
     def _accept(self) -> None:
         try:
-            sock, peer = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
+            accepted = accept(self._listener)
         except OSError as error:  # out of descriptors; the listener stays readable, so look away for a moment
             logger.warning("! can not accept a connection: %s", error)
             self._selector.unregister(self._listener)
             self._accepts_from_s = time.monotonic() + _PAUSE_S
             return
+        if accepted is None:
+            return
+        sock, peer = accepted
         if len(self._sessions) >= self._sessions_max:
             logger.warning("! %s refused: %d sessions are open", peer, self._sessions_max)
-            sock.close()
-            return
-        try:
-            sock.setblocking(False)
-            tune(sock)
-        except OSError:  # gone again
             sock.close()
             return
         session = _Session(sock, greets_until_s=time.monotonic() + self._greeting_s)

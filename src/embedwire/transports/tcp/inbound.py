@@ -13,7 +13,6 @@ import mmap
 import os
 import secrets
 import selectors
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -21,10 +20,10 @@ from typing import ClassVar
 
 import msgspec
 
-from embedwire.errors import ConfigurationError, ProtocolViolation, TransportError, UsageError
+from embedwire.errors import ConfigurationError, ProtocolViolation, UsageError
 from embedwire.transports.contract import Inbound
 from embedwire.transports.pieces import check_sender_token, check_spans, check_ticket
-from embedwire.transports.sockets import tune
+from embedwire.transports.sockets import accept, listen
 from embedwire.transports.tcp import frames
 from embedwire.transports.tcp.connection import Connection
 from embedwire.transports.tickets import Tickets
@@ -71,12 +70,7 @@ class TcpInbound(Inbound):
         """See the contract. Raises TransportError when ``host`` can not be bound here."""
         if self._descriptor or self._closing.is_set() or memory.readonly:
             raise UsageError("allocate() or register() is called once, before close(), with writable memory")
-        try:
-            family = socket.getaddrinfo(self._host, None, type=socket.SOCK_STREAM)[0][0]
-            self._listener = socket.create_server((self._host, 0), family=family)
-        except OSError as error:
-            raise TransportError(f"can not listen at {self._host}: {error}") from error
-        self._listener.setblocking(False)
+        self._listener = listen(self._host)
         self._region = memory.cast("B")
         self._nonce = secrets.token_bytes(frames.NONCE_BYTES)
         port = self._listener.getsockname()[1]
@@ -139,23 +133,18 @@ class TcpInbound(Inbound):
 
     def _accept(self) -> None:
         try:
-            sock, peer = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
+            accepted = accept(self._listener)
         except OSError as error:
             # Out of descriptors, most likely. The listener stays readable, so look away for a moment.
             _log.warning("! can not accept a connection: %s", errno.errorcode.get(error.errno or 0, error))
             self._selector.unregister(self._listener)
             self._accepts_from_s = time.monotonic() + _PAUSE_S
             return
+        if accepted is None:
+            return
+        sock, peer = accepted
         if len(self._connections) >= self._connections_max:
             _log.warning("! %s refused: %d connections are open", peer, self._connections_max)
-            sock.close()
-            return
-        try:
-            sock.setblocking(False)
-            tune(sock)
-        except OSError:  # gone again
             sock.close()
             return
         connection = Connection(sock, region=self._region, tickets=self._tickets, nonce=self._nonce)
