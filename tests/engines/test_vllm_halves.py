@@ -66,9 +66,9 @@ def test_items_go_from_device_to_device(keeper: ProducerWorker, desk: ItemDesk, 
     with torch.cuda.stream(torch.cuda.Stream()) if output.is_cuda else nullcontext():  # as in vLLM
         for number in range(ITEMS):
             tower(output, work, seed=number)
-            keeper.save(f"item {number}", output)
+            keeper.save(f"{number:064x}", output)
             output.fill_(float("nan"))
-    keys = {f"item {n}": ItemKey(content_hash_of(f"item {n}"), ROWS) for n in range(ITEMS)}
+    keys = {f"{n:064x}": ItemKey(content_hash_of(f"{n:064x}"), ROWS) for n in range(ITEMS)}
     wanted = dict.fromkeys(keys.values(), keeper.shelf.address)
     while (verdict := desk.ask("a request", wanted)) is Verdict.PENDING:
         desk.wait(timeout_s=DEADLINE_S)
@@ -79,7 +79,7 @@ def test_items_go_from_device_to_device(keeper: ProducerWorker, desk: ItemDesk, 
     copier.load(Loads(1, handles), cache, device)
     desk.forget("a request")
     for number in range(ITEMS):
-        found = cache[f"item {number}"]
+        found = cache[f"{number:064x}"]
         assert found.device.type == torch.device(device).type
-        assert torch.equal(found.cpu(), expected(number)), f"item {number}"
+        assert torch.equal(found.cpu(), expected(number)), f"{number:064x}"
     assert max(desk.report(key).rounds[0] for key in keys.values()) < ROWS

@@ -58,21 +58,25 @@ class Servers:
         self._checkpoint = checkpoint
         self._stack = ExitStack()
 
-    def start(self, name: str, family: str, *flags: str, **variables: str) -> VllmServer:
-        """One more; returns at once."""
+    def start(
+        self, name: str, family: str, *flags: str, variables: dict[str, str] | None = None
+    ) -> VllmServer:
+        """One more, with ``variables`` in its environment; returns at once."""
         log = self._logs / f"{name}.log"
         server = VllmServer(self._checkpoint(family), *flags, log=log, variables=variables)
         self._stack.callback(server.stop)
         return server
 
-    def encoder(self, name: str, family: str, **extra: Any) -> VllmServer:
+    def encoder(self, name: str, family: str, *flags: str, **extra: Any) -> VllmServer:
         """One that only encodes."""
-        return self.start(name, family, "--mm-encoder-only", *connector("ec_producer", **extra))
+        return self.start(name, family, "--mm-encoder-only", *flags, *connector("ec_producer", **extra))
 
-    def language(self, name: str, family: str, *flags: str, **extra: Any) -> VllmServer:
+    def language(
+        self, name: str, family: str, *flags: str, variables: dict[str, str] | None = None, **extra: Any
+    ) -> VllmServer:
         """One that gets its encoder outputs from elsewhere, through a pool that holds no whole picture unless told otherwise."""
         settings = {"num_blocks": 2, "block_size": 8, **extra}
-        return self.start(name, family, *flags, *connector("ec_consumer", **settings))
+        return self.start(name, family, *flags, *connector("ec_consumer", **settings), variables=variables)
 
     def close(self) -> None:
         """All of them."""

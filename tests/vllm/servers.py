@@ -62,18 +62,28 @@ class VllmServer:
     def __init__(
         self, model: Path, *flags: str, log: Path, variables: Mapping[str, str] | None = None
     ) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
         self.log = log
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), *FLAGS, *flags],
+        self._command = [*command, "--port", str(port), *FLAGS, *flags]
+        self._variables = {**VARIABLES, **(variables or {})}
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as out:
+            return subprocess.Popen(
+                self._command,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **VARIABLES, **(variables or {})},
+                env={**os.environ, **self._variables},
                 start_new_session=True,
             )
+
+    def restart(self) -> None:
+        """Stop it and start it again at the same URL; returns before it is ready."""
+        self.stop()
+        self.process = self._start()
 
     def wait_ready(self) -> VllmServer:
         """Until it answers. Fails with the end of its log."""
@@ -84,6 +94,13 @@ class VllmServer:
                     return self
             assert self.process.poll() is None, f"it has ended: {self.last_words()}"
             assert time.monotonic() < deadline_s, f"not ready within {READY_S:g} s: {self.last_words()}"
+            pause.wait(LOOK_AGAIN_S)
+
+    def wait_logged(self, text: str) -> None:
+        """Until its log has ``text``."""
+        deadline_s, pause = time.monotonic() + WITHIN_S, threading.Event()
+        while text not in self.log.read_text(errors="replace"):
+            assert time.monotonic() < deadline_s, f"{text!r} was not logged: {self.last_words()}"
             pause.wait(LOOK_AGAIN_S)
 
     def last_words(self) -> str:
@@ -127,6 +144,22 @@ def chat(
 def post(url: str, body: Mapping[str, Any], *, timeout_s: float = WITHIN_S) -> httpx.Response:
     """One chat request."""
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=timeout_s)
+
+
+def stream_of(url: str, body: Mapping[str, Any]) -> tuple[list[int], list[dict[str, Any]]]:
+    """A streamed chat request: the token ids of its answer, and the errors in it."""
+    ids: list[int] = []
+    errors: list[dict[str, Any]] = []
+    with httpx.stream(
+        "POST", f"{url}/v1/chat/completions", json={**body, "stream": True}, timeout=WITHIN_S
+    ) as answer:
+        assert answer.status_code == 200, answer.read()
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    for event in map(json.loads, lines):
+        errors += [event["error"]] if "error" in event else []
+        ids += [i for choice in event.get("choices", ()) for i in choice.get("token_ids") or ()]
+    return ids, errors
 
 
 def ids_of(answer: httpx.Response) -> list[int]:

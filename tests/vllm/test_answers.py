@@ -5,6 +5,7 @@ The receive pool holds 16 rows, less than any of the larger pictures (256 rows).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,18 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
 from servers import asked, chat, free_port, ids_of, offered, post
 
+from embedwire.engines.vllm.items import content_hash_of
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 Prompts = list[list[dict[str, Any]]]
+ITEMS_LOGGED = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"stderr": {"class": "logging.StreamHandler"}},
+    "loggers": {"embedwire.language.items": {"level": "DEBUG", "handlers": ["stderr"]}},
+}
+"""A configuration of logging, as vLLM takes it from a file."""
 ROW_BYTES = {"qwen2_5_vl": 128 * 4, "qwen3_vl": 4 * 128 * 4}
 
 
@@ -27,13 +37,15 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def stack(family: str, servers: Any) -> Any:
+def stack(family: str, servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An undivided server, two encoders, and language servers: alone with a tower, without one, and over two ranks, which fetch what
-    encoder 1 makes before they are asked."""
+    encoder 1 makes before a request names it, and log each item that is available."""
     staging = (
         4 * 256 * ROW_BYTES[family]
     )  # the largest prompt: what is not given back is missed by the next one
     port = free_port()
+    logging_config = tmp_path_factory.mktemp("logging") / "items.json"
+    logging_config.write_text(json.dumps(ITEMS_LOGGED))
     started = {
         "whole": servers.start(f"whole {family}", family),
         "encoder 1": servers.encoder(f"encoder 1 {family}", family, port=port),
@@ -45,8 +57,10 @@ def stack(family: str, servers: Any) -> Any:
         started["two ranks"] = servers.language(
             f"ranks {family}", family, "--tensor-parallel-size", "2",
             staging_bytes=staging, encoders=[f"tcp://localhost:{port}"], prefetch=True,
+            variables={"VLLM_LOGGING_CONFIG_PATH": str(logging_config)},
         )  # fmt: skip
-    yield {name: server.wait_ready().url for name, server in started.items()}
+    urls = {name: server.wait_ready().url for name, server in started.items()}
+    yield {**urls, "wait_logged": getattr(started.get("two ranks"), "wait_logged", None)}
     servers.close()
 
 
@@ -85,11 +99,13 @@ def test_tensor_parallel(stack: Any, prompts: Prompts, expected: list[list[int]]
 
 
 def test_an_item_is_there_before_the_request(stack: Any, image: Callable[..., dict[str, Any]]) -> None:
-    """Both ranks read it although nobody keeps it at the address that the request names."""
+    """Both ranks read it although nothing listens at the address that the request names. The encoder answers before it has announced
+    the item, so the test waits until the language server has fetched it."""
     if "two ranks" not in stack:
         pytest.skip("two ranks: with one family only, to save servers")
     part = image(224, 224, 98)
     ((name, item),) = offered(stack["encoder 1"], part).items()
+    stack["wait_logged"](f"item {content_hash_of(name).hex()} is available")
     params = {"embedwire": {"ticket": "", "items": {name: {**item, "addresses": ["tcp://127.0.0.1:1"]}}}}
     answer = post(stack["two ranks"], chat([part], ec_transfer_params=params))
     assert ids_of(answer) == ids_of(post(stack["whole"], chat([part])))

@@ -5,6 +5,7 @@ The configuration, the metadata and the context managers are vLLM's; only the mo
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
@@ -30,11 +31,15 @@ from vllm.v1.worker.gpu.ec_connector import ActiveECConnector
 from embedwire.engines.vllm import connector as module
 from embedwire.engines.vllm import consumer, cores
 from embedwire.engines.vllm.connector import EmbedwireECConnector
-from embedwire.engines.vllm.items import content_hash_of
+from embedwire.engines.vllm.items import content_hash_of, name_of
 from embedwire.errors import ConfigurationError
 from embedwire.language.items import ItemKey
 
 WIDTH, PATIENCE_S = 128, 20.0
+A, B, C, SHARED, COMING, LATE, SOON = (
+    hashlib.sha256(name.encode()).hexdigest() for name in ("a", "b", "c", "shared", "coming", "late", "soon")
+)
+"""Identifiers as vLLM makes them of an item's content."""
 
 
 @pytest.fixture(autouse=True)
@@ -93,14 +98,18 @@ class Pair:
 
     def __init__(self, config: Callable[..., Any], shape: str, **extra: Any) -> None:
         self.shape = shape
-        producing, consuming = config("ec_producer"), config("ec_consumer", **extra)
-        self.keeper = EmbedwireECConnector(producing, ECConnectorRole.WORKER)
-        self.keeper.start_worker_services()
-        self.teller = EmbedwireECConnector(producing, ECConnectorRole.SCHEDULER)
+        self._producing, consuming = config("ec_producer"), config("ec_consumer", **extra)
+        self.keeper, self.teller = self.producer()
         self.copier = EmbedwireECConnector(consuming, ECConnectorRole.WORKER)
         self.fetcher = EmbedwireECConnector(consuming, ECConnectorRole.SCHEDULER)
         self.encoder_cache: dict[str, torch.Tensor] = {}
         self.language_cache: dict[str, torch.Tensor] = {}
+
+    def producer(self) -> tuple[EmbedwireECConnector, EmbedwireECConnector]:
+        """Both halves of a producer that has just started."""
+        worker = EmbedwireECConnector(self._producing, ECConnectorRole.WORKER)
+        worker.start_worker_services()
+        return worker, EmbedwireECConnector(self._producing, ECConnectorRole.SCHEDULER)
 
     def encode(self, name: str, outputs: dict[str, torch.Tensor], rows: int) -> dict[str, Any]:
         """A step of the encoder, and the answer's parameters as a router passes them on."""
@@ -178,10 +187,10 @@ def rows(count: int, seed: int) -> torch.Tensor:
 def test_an_item_goes_from_cache_to_cache(pair: Pair) -> None:
     """Views of one storage that the producer uses again at once: each arrives as it was, in rounds, bit for bit."""
     batch = torch.cat([rows(40, 1), rows(40, 2)])
-    wanted = {"a": batch[:40].clone(), "b": batch[40:].clone()}
-    params = pair.encode("e", {"a": batch[:40], "b": batch[40:]}, 40)
+    wanted = {A: batch[:40].clone(), B: batch[40:].clone()}
+    params = pair.encode("e", {A: batch[:40], B: batch[40:]}, 40)
     batch.zero_()
-    asked = request("r", ["a", "b", "a"], 40, **params)
+    asked = request("r", [A, B, A], 40, **params)
     assert pair.wait(asked)
     pair.read(asked)
     assert pair.language_cache.keys() == wanted.keys()
@@ -192,8 +201,8 @@ def test_an_item_goes_from_cache_to_cache(pair: Pair) -> None:
 def test_pixels_stay_in_the_scheduler(pair: Pair) -> None:
     """Workers get what positions are worked out from, of each item that an encoder was named for. What may be encoded here stays whole, as
     does what vLLM has put into its own shared memory."""
-    params = pair.encode("e", {"a": rows(10, 3), "shared": rows(10, 4)}, 10)
-    asked = request("r", ["a", "b", "shared"], 10, **params)
+    params = pair.encode("e", {A: rows(10, 3), SHARED: rows(10, 4)}, 10)
+    asked = request("r", [A, B, SHARED], 10, **params)
     fields = {"image_grid_thw": True, "pixel_values": False, "anything": True}
     for feature, names in zip(asked.mm_features, (fields, fields, {"address": False}), strict=True):
         feature.data = MultiModalKwargsItem(
@@ -210,23 +219,23 @@ def test_pixels_stay_in_the_scheduler(pair: Pair) -> None:
 
 def test_an_item_that_the_encoder_has_in_its_cache(pair: Pair) -> None:
     """vLLM does not encode it again, so only the hook before the step tells of it: it is offered all the same."""
-    pair.encoder_cache["a"] = rows(10, 3)
-    params = pair.encode("e", {"a": rows(10, 9)}, 10)
-    asked = request("r", ["a"], 10, **params)
+    pair.encoder_cache[A] = rows(10, 3)
+    params = pair.encode("e", {A: rows(10, 9)}, 10)
+    asked = request("r", [A], 10, **params)
     assert pair.wait(asked)
     pair.read(asked)
-    assert torch.equal(pair.language_cache["a"], rows(10, 3))
+    assert torch.equal(pair.language_cache[A], rows(10, 3))
     pair.fetcher.request_finished(asked)
 
 
 def test_an_item_between_two_hooks(pair: Pair) -> None:
     """It is here from the answer "available" until the workers have copied it, whoever ends meanwhile, and whatever needs its memory."""
-    params = pair.encode("e", {"a": rows(10, 4)}, 10)
-    first, second = request("r1", ["a"], 10, **params), request("r2", ["a"], 10, **params)
+    params = pair.encode("e", {A: rows(10, 4)}, 10)
+    first, second = request("r1", [A], 10, **params), request("r2", [A], 10, **params)
     assert pair.wait(first)
     assert pair.wait(second)
     pair.fetcher.request_finished(first)
-    assert pair.fetcher.has_cache_item("a")
+    assert pair.fetcher.has_cache_item(A)
     pair.fetcher.update_state_after_alloc(second, 0)
     step = pair.step(pair.copier, pair.fetcher, pair.language_cache)
     pair.fetcher.request_finished(second)  # aborted when the step was on its way
@@ -235,7 +244,7 @@ def test_an_item_between_two_hooks(pair: Pair) -> None:
     with step as output:
         pass
     pair.fetcher.update_connector_output(output)
-    assert torch.equal(pair.language_cache["a"], rows(10, 4))
+    assert torch.equal(pair.language_cache[A], rows(10, 4))
 
 
 @pytest.fixture(params=["V1", "V2"])
@@ -258,18 +267,18 @@ def raw(name: str, identifier: str, rows: int) -> Any:
 def test_what_came_for_another_request_is_not_encoded(both_ways: Pair) -> None:
     """vLLM counts on what it was told is here: it stays until it is read, whoever needs its memory."""
     pair = both_ways
-    params = pair.encode("e", {"a": rows(10, 4)}, 10)
-    first = request("r1", ["a"], 10, **params)
+    params = pair.encode("e", {A: rows(10, 4)}, 10)
+    first = request("r1", [A], 10, **params)
     assert pair.wait(first)
     pair.fetcher.request_finished(first)  # before it ran, so that vLLM has not got it
-    second = raw("r2", "a", 10)
+    second = raw("r2", A, 10)
     assert pair.wait(second)
-    assert pair.fetcher.has_cache_item("a")
-    needy = request("r3", ["b"], 10, **pair.encode("e", {"b": rows(10, 5)}, 10))
+    assert pair.fetcher.has_cache_item(A)
+    needy = request("r3", [B], 10, **pair.encode("e", {B: rows(10, 5)}, 10))
     assert not pair.fetcher.ensure_cache_available(needy, 0)
     assert pair.wait(second)
     pair.read(second)
-    assert torch.equal(pair.language_cache["a"], rows(10, 4))
+    assert torch.equal(pair.language_cache[A], rows(10, 4))
     pair.fetcher.request_finished(second)
     assert pair.wait(needy)
     pair.fetcher.request_finished(needy)
@@ -278,11 +287,11 @@ def test_what_came_for_another_request_is_not_encoded(both_ways: Pair) -> None:
 def test_a_name_that_was_used_for_a_picture_of_another_size(both_ways: Pair) -> None:
     """A user may give two pictures one identifier. What is here has other rows than the prompt has places, so the picture is encoded."""
     pair = both_ways
-    params = pair.encode("e", {"a": rows(10, 4)}, 10)
-    first, second = request("r1", ["a"], 10, **params), raw("r2", "a", 5)
+    params = pair.encode("e", {A: rows(10, 4)}, 10)
+    first, second = request("r1", [A], 10, **params), raw("r2", A, 5)
     assert pair.wait(first)
     assert pair.wait(second)
-    assert not pair.fetcher.has_cache_item("a")
+    assert not pair.fetcher.has_cache_item(A)
     pair.fetcher.update_state_after_alloc(second, 0)
     assert not pair.fetcher.build_connector_meta(SimpleNamespace(total_num_scheduled_tokens=1)).loads.handles
     for asked in (first, second):
@@ -295,11 +304,11 @@ def test_a_step_without_work_waits_for_items(pair: Pair, monkeypatch: Any) -> No
     fetcher, desk = pair.fetcher, pair.fetcher._fetcher.desk
     waits: list[float] = []
     monkeypatch.setattr(desk, "wait", lambda timeout_s: waits.append(timeout_s))
-    here = request("here", ["a"], 40, **pair.encode("e", {"a": rows(40, 4)}, 40))
-    params = pair.encode("f", {"b": rows(40, 5)}, 40)
-    pair.keeper._keeper.shelf.expect(content_hash_of("coming"))
-    params["embedwire"]["items"]["coming"] = params["embedwire"]["items"]["b"]
-    coming, other = request("coming", ["coming"], 40, **params), request("other", ["coming"], 40, **params)
+    here = request("here", [A], 40, **pair.encode("e", {A: rows(40, 4)}, 40))
+    params = pair.encode("f", {B: rows(40, 5)}, 40)
+    pair.keeper._keeper.shelf.expect(content_hash_of(COMING))
+    params["embedwire"]["items"][COMING] = params["embedwire"]["items"][B]
+    coming, other = request(COMING, [COMING], 40, **params), request("other", [COMING], 40, **params)
     assert pair.wait(here)
 
     working = pair.step(pair.copier, fetcher, pair.language_cache)
@@ -339,7 +348,7 @@ def test_transfers_take_short_turns_on_a_core(pair: Pair) -> None:
 
 def test_what_came_while_a_step_waited_is_in_it(pair: Pair, monkeypatch: Any) -> None:
     monkeypatch.setattr(consumer, "IDLE_WAIT_S", PATIENCE_S)
-    asked = request("r", ["a"], 40, **pair.encode("e", {"a": rows(40, 4)}, 40))
+    asked = request("r", [A], 40, **pair.encode("e", {A: rows(40, 4)}, 40))
     with pair.step(pair.copier, pair.fetcher, pair.language_cache, tokens=0):
         pass
     assert pair.fetcher.ensure_cache_available(asked, 0)
@@ -348,58 +357,102 @@ def test_what_came_while_a_step_waited_is_in_it(pair: Pair, monkeypatch: Any) ->
 
 def test_what_fails_alone(pair: Pair) -> None:
     """Each with its cause, and none takes another one with it."""
-    params = pair.encode("e", {"a": rows(10, 5), "../../x": rows(10, 6)}, 10)
-    good = request("good", ["a", "../../x"], 10, **params)
-    assert pair.cause(request("r1", ["a"], 10)) == ("unknown_item", "no encoder was named for item 0")
-    assert pair.cause(request("r2", ["b"], 10, **params)) == (
+    params = pair.encode("e", {A: rows(10, 5), "../../x": rows(10, 6)}, 10)
+    odd = next(name for name in params["embedwire"]["items"] if name != A)
+    assert odd.startswith("../../x@"), "a name that is no content hash is the encoder's alone"
+    good = request("good", [A, odd], 10, **params)
+    assert pair.cause(request("r1", [A], 10)) == ("unknown_item", "no encoder was named for item 0")
+    assert pair.cause(request("r2", [B], 10, **params)) == (
         "unknown_item",
         "no encoder was named for item 0",
     )
-    assert pair.cause(request("r3", ["a"], 12, **params)) == (
+    assert pair.cause(request("r3", [A], 12, **params)) == (
         "violation", "item 0 has 10 rows, and the prompt a place for 12",
     )  # fmt: skip
-    assert pair.cause(request("r4", ["a"], 10, embedwire={"items": 3}))[0] == "violation"
-    assert pair.cause(request("r5", ["a"], 10, something="else"))[0] == "violation"
-    address = params["embedwire"]["items"]["a"]["addresses"]
-    lie = {"items": {"a": {"addresses": address, "tokens": 12}, "c": {"addresses": address, "tokens": 5}}}
-    assert pair.cause(request("r6", ["a"], 12, embedwire=lie)) == (
+    assert pair.cause(request("r4", [A], 10, embedwire={"items": 3}))[0] == "violation"
+    assert pair.cause(request("r5", [A], 10, something="else"))[0] == "violation"
+    address = params["embedwire"]["items"][A]["addresses"]
+    lie = {"items": {A: {"addresses": address, "tokens": 12}, C: {"addresses": address, "tokens": 5}}}
+    assert pair.cause(request("r6", [A], 12, embedwire=lie)) == (
         "violation", "the item has 10 rows, and the prompt a place for 12",
     )  # fmt: skip
-    assert pair.cause(request("r7", ["c"], 5, embedwire=lie))[0] == "unknown_item"
+    assert pair.cause(request("r7", [C], 5, embedwire=lie))[0] == "unknown_item"
     assert pair.wait(good)
     pair.read(good)
-    assert torch.equal(pair.language_cache["../../x"], rows(10, 6))
+    assert torch.equal(pair.language_cache[odd], rows(10, 6))
     pair.fetcher.request_finished(good)
+
+
+@pytest.mark.parametrize(
+    ("identifier", "is_content"),
+    [
+        (A, True),
+        (A * 2, True),
+        (f"adapter:{A}", True),
+        (f"{A}-3", True),
+        ("renderer0-mm-1-image-0", False),
+        ("adapter:renderer0-mm-1-image-0", False),
+        (f"{A}-x", False),
+        (A[:63], False),
+        ("", False),
+    ],
+)
+def test_what_an_item_is_offered_under(identifier: str, is_content: bool) -> None:
+    """The same in each life of the encoder only where it follows from the content."""
+    assert (name_of(identifier, "1") == name_of(identifier, "2")) == is_content
+    assert (name_of(identifier, "1") == identifier) == is_content
+
+
+def test_a_counted_name_is_of_one_process(config: Callable[..., Any]) -> None:
+    """Two encoders that both call their first item the same: a reader gets from each what that one encoded."""
+    pair, counted = Pair(config, "V1"), "renderer0-mm-1-image-0"
+    found = []
+    try:
+        for life in range(2):
+            params = pair.encode(f"e{life}", {counted: rows(10, life)}, 10)
+            (name,) = params["embedwire"]["items"]
+            asked = request(f"r{life}", [name], 10, **params)
+            assert pair.wait(asked)
+            pair.read(asked)
+            pair.fetcher.request_finished(asked)
+            found.append(pair.language_cache[name])
+            for half in (pair.keeper, pair.teller):
+                half.shutdown()
+            pair.encoder_cache.clear()
+            pair.keeper, pair.teller = pair.producer()
+    finally:
+        pair.close()
+    assert [torch.equal(f, rows(10, life)) for life, f in enumerate(found)] == [True, True]
 
 
 def test_an_item_of_another_shape_is_not_kept(pair: Pair) -> None:
     """Nor does the encoder fail: whoever asks hears that it is not there."""
     params = pair.encode(
-        "e", {"a": torch.zeros(10, WIDTH + 1), "b": torch.zeros(10, WIDTH, dtype=torch.bfloat16)}, 10
+        "e", {A: torch.zeros(10, WIDTH + 1), B: torch.zeros(10, WIDTH, dtype=torch.bfloat16)}, 10
     )
-    for name in ("a", "b"):
+    for name in (A, B):
         assert pair.cause(request(f"r {name}", [name], 10, **params))[0] in ("unknown_item", "encoder_failed")
 
 
 def test_an_item_that_never_comes(pair: Pair) -> None:
     """It ends within the deadline that was set, with the cause."""
     pair.fetcher._fetcher.desk._deadline_s = 0.5
-    pair.keeper._keeper.shelf.expect(content_hash_of("late"))
-    late = {"items": {"late": {"addresses": [pair.teller._teller.address], "tokens": 5}}}
-    cause, detail = pair.cause(request("r", ["late"], 5, embedwire=late))
+    pair.keeper._keeper.shelf.expect(content_hash_of(LATE))
+    late = {"items": {LATE: {"addresses": [pair.keeper._keeper.shelf.address], "tokens": 5}}}
+    cause, detail = pair.cause(request("r", [LATE], 5, embedwire=late))
     assert (cause, detail) == ("deadline", "its items were not here within 0.5 s")
 
 
 def test_a_request_that_is_aborted_lets_the_other_have_the_item(pair: Pair) -> None:
     """Two requests for one item share its room."""
-    pair.keeper._keeper.shelf.expect(content_hash_of("soon"))
-    soon = {"items": {"soon": {"addresses": [pair.teller._teller.address], "tokens": 5}}}
-    first, second = (request(name, ["soon"], 5, embedwire=soon) for name in ("r1", "r2"))
+    pair.keeper._keeper.shelf.expect(content_hash_of(SOON))
+    soon = {"items": {SOON: {"addresses": [pair.keeper._keeper.shelf.address], "tokens": 5}}}
+    first, second = (request(name, [SOON], 5, embedwire=soon) for name in ("r1", "r2"))
     assert not pair.fetcher.ensure_cache_available(first, 0)
     assert not pair.fetcher.ensure_cache_available(second, 0)
     assert sum(pair.fetcher._fetcher._receiver.stats().rooms.values()) == 1
     pair.fetcher.request_finished(first)
-    pair.keeper._keeper.shelf.put(content_hash_of("soon"), {"embeddings": rows(5, 7).numpy()})
+    pair.keeper._keeper.shelf.put(content_hash_of(SOON), {"embeddings": rows(5, 7).numpy()})
     assert pair.wait(second)
     pair.fetcher.request_finished(second)
 
@@ -409,12 +462,12 @@ def test_models_that_differ_are_refused_with_both_named(
 ) -> None:
     """At the first word between the two: the width, the dtype, and the model itself."""
     pair = Pair(config, "V1")
-    params = pair.encode("e", {"a": rows(10, 5)}, 10)
+    params = pair.encode("e", {A: rows(10, 5)}, 10)
     try:
         other = config("ec_consumer", family="qwen3_vl")
         pair.fetcher.shutdown()
         pair.fetcher = EmbedwireECConnector(other, ECConnectorRole.SCHEDULER)
-        cause, detail = pair.cause(request("r", ["a"], 10, **params))
+        cause, detail = pair.cause(request("r", [A], 10, **params))
         assert (cause, detail) == (
             "handshake",
             "refused: layouts differ at field 0: sender embeddings float32[128], receiver embeddings float32[512]",
@@ -423,7 +476,7 @@ def test_models_that_differ_are_refused_with_both_named(
         same.model_config.model = "another/model"
         pair.fetcher.shutdown()
         pair.fetcher = EmbedwireECConnector(same, ECConnectorRole.SCHEDULER)
-        cause, detail = pair.cause(request("r", ["a"], 10, **params))
+        cause, detail = pair.cause(request("r", [A], 10, **params))
         assert cause == "handshake"
         assert detail.endswith(f"sender model {checkpoint('qwen2_5_vl')}, receiver model another/model")
     finally:
@@ -435,7 +488,7 @@ def test_encoders_are_greeted_at_start(config: Callable[..., Any]) -> None:
     pair = Pair(config, "V1")
     away = "tcp://127.0.0.1:9"
     try:
-        encoders = [pair.teller._teller.address, away]
+        encoders = [pair.keeper._keeper.shelf.address, away]
         with pytest.raises(
             ConfigurationError, match=r"sender embeddings float32\[128\], receiver embeddings float32\[512\]"
         ):
@@ -457,12 +510,12 @@ def test_an_item_is_fetched_before_a_request_names_it(config: Callable[..., Any]
     shelf = keeper._keeper.shelf
     consuming = config("ec_consumer", encoders=[shelf.address], prefetch=True)
     fetcher = EmbedwireECConnector(consuming, ECConnectorRole.SCHEDULER)
-    keeper.save_caches({"a": rows(10, 3)}, "a")
+    keeper.save_caches({A: rows(10, 3)}, A)
     deadline = time.monotonic() + PATIENCE_S
-    while fetcher._fetcher.desk.handle(ItemKey(content_hash_of("a"), 10)) is None:
+    while fetcher._fetcher.desk.handle(ItemKey(content_hash_of(A), 10)) is None:
         assert time.monotonic() < deadline
         os.sched_yield()
-    asked = request("r", ["a"], 10, embedwire={"items": {"a": {"addresses": [shelf.address], "tokens": 10}}})
+    asked = request("r", [A], 10, embedwire={"items": {A: {"addresses": [shelf.address], "tokens": 10}}})
     assert fetcher.ensure_cache_available(asked, 0)
     fetcher.request_finished(asked)
     for half in (fetcher, keeper):

@@ -10,6 +10,7 @@ can each hold what the other needs, and any amount of memory that holds the larg
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import threading
@@ -30,6 +31,8 @@ from embedwire.limits import AUX_WORDS, ROOM_MAX
 from embedwire.memory.budget import Budget
 from embedwire.memory.shared import Handle, Segment, SpareSegments
 from embedwire.protocol.messages import Cause
+
+logger = logging.getLogger(__name__)
 
 
 class ItemKey(NamedTuple):
@@ -373,6 +376,12 @@ class ItemDesk:
         if failure is None:
             assert item.reception is not None
             item.received = item.reception.result()
+            logger.debug(
+                "item %s is available: %d tokens from %s",
+                item.key.content_hash.hex(),
+                item.key.tokens,
+                item.address,
+            )
         else:
             for waiter in list(item.waiters):
                 self.refuse(waiter, failure)

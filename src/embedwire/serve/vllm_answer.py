@@ -1,14 +1,16 @@
-"""A vLLM server's answer, looked into: whether it begins with an error, and with the ``embedwire`` object in it.
+"""A vLLM server's answer: whether it fails, before or after its first content, and with the ``embedwire`` object in it.
 
 Owns vLLM's stream of events; it must not know workers. Bytes that need no change are passed on as they came. On the
 router's event loop.
+
+vLLM sends a chunk with the role before anything of a request can fail. So nothing is passed on before an event with content.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,11 +19,15 @@ import msgspec
 
 from embedwire.serve.faults import Fault, fault_from
 from embedwire.serve.metrics import AppMetrics
-from embedwire.serve.openai import Passage
+from embedwire.serve.openai import DONE_EVENT, Passage
 
 LAST_CHUNK = re.compile(rb'"finish_reason":\s*"|"choices":\s*\[\]')
 """In a chunk that ends a choice, or tells the usage. In a text the quotes would be escaped."""
 DATA = b"data:"
+EVENT_END = b"\n\n"
+
+Explain = Callable[[Fault], Awaitable[Fault]]
+"""vLLM's own error → the error with its cause, as far as it is known."""
 
 
 class ItemTransfer(msgspec.Struct, kw_only=True):
@@ -32,6 +38,17 @@ class ItemTransfer(msgspec.Struct, kw_only=True):
     bytes: int
     transport: str
     transfer_ms: float
+
+
+class _Choice(msgspec.Struct):
+    delta: dict[str, Any] = {}
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    logprobs: Any = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
 
 
 class _Came(msgspec.Struct):
@@ -57,44 +74,63 @@ class ItemsPassage(msgspec.Struct, kw_only=True):
 
 
 class VllmAnswer:
-    """An answer of status 200; ``began_s`` is when the request came in, by the monotonic clock."""
+    """An answer of status 200 from the server ``who``. ``began_s`` is when the request came in, by the monotonic clock;
+    ``explain`` finds the cause of an error that comes after content."""
 
     def __init__(
-        self, response: httpx.Response, passage: ItemsPassage, *, began_s: float, metrics: AppMetrics
+        self,
+        response: httpx.Response,
+        passage: ItemsPassage,
+        *,
+        who: str,
+        explain: Explain,
+        began_s: float,
+        metrics: AppMetrics,
     ) -> None:
         self._response = response
         self._passage = passage
+        self._who = who
+        self._explain = explain
         self._began_s = began_s
         self._metrics = metrics
         self._parts = response.aiter_raw()
         self._first = b""
 
-    async def begin(self, *, who: str) -> Fault | None:
-        """Wait for the first event, and say what went wrong if it is an error: nothing has gone out yet then. Raises
-        httpx.HTTPError."""
-        while b"\n\n" not in self._first:
+    async def begin(self) -> Fault | None:
+        """Wait for the first event with content. Returns the fault if an error comes before it: nothing has been passed on by then.
+        Raises httpx.HTTPError."""
+        seen = 0
+        while True:
+            whole, end, _ = self._first[seen:].rpartition(EVENT_END)
+            for event in whole.split(EVENT_END) if end else ():
+                if fault := _error_in(event, who=self._who):
+                    return fault
+                if _has_content(event):
+                    self._passage.ttft_ms = round((time.monotonic() - self._began_s) * 1000, 3)
+                    self._metrics.observe(Passage(ttft_ms=self._passage.ttft_ms))
+                    return None
+            seen += len(whole + end)
             try:
                 self._first += await anext(self._parts)
             except StopAsyncIteration:
-                return fault_from(502, self._first, retry_after=None, who=who)
-        event, _, _ = self._first.partition(b"\n\n")
-        if fault := _error_in(event.removeprefix(DATA), who=who):
-            return fault
-        self._passage.ttft_ms = round((time.monotonic() - self._began_s) * 1000, 3)
-        self._metrics.observe(Passage(ttft_ms=self._passage.ttft_ms))
-        return None
+                return fault_from(502, self._first[seen:], retry_after=None, who=self._who)
 
     async def aread(self) -> bytes:
         """The whole answer."""
         return self._with_passage(await self._response.aread())
 
     async def aiter_raw(self) -> AsyncIterator[bytes]:
-        """Its events, from the first one on, in whole ones."""
+        """Its events, from the first one on, in whole ones. An error is the last one, with its cause."""
         tail = self._first
         while True:
-            whole, end, tail = tail.rpartition(b"\n\n")
+            whole, end, tail = tail.rpartition(EVENT_END)
             if end:
-                yield self._marked(whole) + end
+                events, fault = self._until_error(whole)
+                if events:
+                    yield self._marked(events) + end
+                if fault is not None:
+                    yield (await self._explain(fault)).as_event() + DONE_EVENT
+                    return
             try:
                 tail += await anext(self._parts)
             except StopAsyncIteration:
@@ -102,10 +138,21 @@ class VllmAnswer:
         if tail:
             yield tail
 
+    def _until_error(self, events: bytes) -> tuple[bytes, Fault | None]:
+        """The events before the first error, and that error."""
+        if b'"error"' not in events:
+            return events, None
+        before: list[bytes] = []
+        for event in events.split(EVENT_END):
+            if fault := _error_in(event, who=self._who):
+                return EVENT_END.join(before), fault
+            before.append(event)
+        return events, None
+
     def _marked(self, events: bytes) -> bytes:
         if not LAST_CHUNK.search(events):
             return events
-        return b"\n\n".join(self._with_mark(event) for event in events.split(b"\n\n"))
+        return EVENT_END.join(self._with_mark(event) for event in events.split(EVENT_END))
 
     def _with_mark(self, event: bytes) -> bytes:
         if event.startswith(DATA) and LAST_CHUNK.search(event):
@@ -123,12 +170,32 @@ class VllmAnswer:
         return msgspec.json.encode({**fields, "embedwire": self._passage})
 
 
-def _error_in(content: bytes, *, who: str) -> Fault | None:
+def _error_in(event: bytes, *, who: str) -> Fault | None:
+    content = event.removeprefix(DATA)
     try:
         error: Any = msgspec.json.decode(content)["error"]
     except (msgspec.MsgspecError, KeyError, TypeError):
         return None
     code = error.get("code") if isinstance(error, dict) else None
-    return fault_from(
-        code if isinstance(code, int) and 400 <= code < 600 else 500, content, retry_after=None, who=who
+    status = code if isinstance(code, int) and 400 <= code < 600 else 500
+    return fault_from(status, content, retry_after=None, who=who)
+
+
+def _has_content(event: bytes) -> bool:
+    """Whether a choice has a text, reasoning, a tool call, token ids or a finish reason, or the stream ends here."""
+    if not event.startswith(DATA):
+        return False
+    content = event.removeprefix(DATA).strip()
+    if content == b"[DONE]":
+        return True
+    try:
+        choices: list[_Choice] = msgspec.json.decode(content, type=_Chunk).choices
+    except msgspec.MsgspecError:
+        return True  # of no form that is known here: not to be held back
+    return any(
+        choice.finish_reason
+        or choice.token_ids
+        or choice.logprobs
+        or any(value for name, value in choice.delta.items() if name != "role")
+        for choice in choices
     )

@@ -3,7 +3,7 @@
 Owns attempts and the calls to language servers; it must not know the client's connection. On the router's
 event loop.
 
-As long as no token has gone out, a failed attempt is followed by another one. Items that were encoded stay encoded, unless
+As long as no content has gone out, a failed attempt is followed by another one. Items that were encoded stay encoded, unless
 the failure says otherwise.
 """
 
@@ -27,7 +27,7 @@ from embedwire.serve.exchange import Hold
 from embedwire.serve.faults import Fault, FaultError, more_telling, overloaded, unreachable
 from embedwire.serve.media import MediaFetcher
 from embedwire.serve.metrics import AppMetrics
-from embedwire.serve.vllm_answer import ItemsPassage, VllmAnswer
+from embedwire.serve.vllm_answer import Explain, ItemsPassage, VllmAnswer
 from embedwire.serve.vllm_encoders import Encoders, failed_inside, refused
 from embedwire.serve.vllm_ends import Ends
 from embedwire.serve.vllm_failures import Verdict, judge
@@ -127,7 +127,7 @@ class VllmDispatch:
         yield VllmWay(asked, began_s, hold)
 
     async def open(self, way: VllmWay, stack: AsyncExitStack) -> VllmAnswer:
-        """A language server's answer, whose first event, if it streams, is no error. What it holds is given back by ``stack``.
+        """A language server's answer, which, if it streams, has begun to have content. What it holds is given back by ``stack``.
 
         Raises FaultError: what a worker answered, the cause of a transfer's end, or that nobody is there; MediaError.
         """
@@ -162,16 +162,27 @@ class VllmDispatch:
         passage = _passage(encoded, encode_ms=(time.monotonic() - began_s) * 1000)
         language = self._pick_language(way)
         stack.enter_context(self._table.loaded(language.url, passage.total_tokens + self._max_tokens(way)))
-        with self.ends.ticket() as ticket:
-            transfer = {"ticket": ticket, "items": _whereabouts(encoded)} if items else None
-            body = language_body(way.asked, self._parts(items, encoded), transfer)
-            answer = await self._ask(language, body, way, passage, stack)
-            if isinstance(answer, VllmAnswer):
-                return answer
-            if not items:
-                raise FaultError(answer)  # what kills an engine would kill the next one too
+        ticket = stack.enter_context(self.ends.ticket())
+
+        async def verdict_on(said: Fault) -> Verdict:
+            """Why vLLM failed the request, as far as its connector reports it. What is lost is forgotten."""
+            if not items:  # what kills an engine would kill the next one too
+                return Verdict(fault=said, is_final=True)
             end = await self.ends.wait(ticket, within_s=self._limits.cause_wait_s)
-            raise self._failed(judge(answer, end, encoded, language_url=language.url, began_s=began_s))
+            verdict = judge(said, end, encoded, language_url=language.url, began_s=began_s)
+            self._forget(verdict)
+            return verdict
+
+        async def explain(said: Fault) -> Fault:
+            return (await verdict_on(failed_inside(language, said.message))).fault
+
+        transfer = {"ticket": ticket, "items": _whereabouts(encoded)} if items else None
+        body = language_body(way.asked, self._parts(items, encoded), transfer)
+        answer = await self._ask(language, body, way, passage, explain, stack)
+        if isinstance(answer, VllmAnswer):
+            return answer
+        verdict = await verdict_on(answer)
+        raise FaultError(verdict.fault) if verdict.is_final else _AttemptFailed(verdict)
 
     async def _ask(
         self,
@@ -179,6 +190,7 @@ class VllmDispatch:
         body: dict[str, Any],
         way: VllmWay,
         passage: ItemsPassage,
+        explain: Explain,
         stack: AsyncExitStack,
     ) -> VllmAnswer | Fault:
         """The answer, or what vLLM said that may have a cause of ours. Raises FaultError and WorkerFailed for all else."""
@@ -188,12 +200,14 @@ class VllmDispatch:
             return failed_inside(language, (await read_fault(response, language)).message)
         if response.status_code != 200:
             raise refused(language, response.status_code, await read_fault(response, language))
-        answer = VllmAnswer(response, passage, began_s=way.began_s, metrics=self._metrics)
+        answer = VllmAnswer(
+            response, passage, who=who, explain=explain, began_s=way.began_s, metrics=self._metrics
+        )
         if not way.stream:
             return answer
         try:
             with self.calls.waits_for(language):
-                fault = await answer.begin(who=who)
+                fault = await answer.begin()
         except httpx.HTTPError as error:
             raise WorkerFailed(language.url, unreachable(who, error)) from None
         if fault is None:
@@ -226,12 +240,11 @@ class VllmDispatch:
             return [item.part for item in items]
         return [_metadata_part(item, answer) for item, answer in zip(items, encoded, strict=True)]
 
-    def _failed(self, verdict: Verdict) -> Exception:
-        """What to raise, when what is lost has been forgotten."""
+    def _forget(self, verdict: Verdict) -> None:
+        """Items that are lost are encoded again for the next request that needs them."""
         self._items.forget(verdict.lost)
         if verdict.lost_encoder:
             self._items.forget_encoder(verdict.lost_encoder)
-        return FaultError(verdict.fault) if verdict.is_final else _AttemptFailed(verdict)
 
     def _pick_language(self, way: VllmWay) -> Worker:
         """Raises FaultError: nobody is there, or of those who were the last one's fault."""
@@ -270,11 +283,11 @@ def _whereabouts(encoded: Sequence[Encoded]) -> dict[str, dict[str, Any]]:
 
 def _metadata_part(item: Item, answer: Encoded) -> dict[str, Any]:
     """Instead of the media, what vLLM has to know of it. Raises FaultError where the encoder did not say."""
-    (name, entry), *others = answer.offered.items()
+    entry, *others = answer.offered.values()
     if others or not entry.metadata:
         message = f"encoder server {answer.encoder} told no metadata of a media item"
         raise FaultError(
             Fault(status=502, type="upstream_error", code="bad_upstream_answer", message=message)
         )
     kind = f"{item.modality}_embeds"
-    return {"type": kind, kind: entry.metadata, "uuid": name}
+    return {"type": kind, kind: entry.metadata, "uuid": item.uuid}

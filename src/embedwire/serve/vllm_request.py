@@ -51,7 +51,7 @@ class MediaPart:
 
     def with_url(self, url: str) -> dict[str, Any]:
         """The part with its bytes at ``url``, every other option as it was, but without the user's ``uuid``: that would become the
-        name of a cache entry."""
+        name of a cache entry. The router gives each item a name of its own."""
         made = {name: value for name, value in self.part.items() if name != "uuid"}
         value = made[self.kind]
         if self.kind != "input_audio":
@@ -71,7 +71,8 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A media item with its bytes. Items of equal ``key`` have the same embedding, wherever they came from."""
+    """A media item with its bytes. ``key`` is the SHA-256 of all that determines its embedding: the bytes, the modality, and the options
+    of the part and of the request. Items of equal ``key`` have the same embedding, wherever they came from."""
 
     key: bytes
     model: str
@@ -79,6 +80,12 @@ class Item:
     size_bytes: int
     part: Mapping[str, Any]
     options: Mapping[str, Any]
+
+    @property
+    def uuid(self) -> str:
+        """Its name on both servers: 64 hexadecimal digits. Without one vLLM chooses the name; where both of its caches are off that is a
+        counter, which starts over with every process."""
+        return self.key.hex()
 
     def encode_body(self) -> dict[str, Any]:
         """The request to an encoder."""
@@ -160,7 +167,8 @@ def _item(model: str, media: MediaPart, content: bytes, options: Mapping[str, An
         told = {**told, media.kind: {k: v for k, v in told[media.kind].items() if k != "data"}}
     digest = hashlib.sha256(msgspec.json.encode([model, told, options], order="deterministic"))
     digest.update(content)
-    return Item(digest.digest(), model, KINDS[media.kind], len(content), part, options)
+    named = {**part, "uuid": digest.hexdigest()}
+    return Item(digest.digest(), model, KINDS[media.kind], len(content), named, options)
 
 
 def language_body(

@@ -38,14 +38,25 @@ def media_of(body: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def identifier(part: dict[str, Any], body: dict[str, Any]) -> str:
-    """As vLLM: of the bytes and the processor's options; a uuid stands for itself."""
-    if "uuid" in part:
+def options_of(body: dict[str, Any]) -> bytes:
+    options = [body.get("mm_processor_kwargs"), body.get("media_io_kwargs")]
+    return msgspec.json.encode(options) if any(options) else b""
+
+
+def seen(part: dict[str, Any], body: dict[str, Any]) -> str:
+    """What the server makes of a part: of its bytes and options; where it gets no bytes, the name that it is given."""
+    kind = next((kind for kind in KINDS if kind in part), None)
+    if kind is None:
         return str(part["uuid"])
-    kind = next(kind for kind in KINDS if kind in part)
     content = part[kind]["data"] if kind == "input_audio" else part[kind]["url"].partition(",")[2]
-    options = msgspec.json.encode(body.get("mm_processor_kwargs"))
-    return hashlib.blake2b(base64.b64decode(content) + options).hexdigest()[:32]
+    return hashlib.blake2b(base64.b64decode(content) + options_of(body)).hexdigest()[:32]
+
+
+def identifier(part: dict[str, Any], body: dict[str, Any]) -> str:
+    """As vLLM: a uuid stands for itself, unless the request has options, which are folded in."""
+    if "uuid" in part and (options := options_of(body)):
+        return hashlib.blake2b(str(part["uuid"]).encode() + options).hexdigest()[:64]
+    return str(part.get("uuid", seen(part, body)))
 
 
 def error(message: str = "Internal server error", code: int = 500) -> dict[str, Any]:
@@ -102,7 +113,7 @@ class EncoderDouble:
             body = await request.json()
             self.bodies.append(body)
             (part,) = media_of(body)
-            name = identifier(part, body)
+            name = seen(part, body)
             self.entered.put(name)
             if self.gate and not await held(request, self.gate):
                 self.disconnected.put(name)
@@ -115,7 +126,7 @@ class EncoderDouble:
                 "addresses": [self.address],
                 "tokens": self.tokens,
             }
-            return {"id": "x", "choices": [], "ec_transfer_params": {name: entry}}
+            return {"id": "x", "choices": [], "ec_transfer_params": {identifier(part, body): entry}}
 
         return app
 
@@ -123,9 +134,12 @@ class EncoderDouble:
 @dataclass
 class LanguageDouble:
     """A consumer. Each request takes one of ``ends``, (cause, detail), which is reported to the router before it fails; an empty cause
-    reports nothing. ``silent`` reports no address. ``gate`` holds the stream up after its first token, or the answer."""
+    reports nothing. ``gate`` holds the stream up after its first token, or the answer. A stream fails behind its role chunk, as vLLM's
+    do, or, with ``fails_late``, behind its first token."""
 
     ends: list[tuple[str, str]] = field(default_factory=list)
+    fails_late: bool = False
+    fails_texts: bool = False
     fails: tuple[int, str] | None = None
     gate: threading.Event | None = None
     router: list[str] = field(default_factory=list)
@@ -162,11 +176,11 @@ class LanguageDouble:
 
     @staticmethod
     def text(body: dict[str, Any]) -> str:
-        return "saw " + " ".join(identifier(part, body) for part in media_of(body))
+        return "saw " + " ".join(seen(part, body) for part in media_of(body))
 
     async def _fail(self, body: dict[str, Any]) -> bool:
         if not self.ends or "ec_transfer_params" not in body:
-            return False
+            return self.fails_texts
         cause, detail = self.ends.pop(0)
         told = body["ec_transfer_params"]["embedwire"]
         name, entry = next(iter(told["items"].items()))
@@ -183,18 +197,25 @@ class LanguageDouble:
             data = {"id": "c", "object": "chat.completion.chunk", "choices": [{"index": 0, **choice}]}
             return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
-        if failed:
-            yield b"data: " + msgspec.json.encode(error()) + b"\n\n"
-            yield b"data: [DONE]\n\n"
-            return
+        def failure() -> bytes:
+            return b"data: " + msgspec.json.encode(error()) + b"\n\ndata: [DONE]\n\n"
+
         yield chunk(delta={"role": "assistant", "content": ""}, finish_reason=None)
+        if failed and not self.fails_late:
+            yield failure()
+            return
+        text = self.text(body)
+        yield chunk(delta={"content": text[:4]}, finish_reason=None)
         if self.gate:
             try:
                 await asyncio.to_thread(self.gate.wait, WAIT_S)
             except asyncio.CancelledError:
                 self.disconnected.put(1)
                 raise
-        yield chunk(delta={"content": self.text(body)}, finish_reason=None)
+        if failed:
+            yield failure()
+            return
+        yield chunk(delta={"content": text[4:]}, finish_reason=None)
         yield chunk(delta={}, finish_reason="stop")
         yield b"data: [DONE]\n\n"
 
@@ -255,9 +276,9 @@ def post() -> Post:
 
 @pytest.fixture
 def name_of() -> Callable[..., str]:
-    """(bytes, mm_processor_kwargs) → the identifier that both sides compute."""
+    """(bytes, options of the request) → what a server says that it saw."""
 
-    def name(content: bytes, options: Any = None) -> str:
-        return hashlib.blake2b(content + msgspec.json.encode(options)).hexdigest()[:32]
+    def name(content: bytes, **options: Any) -> str:
+        return hashlib.blake2b(content + options_of(options)).hexdigest()[:32]
 
     return name

@@ -8,11 +8,13 @@ import httpx
 import msgspec
 import pytest
 
+from embedwire.serve.faults import Fault
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.vllm_answer import ItemsPassage, VllmAnswer
 
 pytestmark = pytest.mark.anyio
-FIRST = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":""},"finish_reason":null}]}\n\n'
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"prompt_token_ids":[1]}\n\n'
+FIRST = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
 QUOTING = (
     rb'data: {"choices":[{"delta":{"content":"\"finish_reason\":\"stop\""},"finish_reason":null}]}' + b"\n\n"
 )
@@ -28,18 +30,24 @@ def answer_in(pieces: Sequence[bytes]) -> VllmAnswer:
             yield piece
 
     response = httpx.Response(200, content=body())
-    return VllmAnswer(response, ItemsPassage(items=1), began_s=0.0, metrics=AppMetrics())
+    return VllmAnswer(
+        response, ItemsPassage(items=1), who="it", explain=explained, began_s=0.0, metrics=AppMetrics()
+    )
+
+
+async def explained(said: Fault) -> Fault:
+    return Fault(status=502, type="transfer_error", code="peer_lost", message=f"behind {said.message!r}")
 
 
 @pytest.mark.parametrize("size", [1, 7, 10**6])
 async def test_a_stream_in_pieces(size: int) -> None:
-    stream = FIRST + QUOTING + LAST + USAGE + DONE
+    stream = ROLE + FIRST + QUOTING + LAST + USAGE + DONE
     answer = answer_in([stream[i : i + size] for i in range(0, len(stream), size)])
-    assert await answer.begin(who="it") is None
+    assert await answer.begin() is None
     found = b"".join([part async for part in answer.aiter_raw()])
-    assert found.startswith(FIRST + QUOTING)
+    assert found.startswith(ROLE + FIRST + QUOTING)
     assert found.endswith(DONE)
-    last, usage = found.removeprefix(FIRST + QUOTING).removesuffix(DONE).strip().split(b"\n\n")
+    last, usage = found.removeprefix(ROLE + FIRST + QUOTING).removesuffix(DONE).strip().split(b"\n\n")
     for marked, original in ((last, LAST), (usage, USAGE)):
         fields = msgspec.json.decode(marked.removeprefix(b"data: "))
         assert fields.pop("embedwire")["items"] == 1
@@ -48,15 +56,44 @@ async def test_a_stream_in_pieces(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 10**6])
-async def test_a_stream_that_begins_with_an_error(size: int) -> None:
-    stream = ERROR + DONE
-    fault = await answer_in([stream[i : i + size] for i in range(0, len(stream), size)]).begin(who="it")
+@pytest.mark.parametrize("before", [b"", ROLE, ROLE + b": ping\n\n" + ROLE])
+async def test_a_stream_that_fails_before_any_content(size: int, before: bytes) -> None:
+    """vLLM sends the role chunk before anything can fail."""
+    stream = before + ERROR + DONE
+    fault = await answer_in([stream[i : i + size] for i in range(0, len(stream), size)]).begin()
     assert fault is not None
     assert (fault.status, fault.code, fault.message) == (500, "internal_server_error", "no")
 
 
-async def test_a_stream_without_an_event() -> None:
-    fault = await answer_in([b"data: {"]).begin(who="it")
+CONTENT = [
+    {"delta": {"content": "a"}},
+    {"delta": {"reasoning": "a"}},
+    {"delta": {"reasoning_content": "a"}},
+    {"delta": {"tool_calls": [{"index": 0}]}},
+    {"delta": {"content": ""}, "token_ids": [7]},
+    {"delta": {"content": ""}, "logprobs": {"content": [{"token": ""}]}},
+    {"delta": {}, "finish_reason": "length"},
+]
+
+
+@pytest.mark.parametrize("choice", CONTENT, ids=str)
+async def test_what_counts_as_content(choice: dict[str, object]) -> None:
+    """From then on the answer is passed on as it comes; the error behind it ends it, with its cause."""
+    content = b"data: " + msgspec.json.encode({"choices": [{"index": 0, **choice}]}) + b"\n\n"
+    answer = answer_in([ROLE + content, ERROR, DONE])
+    assert await answer.begin() is None
+    *events, last, done = [
+        part for whole in [p async for p in answer.aiter_raw()] for part in whole.split(b"\n\n") if part
+    ]
+    assert events[0] + b"\n\n" == ROLE
+    assert len(events) == 2
+    assert msgspec.json.decode(last.removeprefix(b"data: "))["error"]["message"] == "behind 'no'"
+    assert done + b"\n\n" == DONE
+
+
+@pytest.mark.parametrize("stream", [b"data: {", ROLE, b": ping\n\n"])
+async def test_a_stream_that_ends_without_content(stream: bytes) -> None:
+    fault = await answer_in([stream]).begin()
     assert fault is not None
     assert (fault.status, fault.code) == (502, "bad_upstream_answer")
 

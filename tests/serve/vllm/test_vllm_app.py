@@ -66,7 +66,8 @@ def test_an_image_goes_to_both_sides_in_the_same_bytes(
         "transfers": {},
     }
     (asked,), (body,) = encoder.bodies, language.bodies
-    part = {"type": "image_url", "image_url": {"url": image_url(b"one")}}
+    (uuid,) = uuids_in(asked)
+    part = {"type": "image_url", "image_url": {"url": image_url(b"one")}, "uuid": uuid}
     assert asked == {
         "model": "tiny",
         "messages": [{"role": "user", "content": [part]}],
@@ -76,7 +77,7 @@ def test_an_image_goes_to_both_sides_in_the_same_bytes(
     assert body["messages"][0]["content"] == [part, {"type": "text", "text": "what?"}]
     told = body["ec_transfer_params"]["embedwire"]
     assert len(bytes.fromhex(told["ticket"])) == 16
-    assert told["items"] == {name_of(b"one"): {"addresses": [encoder.address], "tokens": 100}}
+    assert told["items"] == {uuid: {"addresses": [encoder.address], "tokens": 100}}
 
 
 def test_media_are_fetched_once(servers: Any, cluster: Any, post: Any, chat: Any, name_of: Any) -> None:
@@ -116,9 +117,10 @@ def test_options_of_media_reach_both_sides(servers: Any, post: Any, chat: Any, n
     """And items with other options are other items."""
     encoder, language = servers.encoder(), servers.language()
     router = servers.router()
-    body = chat("what?", b"x", mm_processor_kwargs={"max_pixels": 784}, media_io_kwargs={"image": {"a": 1}})
+    options = {"mm_processor_kwargs": {"max_pixels": 784}, "media_io_kwargs": {"image": {"a": 1}}}
+    body = chat("what?", b"x", **options)
     body["messages"][0]["content"][0]["image_url"]["detail"] = "low"
-    assert text_of(post(router, body)) == f"saw {name_of(b'x', {'max_pixels': 784})}"
+    assert text_of(post(router, body)) == f"saw {name_of(b'x', **options)}"
     for seen in (*encoder.bodies, *language.bodies):
         assert seen["mm_processor_kwargs"] == {"max_pixels": 784}
         assert seen["media_io_kwargs"] == {"image": {"a": 1}}
@@ -131,12 +133,38 @@ def test_options_of_media_reach_both_sides(servers: Any, post: Any, chat: Any, n
 
 
 def test_a_users_uuid_is_dropped(servers: Any, post: Any, chat: Any, name_of: Any) -> None:
-    """It would become the name of a cache entry: another user's, or a path."""
+    """It would become the name of a cache entry: another user's, or a path. Both sides get the router's own, a content hash."""
     encoder, language = servers.encoder(), servers.language()
-    body = chat("what?", b"x")
+    body, router = chat("what?", b"x"), servers.router()
+    plain = text_of(post(router, body))
     body["messages"][0]["content"][0]["uuid"] = "../../etc"
-    assert text_of(post(servers.router(), body)) == f"saw {name_of(b'x')}"
-    assert "uuid" not in str([encoder.bodies, language.bodies])
+    assert text_of(post(router, body)) == plain
+    assert "etc" not in str([encoder.bodies, language.bodies])
+
+
+def uuids_in(body: dict[str, Any]) -> list[str]:
+    return [part["uuid"] for m in body["messages"] for part in m["content"] if part["type"] != "text"]
+
+
+@pytest.mark.parametrize("media", ["bytes", "metadata"])
+def test_items_are_named_by_what_determines_them(servers: Any, post: Any, chat: Any, media: str) -> None:
+    """The same name on both sides, which changes with the bytes and with each option, and with nothing else."""
+    encoder, language = servers.encoder(), servers.language()
+    router = servers.router(media=media, remembered_max=0)
+    body = chat("what?", b"x")
+    other_text = chat("and now?", b"x", temperature=0.5)
+    other_bytes = chat("what?", b"y")
+    other_kwargs = {**body, "mm_processor_kwargs": {"max_pixels": 784}}
+    other_io = {**body, "media_io_kwargs": {"image": {"mode": "L"}}}
+    other_detail = chat("what?", b"x")
+    other_detail["messages"][0]["content"][0]["image_url"]["detail"] = "low"
+    for request in (body, other_text, other_bytes, other_kwargs, other_io, other_detail):
+        assert post(router, request).status_code == 200
+    names = [name for seen in encoder.bodies for name in uuids_in(seen)]
+    assert names[0] == names[1]
+    assert len(set(names)) == 5
+    assert all(len(bytes.fromhex(name)) == 32 for name in names)
+    assert [name for seen in language.bodies for name in uuids_in(seen)] == names
 
 
 HOSTILE: list[Any] = [
@@ -188,11 +216,12 @@ def test_private_addresses_are_not_fetched(servers: Any, cluster: Any, post: Any
     assert cause_of(answer) == (400, "invalid_media_url")
 
 
-def test_metadata_instead_of_media(servers: Any, post: Any, chat: Any, name_of: Any) -> None:
-    servers.encoder()
+def test_metadata_instead_of_media(servers: Any, post: Any, chat: Any) -> None:
+    encoder = servers.encoder()
     language = servers.language()
     answer = post(servers.router(media="metadata"), chat("what?", b"one", b"two"))
-    names = [name_of(b"one"), name_of(b"two")]
+    names = uuids_in(language.bodies[0])
+    assert sorted(names) == sorted(name for body in encoder.bodies for name in uuids_in(body))
     assert text_of(answer) == f"saw {' '.join(names)}"
     assert language.bodies[0]["messages"][0]["content"][:2] == [
         {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 2, 2]}, "uuid": name}
@@ -350,7 +379,7 @@ def test_what_an_encoder_refuses_reaches_the_client_as_it_is(
 def test_the_cause_of_an_end_reaches_the_client(
     servers: Any, post: Any, chat: Any, stream: bool, cause: str, status: int, attempts: int
 ) -> None:
-    """Trap: vLLM itself answers a bare 500, or a 200 whose first event is an error. A deadline that has passed is not waited for again."""
+    """Trap: vLLM itself answers a bare 500, or a 200 with an error behind the role chunk. A deadline that has passed is final."""
     for _ in range(3):
         servers.encoder()
     language = servers.language(ends=[(cause, "in words")] * 3)
@@ -477,12 +506,35 @@ def test_what_a_language_server_refuses_reaches_the_client(servers: Any, post: A
     assert answer.json()["error"]["message"] == "max_tokens is too large"
 
 
+@pytest.mark.parametrize(
+    ("cause", "code", "encodes"), [("unknown_item", "unknown_item", 2), ("", "language_failed", 2)]
+)
+def test_a_stream_that_fails_behind_its_first_token(
+    servers: Any, post: Any, chat: Any, cause: str, code: str, encodes: int
+) -> None:
+    """It ends with an error event that names the cause, and the router forgets the item that is gone."""
+    encoder, language = servers.encoder(), servers.language(ends=[(cause, "in words")], fails_late=True)
+    router = servers.router(cause_wait_s=0.01 if not cause else WAIT_S)
+    *content, last = events_of(post(router, chat("what?", b"x", stream=True)))
+    assert content[-1]["choices"][0]["delta"]["content"] == "saw "
+    assert last["error"]["code"] == code
+    assert len(language.bodies) == 1, "the beginning has gone out"
+    assert post(router, chat("what?", b"x")).status_code == 200
+    assert len(encoder.bodies) == encodes
+
+
+def test_a_text_that_fails_behind_its_first_token(servers: Any, post: Any, chat: Any) -> None:
+    servers.language(fails_late=True, fails_texts=True)
+    *_, last = events_of(post(servers.router(), chat("a", stream=True)))
+    assert last["error"]["code"] == "language_failed"
+
+
 def test_a_stream_goes_through(servers: Any, post: Any, chat: Any, name_of: Any) -> None:
     servers.encoder()
     servers.language()
     events = events_of(post(servers.router(), chat("what?", b"x", stream=True)))
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == f"saw {name_of(b'x')}"
-    assert ["embedwire" in event for event in events] == [False, False, True]
+    assert ["embedwire" in event for event in events] == [False, False, False, True]
     assert events[-1]["embedwire"]["items"] == 1
     assert events[-1]["embedwire"]["ttft_ms"] > 0
 
@@ -494,7 +546,9 @@ def test_tokens_go_out_as_they_come(servers: Any, chat: Any) -> None:
     url, body = f"{servers.router()}/v1/chat/completions", chat("what?", b"x", stream=True)
     with httpx.stream("POST", url, json=body, timeout=WAIT_S) as answer:
         parts = answer.iter_text()
-        assert '"role":"assistant"' in next(parts)
+        first = next(parts)
+        assert '"role":"assistant"' in first
+        assert '"content":"saw "' in first
         gate.set()
         assert "".join(parts).endswith("data: [DONE]\n\n")
 

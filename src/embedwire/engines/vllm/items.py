@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,20 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 FIELD = "embeddings"
+CONTENT_HASH = re.compile(r"(?:.+:)?[0-9a-f]{64,}(?:-[0-9]+)?")
+"""An identifier that follows from the content: SHA-256, SHA-512 or BLAKE3 in hexadecimal digits, which is what vLLM computes and what the
+router gives. vLLM puts the name of an adapter before it, and the number of a video's chunk behind it."""
+
+
+def name_of(identifier: str, incarnation: str) -> str:
+    """What an encoder offers an item under: its identifier, if that is a content hash, so that it is found again after a restart. Any other
+    identifier (vLLM's counter, or a uuid that a client chose) may mean another item in another process, so the encoder's incarnation is
+    part of the name."""
+    return identifier if CONTENT_HASH.fullmatch(identifier) else f"{identifier}@{incarnation}"
 
 
 def content_hash_of(identifier: str) -> bytes:
-    """32 bytes for an item's identifier, which may be any text that a client chose: it is never a path, nor a key of another kind."""
+    """32 bytes for an item's name, which may be any text that a client chose: it is never a path, nor a key of another kind."""
     return hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=32).digest()
 
 

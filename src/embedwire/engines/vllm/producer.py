@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from embedwire.encode.items import ItemShelf
 from embedwire.engines.vllm.cores import rest_while, short_turns
-from embedwire.engines.vllm.items import arrays_of, content_hash_of, to_host
+from embedwire.engines.vllm.items import arrays_of, content_hash_of, name_of, to_host
 from embedwire.engines.vllm.settings import ConnectorSettings
 from embedwire.errors import ConfigurationError, EmbedwireError
 from embedwire.memory.layout import Layout
@@ -32,6 +33,14 @@ logger = logging.getLogger(__name__)
 
 METADATA_MAX = 65_536
 """Items of which the scheduler half remembers the grid: an item that vLLM finds in a cache of its own comes without it."""
+
+
+class Whereabouts(NamedTuple):
+    """What the worker half leaves for the scheduler half: the control address where items are requested, and a random name of this
+    process, new after each restart."""
+
+    address: str
+    incarnation: str
 
 
 class ProducerWorker:
@@ -50,13 +59,14 @@ class ProducerWorker:
                 transports=settings.transports,
                 limits=settings.limits,
             )
-        write_address(address_file, self.shelf.address)
+        self._incarnation = secrets.token_hex(8)
+        write_address(address_file, Whereabouts(self.shelf.address, self._incarnation))
         rest_while(lambda: True)
 
     def save(self, identifier: str, output: torch.Tensor) -> None:
         """Take a copy now: outputs of a batch share their memory, and vLLM may use it again. What takes longer is done behind it; who asks
         meanwhile waits."""
-        item = content_hash_of(identifier)
+        item = content_hash_of(name_of(identifier, self._incarnation))
         if not self.shelf.expect(item):
             return
         copy = output.detach().clone()
@@ -94,7 +104,7 @@ class ProducerScheduler:
 
     def __init__(self, *, address_file: str, resolver: Any) -> None:
         """Raises ConfigurationError when the worker half has not left an address."""
-        self.address = read_address(address_file)
+        self._worker = read_address(address_file)
         self._resolver = resolver
         self._wanted: set[str] = set()
         self._metadata: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -109,16 +119,16 @@ class ProducerScheduler:
         return wanted
 
     def answer(self, request: Request) -> dict[str, Any]:
-        """``ec_transfer_params`` of the answer: an entry an item."""
+        """``ec_transfer_params`` of the answer: an entry an item, by :func:`embedwire.engines.vllm.items.name_of`."""
         from vllm.distributed.ec_transfer.ec_connector.utils import collect_ec_item_metadata
 
         items: dict[str, dict[str, Any]] = collect_ec_item_metadata(request.mm_features, self._resolver)
         for index, feature in enumerate(request.mm_features):
             entry = items[feature.identifier]
-            entry["addresses"] = [self.address]
+            entry["addresses"] = [self._worker.address]
             entry["tokens"] = request.get_num_encoder_embeds(index)
             entry["metadata"] = self._remember(feature.identifier, entry["metadata"])
-        return items
+        return {name_of(identifier, self._worker.incarnation): entry for identifier, entry in items.items()}
 
     def _remember(self, identifier: str, metadata: dict[str, Any]) -> dict[str, Any]:
         known = metadata or self._metadata.get(identifier, {})
@@ -135,24 +145,24 @@ def address_file_of(engine_id: str, data_parallel_rank: int) -> str:
     return os.path.join(tempfile.gettempdir(), f"embedwire-ec-{name}.json")
 
 
-def write_address(path: str, address: str) -> None:
-    """For this user's processes only; one that an earlier life left is replaced."""
+def write_address(path: str, whereabouts: Whereabouts) -> None:
+    """For this user's processes only; a file that an earlier process left is replaced."""
     with suppress(FileNotFoundError):
         os.unlink(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(fd, "w") as file:
-        json.dump({"address": address}, file)
+        json.dump(whereabouts._asdict(), file)
 
 
-def read_address(path: str) -> str:
+def read_address(path: str) -> Whereabouts:
     """Raises ConfigurationError when there is none of this user's."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(fd) as file:
             if os.fstat(file.fileno()).st_uid != os.geteuid():
                 raise ConfigurationError(f"{path} is another user's")
-            return str(json.load(file)["address"])
-    except (OSError, ValueError, KeyError) as error:
+            return Whereabouts(**json.load(file))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError(
             f"the worker half has not said where items are asked for: {error}"
         ) from error
