@@ -21,6 +21,8 @@ def counts(allocator: BlockAllocator) -> tuple[int, int, int, int]:
     )
 
 
+@pytest.mark.failure_mode("grant-not-whole-blocks")
+@pytest.mark.invariant("alignment")
 @pytest.mark.parametrize(
     ("tokens", "blocks", "announced"),
     [
@@ -34,7 +36,7 @@ def counts(allocator: BlockAllocator) -> tuple[int, int, int, int]:
     ],
 )
 def test_a_grant_is_of_whole_blocks(tokens: int, blocks: int, announced: int) -> None:
-    """Scenario 2: a default of 8000 tokens takes 63 blocks and announces 8064; 976 and 1000 announce 1024."""
+    """A default of 8000 tokens takes 63 blocks and announces 8064; 976 and 1000 announce 1024."""
     allocator = BlockAllocator(128, 128)
     assert allocator.blocks_for(tokens) == blocks
     assert blocks * 128 == announced
@@ -65,8 +67,10 @@ def test_blocks_come_back_in_the_order_in_which_they_were_freed() -> None:
     assert allocator.alloc(384) == (5, 2, 4)
 
 
+@pytest.mark.failure_mode("reused-indices-taken-for-same-round")
+@pytest.mark.invariant("token-progress")
 def test_the_same_blocks_can_be_handed_out_again() -> None:
-    """Scenario 5 (its lowest part): [0–63] freed, [0–63] allocated, so that indices name no round."""
+    """[0–63] freed, then [0–63] allocated again, so indices identify no round."""
     allocator = BlockAllocator(64, 128)
     first = allocator.alloc(8192)
     assert first is not None
@@ -74,9 +78,11 @@ def test_the_same_blocks_can_be_handed_out_again() -> None:
     assert allocator.alloc(8192) == first
 
 
+@pytest.mark.failure_mode("block-freed-twice")
+@pytest.mark.invariant("conservation")
 @pytest.mark.parametrize("wrong", [(1, 2), (0, 1), (0, 0), (0, 4), (0, -1), (0, 3)])
 def test_a_double_free_changes_nothing(wrong: tuple[int, ...]) -> None:
-    """Scenario 18: a block that is free, in quarantine, named twice or not there, beside a good one."""
+    """A block that is free, in quarantine, named twice or out of range, beside a valid one."""
     allocator = BlockAllocator(4, 128)
     assert allocator.alloc_blocks(4) == (0, 1, 2, 3)
     allocator.free((1,))
@@ -89,8 +95,10 @@ def test_a_double_free_changes_nothing(wrong: tuple[int, ...]) -> None:
     assert allocator.alloc_blocks(2) == (1, 0)
 
 
+@pytest.mark.failure_mode("block-freed-twice")
+@pytest.mark.invariant("conservation")
 def test_retraction_then_a_second_free() -> None:
-    """Scenario 18: given back after a retraction, then again at the end, while another room has the block."""
+    """Freed on retraction and again at the end, while another room has the block."""
     allocator = BlockAllocator(2, 128)
     mine = allocator.alloc(128)
     assert mine is not None
@@ -100,6 +108,8 @@ def test_retraction_then_a_second_free() -> None:
     assert counts(allocator) == (2, 0, 0, 2)
 
 
+@pytest.mark.failure_mode("reuse-during-write")
+@pytest.mark.invariant("no-early-reuse")
 def test_quarantine_keeps_blocks_from_reuse_until_it_is_released() -> None:
     allocator = BlockAllocator(4, 128)
     assert allocator.alloc_blocks(4) == (0, 1, 2, 3)
@@ -137,9 +147,10 @@ def test_wrong_arguments() -> None:
     assert counts(allocator) == (4, 0, 0, 4)
 
 
+@pytest.mark.failure_mode("request-never-fits")
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 128), (-1, 128), (4, 0)])
 def test_zero_blocks_are_refused_at_once(num_blocks: int, block_size: int) -> None:
-    """Scenario 17: a pool that could never serve anything."""
+    """A pool that could never hold anything."""
     with pytest.raises(ConfigurationError):
         BlockAllocator(num_blocks, block_size)
 
@@ -206,4 +217,5 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
+TestAllocatorMachine.pytestmark = [pytest.mark.invariant("conservation")]
 TestAllocatorMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
