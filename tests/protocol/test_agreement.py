@@ -57,16 +57,18 @@ def test_there_and_back(facts: Facts) -> None:
     assert agreed(facts, facts) == facts
 
 
+@pytest.mark.failure_mode("ranks-see-different-totals")
 @given(FACTS)
 def test_a_dummy_changes_nothing(facts: Facts) -> None:
-    """Scenario 21: the neutral element, whatever the others say."""
+    """The facts of a dummy rank are the neutral element of the reduction."""
     dummy = Facts(facts.turn, NO_LIMIT, (NEUTRAL,) * len(facts.rooms))
     assert agreed(facts, dummy) == agreed(dummy, facts) == facts
 
 
+@pytest.mark.failure_mode("ranks-see-different-totals", "fastest-rank-decides")
 @given(st.lists(ROOM, min_size=2, max_size=8))
 def test_the_slowest_decides_and_one_failure_fails_all(rooms: list[RoomFacts]) -> None:
-    """Scenarios 21, 21a: poll and landed by MIN, the total by MAX, one cause for all; in whatever order the ranks are asked."""
+    """Poll and landed by MIN, total by MAX, one cause for all, in any order of the ranks."""
     said = [Facts(3, 100 + i, (room,)) for i, room in enumerate(rooms)]
     result = agreed(*said)
     (room,) = result.rooms
@@ -79,8 +81,9 @@ def test_the_slowest_decides_and_one_failure_fails_all(rooms: list[RoomFacts]) -
     assert room.cause in {each.cause for each in rooms}
 
 
-def test_the_numbers_of_scenario_21() -> None:
-    """Scenario 21: ranks 0 and 2 say (2000, 1024), ranks 1 and 3 (0, 0): as dummies they change nothing, as late readers nothing has landed
+@pytest.mark.failure_mode("ranks-see-different-totals")
+def test_dummy_ranks_and_late_readers_differ() -> None:
+    """Ranks 0 and 2 report (2000, 1024), ranks 1 and 3 (0, 0): as dummy ranks they change nothing, as late readers nothing has landed
     on all."""
     has = Facts(1, 50, (RoomFacts(Poll.TRANSFERRING, 2000, 1024),))
     late = Facts(1, 50, (RoomFacts(Poll.BOOTSTRAPPING, 0, 0),))
@@ -89,16 +92,18 @@ def test_the_numbers_of_scenario_21() -> None:
     assert agreed(has, late, has, late).rooms == (RoomFacts(Poll.BOOTSTRAPPING, 2000, 0),)
 
 
+@pytest.mark.failure_mode("ranks-admit-different-rooms")
 @pytest.mark.parametrize("other", [Facts(8, 1, (NEUTRAL,)), Facts(7, 1, ()), Facts(7, 1, (NEUTRAL,) * 2)])
 def test_who_is_elsewhere_is_found_out(other: Facts) -> None:
-    """Scenario 22a: another turn, or other rooms: it says so, and nobody concludes anything."""
+    """Ranks at different steps or with different rooms get an error, and no rank acts on the result."""
     facts = Facts(7, 1, (NEUTRAL,))
     for said in ([facts, other], [other, facts], [facts, facts, other]):
         with pytest.raises(DisagreementError, match=r"turns 7 to [78], with [012] to [12] rooms"):
             agreed(*said)
 
 
+@pytest.mark.failure_mode("ranks-admit-different-rooms")
 def test_a_full_turn() -> None:
-    """Scenario 22a: as many rooms as there are slots."""
+    """As many rooms as there are slots."""
     facts = Facts(1, 0, (replace(NEUTRAL, total_tokens=5),) * SLOTS_MAX)
     assert unpack(pack(facts)) == facts

@@ -111,26 +111,32 @@ def test_round_trip(message: Message, decode: Decode) -> None:
     assert type(decode(encode(message))) is type(message)
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 @each
 def test_cut_short_at_every_byte(message: Message, decode: Decode) -> None:
-    """Scenario 29: no proper prefix of a message is one."""
+    """No proper prefix of a message decodes."""
     frame = encode(message)
     for length in range(len(frame)):
         with pytest.raises(ProtocolViolation):
             decode(frame[:length])
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 @each
 def test_with_a_tail(message: Message, decode: Decode) -> None:
-    """Scenario 29: nor is a message with something behind it."""
+    """A message with trailing bytes does not decode."""
     for tail in (b"\x00", b"\xc0", encode(message)):
         with pytest.raises(ProtocolViolation):
             decode(encode(message) + tail)
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 @each
 def test_a_field_missing_or_unknown_or_of_another_type(message: Message, decode: Decode) -> None:
-    """Scenario 29: fields without a default have to be there, others must not, and each has its type."""
+    """Fields without a default are required, unknown fields are refused, and each has its type."""
     needed = [f.encode_name for f in msgspec.structs.fields(message) if f.required]
     assert "source" in needed
     for name in [*needed, "type"]:
@@ -151,6 +157,8 @@ def test_the_other_side_does_not_take_it(message: Message, decode: Decode) -> No
         other(encode(message))
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize(
     ("index", "fields"),
     [
@@ -190,12 +198,14 @@ def test_the_other_side_does_not_take_it(message: Message, decode: Decode) -> No
     ids=str,
 )
 def test_ranges(index: int, fields: dict[str, object]) -> None:
-    """Scenario 29: a number out of its range, or a list too long, is refused while decoding."""
+    """A number out of range or a list too long is refused while decoding."""
     message, decode = ALL[index]
     with pytest.raises(ProtocolViolation):
         decode(changed(message, **fields))
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 @BOTH
 @pytest.mark.parametrize(
     "head",
@@ -203,7 +213,7 @@ def test_ranges(index: int, fields: dict[str, object]) -> None:
     ids=["string", "bytes", "array", "map"],
 )
 def test_a_gigabyte_announced(decode: Decode, head: bytes) -> None:
-    """Scenario 29: a length of 2**30 in any place costs neither memory nor more than an error."""
+    """A length of 2**30 at any place allocates no memory and raises an error."""
     frames = [head, b"\x82\xa4type\xa4open\xa6source" + head, encode(TO_SENDER[0])[:-1] + head]
     frames += [b"\x83\xa4type\xa4init\xadblock_indices" + head, b"\x82\xa4type\xa8announce\xa7digests" + head]
     tracemalloc.start()

@@ -59,16 +59,20 @@ def test_announced_once_and_for_all() -> None:
     assert (made.total_tokens, made.state) == (2000, ReceiverState.WAITING)
 
 
+@pytest.mark.failure_mode("aux-read-from-resumed-block")
+@pytest.mark.invariant("aux-once")
 def test_total_and_aux_agree() -> None:
-    """Scenario 3: a total that aux does not know is a violation, and the room is as before."""
+    """A total that differs from aux is a violation, and the room does not change."""
     made = ReceiverTransfer(RoomKey(7), "encoder-1", opened_at=0.0)
     with pytest.raises(ProtocolViolation, match="aux says 0"):
         made.on_announce(announce(aux=(0,) * 16))
     assert made.state is ReceiverState.OPENING
 
 
+@pytest.mark.failure_mode("grant-not-whole-blocks", "last-round-by-configured-size")
+@pytest.mark.invariant("alignment")
 def test_a_grant_covers_what_its_blocks_hold() -> None:
-    """Scenarios 2 and 7: 8 blocks of 128 are 1024; the last round holds the rest, and announces whole blocks all the same."""
+    """8 blocks of 128 are 1024; the last round holds the rest and still announces whole blocks."""
     made = room()
     first = made.grant(tuple(range(8)), block_size=128, ticket=5)
     assert (first.tokens, made.remaining_tokens, made.state) == (1024, 976, ReceiverState.FILLING)

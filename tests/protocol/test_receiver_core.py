@@ -182,6 +182,7 @@ def test_a_whole_room() -> None:
     assert bench.memory.used_bytes == 0
 
 
+@pytest.mark.failure_mode("layouts-differ")
 @pytest.mark.parametrize(
     ("other", "cause"),
     [
@@ -191,16 +192,18 @@ def test_a_whole_room() -> None:
     ],
 )
 def test_a_welcome_that_does_not_fit(other: dict[str, Any], cause: Cause) -> None:
-    """Scenario 20: the rooms end with the cause."""
+    """The rooms end with the cause."""
     bench = Bench()
     bench.core.open(KEY, ADDRESS, now=0.0)
     (failed,) = (a for a in bench.hear(bench.welcome(**other)) if isinstance(a, Failed))
     assert failed.cause is cause
 
 
+@pytest.mark.failure_mode("message-from-earlier-life")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize("kind", ["welcome", "refused"])
 def test_an_answer_to_an_earlier_hello_is_none(kind: str) -> None:
-    """Scenario 29: late, from an earlier life of the sender: it begins, changes and ends nothing."""
+    """A late answer from an earlier life of the sender opens, changes and ends no session."""
     bench = Bench()
     bench.fill()
     late: Message = bench.welcome(source=99)
@@ -213,8 +216,9 @@ def test_an_answer_to_an_earlier_hello_is_none(kind: str) -> None:
     assert bench.core.lanes.rooms[KEY].is_live
 
 
+@pytest.mark.failure_mode("message-from-earlier-life")
 def test_a_stranger_is_a_question_not_an_answer() -> None:
-    """Scenario 29: whoever says so, no room ends before a new welcome has told who is there now."""
+    """After a ``stranger``, no room ends before a new welcome shows which incarnation is there."""
     bench = Bench()
     bench.fill()
     (hello,) = sent(bench.hear(Stranger(source=99, target=ME)))
@@ -225,9 +229,11 @@ def test_a_stranger_is_a_question_not_an_answer() -> None:
     assert [type(m) for m in again] == [Init]
 
 
+@pytest.mark.failure_mode("restart-on-same-address", "message-from-earlier-life")
+@pytest.mark.invariant("no-early-reuse")
 @pytest.mark.parametrize(("wire", "free"), [("tcp", 4), ("shm", 2)])
 def test_another_life_of_the_sender(wire: str, free: int) -> None:
-    """Scenario 28: rooms that the earlier one had announced are lost; what it may still write to is kept, under its name."""
+    """Rooms that the earlier incarnation had announced are lost; the blocks it may write to stay in quarantine under it."""
     bench = Bench(wire=wire)
     bench.fill()
     bench.core.open(RoomKey(8), ADDRESS, now=1.0)
@@ -254,8 +260,10 @@ def test_another_wire_does_not_vouch_for_the_first() -> None:
     assert bench.blocks.blocks_quarantined == 2
 
 
+@pytest.mark.failure_mode("reuse-during-write", "write-outcome-unknown")
+@pytest.mark.invariant("no-early-reuse")
 def test_blocks_in_doubt_are_kept_until_the_end_is_certain() -> None:
-    """Scenario 27: an uncertain end tells why, and no more."""
+    """An uncertain end gives the cause, and frees no block."""
     bench = Bench(wire="shm")
     bench.fill()
     actions = bench.core.abort(KEY, Cause.ABORTED, "gone", now=1.0)
@@ -327,9 +335,11 @@ def test_wrong_sums_end_the_room_as_corrupt() -> None:
     assert bench.blocks.blocks_free == 4
 
 
+@pytest.mark.failure_mode("lying-peer")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize("bad", ["announce", "status"])
 def test_a_violation_ends_its_own_room(bad: str) -> None:
-    """Scenario 29: nothing raises, and the other room goes on."""
+    """No exception is raised, and the other room goes on."""
     bench = Bench()
     bench.fill()
     bench.core.open(RoomKey(8), ADDRESS, now=1.0)
@@ -339,8 +349,10 @@ def test_a_violation_ends_its_own_room(bad: str) -> None:
     assert bench.core.lanes.rooms[RoomKey(8)].is_live
 
 
+@pytest.mark.failure_mode("message-from-earlier-life", "lying-peer")
+@pytest.mark.invariant("validation")
 def test_what_is_not_for_us_or_not_from_our_sender_is_nothing() -> None:
-    """Scenario 29: another target, another source, another address."""
+    """Messages with another target, another source or another address are ignored."""
     bench = Bench()
     bench.fill()
     ended = {"room": 7, "cause": Cause.ABORTED}
@@ -350,8 +362,9 @@ def test_what_is_not_for_us_or_not_from_our_sender_is_nothing() -> None:
     assert bench.core.lanes.rooms[KEY].is_live
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_a_room_that_is_not_ours_any_more_is_aborted() -> None:
-    """Scenario 27: a sender that still talks of it hears its end in one round trip; an end is not answered."""
+    """A message about a forgotten room is answered with its end in one round trip; an ``ended`` is not answered."""
     bench = Bench()
     bench.open(RoomKey(8))
     (abort,) = sent(bench.announce())
@@ -371,8 +384,9 @@ def test_opened_twice_and_too_many() -> None:
         bench.core.open(RoomKey(9), ADDRESS, now=0.0)
 
 
+@pytest.mark.failure_mode("request-never-fits")
 def test_never_fits_is_said_before_the_source_is_ready() -> None:
-    """Scenario 17: with the announcement, not after the encoder has run."""
+    """Refused on the announcement, before the encoder has run."""
     bench = Bench(memory=299)
     bench.open()
     actions = bench.announce(ready=False)
@@ -381,8 +395,10 @@ def test_never_fits_is_said_before_the_source_is_ready() -> None:
     assert actions[0].cause is Cause.NEVER_FITS
 
 
+@pytest.mark.failure_mode("encoder-killed")
+@pytest.mark.invariant("deadlines")
 def test_a_silent_sender_is_lost_and_asked_on() -> None:
-    """Scenario 28: after ``peer_silence_s`` its rooms end; a new one gets the whole time again."""
+    """After ``peer_silence_s`` its rooms end; a new room gets the whole time again."""
     bench = Bench()
     bench.open()
     bench.announce(ready=False)
@@ -432,8 +448,10 @@ def test_an_idle_session_ends_at_its_time() -> None:
     assert not bench.core.lanes.sessions
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 def test_no_message_ends_the_rooms_of_its_origin() -> None:
-    """Scenario 29: what could not be decoded came from somewhere."""
+    """A frame that does not decode ends the rooms of the address that it came from."""
     bench = Bench()
     bench.fill()
     assert bench.core.on_violation("tcp://other:1", "noise", now=1.0) == []

@@ -50,8 +50,9 @@ def causes(ranks: Ranks) -> list[list[tuple[int, Cause]]]:
 # ---------------------------------------------------------------------- memory for assemblies
 
 
+@pytest.mark.failure_mode("ranks-admit-different-rooms")
 def test_first_come_first_served() -> None:
-    """Scenario 22a: a small room does not pass a large one that waits for memory."""
+    """A small room does not overtake a large one that waits for memory."""
     ranks = Ranks(ALONE, memory=[1000])
     ready(ranks, 1, total=400)
     ready(ranks, 2, total=700)
@@ -77,8 +78,9 @@ def test_a_room_that_fails_in_the_queue_lets_the_next_one_in() -> None:
     assert causes(ranks) == [[(2, Cause.ABORTED)]]
 
 
+@pytest.mark.failure_mode("request-never-fits")
 def test_what_can_never_fit_says_both_numbers() -> None:
-    """Scenario 17: at once, with what it needs and what there is; on the other rank the cause is the same."""
+    """The detail holds the need and the limit; the other rank gets the same cause."""
     ranks = Ranks(TWO, memory=[1000, 500])
     ready(ranks, 1, total=600)
     ranks.turns()
@@ -87,8 +89,9 @@ def test_what_can_never_fit_says_both_numbers() -> None:
     assert ranks.ends[0][0][2] == "on another rank"
 
 
+@pytest.mark.failure_mode("ranks-admit-different-rooms")
 def test_all_ranks_admit_the_same_room() -> None:
-    """Scenario 22a: rank 1 still reads room 1. Room 2 begins on neither rank until both have the memory, then on both."""
+    """Rank 1 still reads room 1: room 2 begins on neither rank until both have the memory."""
     ranks = Ranks(TWO, memory=[1000, 1000])
     ready(ranks, 1, 2, total=600)
     ranks.turns()
@@ -103,8 +106,9 @@ def test_all_ranks_admit_the_same_room() -> None:
     assert [budget.used_bytes for budget in ranks.budgets] == [600, 600]
 
 
+@pytest.mark.failure_mode("ranks-admit-different-rooms")
 def test_memory_that_comes_back_within_a_turn_is_told_in_the_next() -> None:
-    """Scenario 22a: the release falls between facts and agreement, before room 2 has joined the queue. It is not forgotten."""
+    """Memory released between the report and its result is reported in the next step."""
     ranks = Ranks(TWO, memory=[1000, 1000])
     ready(ranks, 1, total=600)
     ranks.turns()
@@ -135,8 +139,9 @@ def test_nobody_wants_a_turn_for_memory_that_no_room_waits_for() -> None:
 # ---------------------------------------------------------------------- lanes
 
 
+@pytest.mark.failure_mode("part-taken-for-whole-room")
 def test_two_lanes_one_fails() -> None:
-    """Scenario 25: the room fails once, the other lane is ended too, and its blocks come back."""
+    """The room fails once, its other part ends too, and the blocks of that part come back."""
     ranks = Ranks(ALONE, senders=2)
     ready(ranks, 1, total=600)
     ranks.end(0, key(1, 1), Cause.ENCODER_FAILED)
@@ -146,8 +151,9 @@ def test_two_lanes_one_fails() -> None:
     assert not ranks.cores[0].admission.for_blocks
 
 
+@pytest.mark.failure_mode("part-taken-for-whole-room")
 def test_no_grant_for_a_lane_whose_room_is_over() -> None:
-    """Scenario 25: the first lane's blocks come back when it ends; they do not go to the second, which ends with it."""
+    """The blocks of the failed part are not granted to the other part, which ends with it."""
     ranks = Ranks(ALONE, senders=2, blocks=1)
     ready(ranks, 1, total=600)
     second = ranks.cores[0].lanes.rooms[key(1, 1)]
@@ -157,9 +163,10 @@ def test_no_grant_for_a_lane_whose_room_is_over() -> None:
     assert ranks.pools[0].blocks_free == 1
 
 
+@pytest.mark.failure_mode("part-taken-for-whole-room")
 def test_the_end_of_a_room_is_not_overtaken_by_its_grant() -> None:
-    """Scenario 25: a lane ends, its block goes to another lane of the room, which ends with it: the permission is taken back after it was
-    given, and the sender hears of the grant before it hears of the end."""
+    """One part ends and its block goes to the other part, which ends with it: the permission is revoked after it was given, and the
+    sender gets the grant before the end."""
     ranks = Ranks(ALONE, senders=2, blocks=1)
     ready(ranks, 1, total=600)
     ranks.end(0, key(1, 0), Cause.ENCODER_FAILED)
@@ -172,8 +179,9 @@ def test_the_end_of_a_room_is_not_overtaken_by_its_grant() -> None:
     assert ranks.pools[0].blocks_free == 1
 
 
+@pytest.mark.failure_mode("part-taken-for-whole-room")
 def test_a_room_waits_for_all_its_lanes() -> None:
-    """Scenario 25: one sender is ready, the other has announced, but is not."""
+    """One sender is ready; the other has announced only."""
     ranks = Ranks(ALONE, senders=2)
     ranks.open(1, 0)
     ranks.announce(0, key(1, 0), 600)
@@ -183,8 +191,9 @@ def test_a_room_waits_for_all_its_lanes() -> None:
     assert ranks.budgets[0].used_bytes == 600
 
 
+@pytest.mark.failure_mode("rank-fails-alone")
 def test_a_room_that_fails_while_it_is_admitted() -> None:
-    """Scenario 26: its sender fails on rank 1 after that rank has said that it is ready: no memory is reserved there, and all end it."""
+    """Its sender fails on rank 1 after that rank reported ready: no memory is reserved there, and all ranks end the room."""
     ranks = Ranks(TWO)
     ready(ranks, 1)
     ranks.say(0)
@@ -198,8 +207,9 @@ def test_a_room_that_fails_while_it_is_admitted() -> None:
     assert [budget.used_bytes for budget in ranks.budgets] == [0, 0]
 
 
+@pytest.mark.failure_mode("part-taken-for-whole-room")
 def test_two_lanes_become_whole() -> None:
-    """Scenario 25: one lane is not enough."""
+    """One complete part is not enough."""
     ranks = Ranks(ALONE, senders=2)
     ready(ranks, 1, total=300)
     ranks.land(0, key(1, 0))
@@ -211,9 +221,10 @@ def test_two_lanes_become_whole() -> None:
     assert (finished.room.total_tokens, len(finished.room.lanes)) == (300, 2)
 
 
+@pytest.mark.failure_mode("part-taken-for-whole-room")
 @pytest.mark.parametrize("other", [{"content_hash": b"x"}, {"aux": (600, 1, *[0] * (AUX_WORDS - 2))}])
 def test_senders_that_announce_different_contents(other: dict[str, object]) -> None:
-    """Scenario 25: lanes of one room that say different things end it."""
+    """Parts that are announced with different contents end the room."""
     ranks = Ranks(ALONE, senders=2)
     ranks.open(1, 0)
     ranks.announce(0, key(1, 0), 600)
@@ -221,8 +232,9 @@ def test_senders_that_announce_different_contents(other: dict[str, object]) -> N
     assert causes(ranks) == [[(1, Cause.VIOLATION)]]
 
 
+@pytest.mark.failure_mode("ranks-see-different-totals")
 def test_ranks_that_are_announced_different_totals() -> None:
-    """Scenario 21: who has heard of fewer tokens than are agreed on ends the room, on all ranks."""
+    """A rank with a smaller announced total than the agreed one ends the room, on all ranks."""
     ranks = Ranks(TWO)
     for rank, total in ((0, 300), (1, 200)):
         ranks.open(1, rank)
@@ -231,8 +243,9 @@ def test_ranks_that_are_announced_different_totals() -> None:
     assert causes(ranks) == [[(1, Cause.VIOLATION)]] * 2
 
 
+@pytest.mark.failure_mode("part-taken-for-whole-room")
 def test_a_lane_is_no_news_before_the_room_is() -> None:
-    """Scenario 25: four lanes a rank become ready and whole one by one; the ranks hold three turns: opened, ready, whole."""
+    """Four parts per rank become ready and complete one by one; the ranks agree three times: opened, ready, complete."""
     ranks = Ranks(TWO, senders=8, blocks=8)
     turns = 0
     for rank in (0, 1):
@@ -256,8 +269,9 @@ def test_a_lane_is_no_news_before_the_room_is() -> None:
 # ---------------------------------------------------------------------- turns
 
 
+@pytest.mark.failure_mode("ranks-see-different-totals")
 def test_an_announcement_within_a_turn() -> None:
-    """Scenario 21: all have said that they know no total; it comes before they hear that. It is no contradiction."""
+    """All ranks reported no total, and the announcement arrives before the result: no contradiction."""
     ranks = Ranks(TWO)
     for rank in (0, 1):
         ranks.open(1, rank)
@@ -273,8 +287,9 @@ def test_an_announcement_within_a_turn() -> None:
     assert causes(ranks) == [[(1, Cause.DONE)]] * 2
 
 
+@pytest.mark.failure_mode("ranks-see-different-totals")
 def test_one_rank_knows_the_total() -> None:
-    """Scenario 21: (2000, 0) and (0, 0): both know 2000, and wait."""
+    """(2000, 0) and (0, 0): both ranks get 2000, and wait."""
     ranks = Ranks(TWO)
     for rank in (0, 1):
         ranks.open(1, rank)
@@ -285,8 +300,9 @@ def test_one_rank_knows_the_total() -> None:
     assert ranks.turns() == 0
 
 
+@pytest.mark.failure_mode("ranks-see-different-totals")
 def test_a_dummy_rank_goes_along() -> None:
-    """Scenario 21: it has no lane and reserves nothing; it knows the total, and ends in the same turn."""
+    """It receives and reserves nothing, gets the total, and ends the room in the same step."""
     ranks = Ranks(SHARED, memory=[1000, 1])
     ready(ranks, 1, total=300)
     ranks.turns()
@@ -298,8 +314,9 @@ def test_a_dummy_rank_goes_along() -> None:
     assert ranks.cores[0].turn == ranks.cores[1].turn
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_an_end_that_comes_after_success_was_said() -> None:
-    """Scenario 27: the client leaves between facts and agreement. What all have said holds; what one has not said yet does not."""
+    """The client disconnects between report and result: a success that all ranks reported stands, else the room is aborted."""
     for is_whole in (True, False):
         ranks = Ranks(TWO)
         ready(ranks, 1)
@@ -317,8 +334,9 @@ def test_an_end_that_comes_after_success_was_said() -> None:
         assert causes(ranks) == [[(1, Cause.DONE if is_whole else Cause.ABORTED)]] * 2
 
 
+@pytest.mark.failure_mode("rank-fails-alone")
 def test_two_ranks_fail_in_different_ways() -> None:
-    """Scenario 26: both name the same cause, and neither ends the room before both know."""
+    """Both ranks give the same cause, and neither ends the room before it is agreed."""
     ranks = Ranks(TWO, senders=2)
     ready(ranks, 1, 2)
     ranks.turns()
@@ -332,8 +350,9 @@ def test_two_ranks_fail_in_different_ways() -> None:
     assert [pool.blocks_free for pool in ranks.pools] == [4, 4]
 
 
+@pytest.mark.failure_mode("one-rank-cannot-allocate")
 def test_a_rank_that_is_full_can_not_refuse_what_rank_0_has_opened() -> None:
-    """Scenario 22: on rank 0 one room too many is refused to whoever asks; on another rank it fails, on all alike."""
+    """One room too many is refused by rank 0; on another rank it fails, on all alike."""
     ranks = Ranks(TWO, limits=Limits(rooms_max=1))
     ready(ranks, 1)
     with pytest.raises(OverloadedError):
@@ -349,8 +368,9 @@ def test_a_rank_that_is_full_can_not_refuse_what_rank_0_has_opened() -> None:
     assert causes(ranks) == [[(1, Cause.DONE), (2, Cause.OVERLOADED)]] * 2
 
 
+@pytest.mark.failure_mode("rank-lost")
 def test_a_lost_group_ends_every_room() -> None:
-    """Scenario 26: also one that was about to succeed; everything is given back."""
+    """Every room ends, also one about to succeed, and all memory comes back."""
     ranks = Ranks(TWO)
     ready(ranks, 1, 2)
     ranks.turns()
@@ -365,9 +385,11 @@ def test_a_lost_group_ends_every_room() -> None:
     assert ranks.pools[0].blocks_free == 4
 
 
+@pytest.mark.failure_mode("ranks-admit-different-rooms")
 @pytest.mark.parametrize("rooms", [1, 10, 1000])
 def test_the_width_of_a_turn_is_constant(rooms: int) -> None:
-    """Scenario 22a: one room or a thousand, a turn has as many numbers, and no more rooms than slots; each room gets its turn."""
+    """One room or a thousand: the collective has the same width, each step has at most as many rooms as slots, and every room is
+    included in time."""
     ranks = Ranks(TWO, memory=[10**6, 10**6])
     ready(ranks, *range(1, rooms + 1), total=1)
     facts = [core.facts() for core in ranks.cores]

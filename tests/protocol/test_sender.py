@@ -31,8 +31,9 @@ def grant(number: int, start: int, blocks: tuple[int, ...], **other: int) -> Ini
     return kind(source=5, room=7, round=number, start_token=start, block_indices=blocks, **content)  # type: ignore[return-value]
 
 
+@pytest.mark.failure_mode("resume-never-triggered")
 def test_two_rounds() -> None:
-    """Scenario 1: 2000/1024: the second round starts at 1024 and has 976 tokens."""
+    """2000/1024: the second round starts at 1024 and has 976 tokens."""
     made = room()
     first = made.on_grant(grant(0, 0, tuple(range(8))), **SIZES)
     assert first is not None
@@ -48,8 +49,10 @@ def test_two_rounds() -> None:
     assert (made.poll, made.end) == (Poll.SUCCESS, (Cause.DONE, ""))
 
 
+@pytest.mark.failure_mode("repeated-grant-written-twice")
+@pytest.mark.invariant("token-progress")
 def test_a_known_grant_is_no_new_one() -> None:
-    """Scenario 11: nor is one that came before its predecessor."""
+    """A repeated grant starts no write, nor does one that arrives before its predecessor."""
     made = room()
     assert made.on_grant(grant(1, 1024, (1,)), **SIZES) is None
     assert made.on_grant(grant(0, 0, (1,)), **SIZES) is not None
@@ -57,6 +60,8 @@ def test_a_known_grant_is_no_new_one() -> None:
     assert len(made.rounds) == 1
 
 
+@pytest.mark.failure_mode("grant-not-whole-blocks", "lying-peer")
+@pytest.mark.invariant("alignment", "validation")
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
@@ -69,7 +74,7 @@ def test_a_known_grant_is_no_new_one() -> None:
     ],
 )
 def test_a_grant_that_is_wrong_changes_nothing(bad: Init, words: str) -> None:
-    """Scenario 2 among them: a grant announces its whole blocks, and nothing else."""
+    """Among others: a grant announces exactly its whole blocks."""
     made = room()
     made.on_grant(grant(0, 0, (1,)), **SIZES)
     with pytest.raises(ProtocolViolation, match=words):
@@ -131,8 +136,9 @@ def test_digests_are_announced_once_the_source_is_there() -> None:
     assert (told.ready, told.digests, told.source_ms) == (True, (42,), 3.0)
 
 
+@pytest.mark.failure_mode("status-raised-again")
 def test_the_first_cause_stays() -> None:
-    """Scenario 10: failed is final, and done before all has landed is a violation."""
+    """FAILED is final, and ``done`` before all has landed is a violation."""
     made = room()
     with pytest.raises(ProtocolViolation, match="0 of 2000"):
         made.on_done()

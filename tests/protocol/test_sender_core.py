@@ -130,6 +130,7 @@ def test_who_subscribes_hears_of_items() -> None:
     assert [m.target for m in said(bench.core.keep(b"b", tokens=9))] == [PEER, 6]
 
 
+@pytest.mark.failure_mode("layouts-differ")
 @pytest.mark.parametrize(
     ("other", "cause", "words"),
     [
@@ -139,7 +140,7 @@ def test_who_subscribes_hears_of_items() -> None:
     ],
 )
 def test_hello_is_refused(other: dict[str, Any], cause: Cause, words: str) -> None:
-    """Scenario 20: the answer says which field."""
+    """The answer names the field."""
     core = SenderCore(incarnation=SENDER, fields=("a",))
     (refused,) = said(core.on_message(hello(**other), now=0.0))
     assert isinstance(refused, Refused)
@@ -159,12 +160,14 @@ def test_a_wire_that_does_not_reach() -> None:
     assert core.on_attached(PEER, "shm") == [Detach(PEER)]
 
 
+@pytest.mark.failure_mode("message-from-earlier-life")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize(
     "message",
     [Ping(source=6, target=SENDER), Ping(source=PEER, target=99), Open(source=6, target=SENDER, room=7)],
 )
 def test_strangers(message: Message) -> None:
-    """Scenario 29: who is not known here, or means an earlier life, is told so, and nothing changes."""
+    """A message from an unknown receiver or to an earlier incarnation gets ``stranger`` and changes nothing."""
     bench = Bench()
     assert said(bench.say(message)) == [Stranger(source=SENDER, target=message.source)]
     assert not bench.core._pending_opens
@@ -192,8 +195,9 @@ def test_offer_then_open_then_ready() -> None:
     )
 
 
+@pytest.mark.failure_mode("messages-cross")
 def test_open_then_offer() -> None:
-    """Scenario 26e: the open waits, with a status meanwhile; then it is announced without being asked again."""
+    """The open waits and is answered with a status; the announcement then follows without another request."""
     bench = Bench()
     (told,) = said(bench.say(Open(**TO, room=7)))
     assert isinstance(told, Status)
@@ -227,8 +231,9 @@ def test_offered_twice_and_too_many() -> None:
         bench.offer(RoomKey(1, 1))
 
 
+@pytest.mark.failure_mode("refusal-not-sent")
 def test_a_room_that_was_never_offered_can_be_refused() -> None:
-    """Scenario 32: an open that waits hears it at once, a later one in one round trip, and the key is spent."""
+    """A waiting open is refused at once, a later one in one round trip; the key cannot be used again."""
     bench = Bench()
     bench.say(Open(**TO, room=7))
     (told,) = said(bench.core.fail(KEY, Cause.OVERLOADED, "no memory", now=1.0))
@@ -265,8 +270,10 @@ def test_a_whole_room() -> None:
     assert again == ended, "a lost end is said again"
 
 
+@pytest.mark.failure_mode("repeated-grant-written-twice", "message-lost")
+@pytest.mark.invariant("receiver-drives")
 def test_a_grant_that_comes_again_is_answered_with_the_state() -> None:
-    """Scenario 11 and 26d: no second write; the answer holds what a lost status held, and nobody's deadline moves."""
+    """No second write; the answer holds what a lost status held, and no deadline moves."""
     bench = Bench()
     bench.write()
     bench.core.on_written(KEY, 0, now=2.0)
@@ -292,8 +299,10 @@ def test_a_bad_grant_fails_its_own_room() -> None:
     assert list(bench.core.rooms) == [RoomKey(8)]
 
 
+@pytest.mark.failure_mode("reuse-during-write")
+@pytest.mark.invariant("no-early-reuse")
 def test_an_abort_is_acknowledged_after_the_write_has_returned() -> None:
-    """Scenario 27: the source is not released before, and the abort that comes again meanwhile is silently waited for."""
+    """The source is not released before, and a repeated abort gets no early answer."""
     bench = Bench()
     bench.write()
     assert bench.say(Abort(**TO, room=7, cause=Cause.ABORTED)) == [CancelWrites(KEY)]
@@ -305,8 +314,9 @@ def test_an_abort_is_acknowledged_after_the_write_has_returned() -> None:
     assert (ended.cause, ended.certain) == (Cause.ABORTED, True)
 
 
+@pytest.mark.failure_mode("messages-cross")
 def test_an_abort_of_a_room_that_was_never_opened_is_acknowledged() -> None:
-    """Scenario 26e: its open was lost: who ends a room hears of the end all the same."""
+    """The open was lost: the abort is answered all the same."""
     bench = Bench()
     bench.offer()
     (ended,) = said(bench.say(Abort(**TO, room=7, cause=Cause.ABORTED)))
@@ -329,8 +339,9 @@ def test_a_lost_write_is_tried_again_a_few_times() -> None:
     assert (ended.cause, ended.certain) == (Cause.WIRE_FAILED, True)
 
 
+@pytest.mark.failure_mode("abort-not-propagated", "messages-cross")
 def test_a_write_lost_to_an_abort_that_is_on_its_way_ends_as_aborted() -> None:
-    """Scenario 27: a wire that enforces the end of a grant tells the sender before the message does."""
+    """A fenced wire ends the write before the abort message arrives."""
     bench = Bench(write_attempts_max=1)
     bench.write()
     bench.core.on_write_lost(KEY, 0, "revoked", now=2.0)
@@ -339,8 +350,10 @@ def test_a_write_lost_to_an_abort_that_is_on_its_way_ends_as_aborted() -> None:
     assert ended.cause == Cause.ABORTED
 
 
+@pytest.mark.failure_mode("write-outcome-unknown")
+@pytest.mark.invariant("no-early-reuse")
 def test_a_doubt_lasts_until_there_is_proof() -> None:
-    """Scenario 30: an unknown write ends the room uncertainly; when its wire was closed, the receiver hears the certain end."""
+    """An unknown write ends the room uncertainly; when its session is closed, the receiver gets the certain end."""
     bench = Bench()
     bench.write()
     (ended,) = said(bench.core.on_write_unknown(KEY, 0, "timed out", now=2.0))
@@ -392,8 +405,10 @@ def test_an_abort_for_no_reason_is_a_violation() -> None:
     assert [action.cause for action in ended if isinstance(action, Release)] == [Cause.VIOLATION]
 
 
+@pytest.mark.failure_mode("language-server-killed")
+@pytest.mark.invariant("deadlines")
 def test_a_silent_receiver_is_lost() -> None:
-    """Scenario 28: its rooms end when its writes have returned, its session at once."""
+    """Its rooms end when its writes have returned, its session at once."""
     bench = Bench()
     bench.write()
     assert bench.core.on_tick(5.9) == []
@@ -455,8 +470,9 @@ def test_closing_ends_every_room() -> None:
     assert not bench.core.rooms
 
 
+@pytest.mark.failure_mode("layouts-differ")
 def test_difference_names_the_first_field() -> None:
-    """Scenario 20: in words for both sides."""
+    """The text names the field and both values."""
     assert "field 0: sender a, receiver b" in difference(("a",), ("b",))
     assert "sender b, receiver none" in difference(("a", "b"), ("a",))
 
