@@ -27,10 +27,11 @@ from embedwire.testing.sim_receiver import ReceiverNode
 from embedwire.testing.simulation import FENCED, ONE_SIDED, Transfer, WireFaults, World
 
 
+@pytest.mark.failure_mode("deadlock-across-servers")
+@pytest.mark.invariant("no-hold-and-wait")
 @pytest.mark.parametrize("wire", [FENCED, ONE_SIDED])
 def test_a_ring_over_both_sides(wire: str) -> None:
-    """Scenario 26b: encoder 1 is full of A, whose language server's pool is B's, which waits at encoder 2, which is full of C, whose
-    language server's pool is D's, which waits at encoder 1. All finish."""
+    """Two full encoders and two granted pools wait for each other in a ring: A, B, C and D all finish."""
     world = World()
     room_bytes = 1024 * TOKEN_BYTES
     one, two = (world.add_sender(f"encoder-{i}", source_bytes=room_bytes) for i in (1, 2))
@@ -49,8 +50,10 @@ def test_a_ring_over_both_sides(wire: str) -> None:
     assert all(t.is_done for t in (a, b, c, d))
 
 
+@pytest.mark.failure_mode("assemblies-block-each-other")
+@pytest.mark.invariant("no-hold-and-wait")
 def test_rooms_larger_than_the_memory_for_assemblies() -> None:
-    """Scenario 26c: 64 rooms of 100,000 tokens, memory for three and a half of them: none blocks another, and it is never passed."""
+    """64 rooms of 100,000 tokens, memory for three and a half of them: none blocks another, and the limit holds."""
     world = World(limits=Limits(blocks_wait_s=600.0))
     world.add_sender(faults=WireFaults(slice_tokens=8192))
     limit = 350_000 * TOKEN_BYTES
@@ -96,6 +99,8 @@ def run_partial(rule: Rule | None) -> tuple[bool, float, float]:
     return transfer.is_done and transfer.rounds == (1024, 976), received_at, ended_at
 
 
+@pytest.mark.failure_mode("message-lost")
+@pytest.mark.invariant("receiver-drives")
 @pytest.mark.parametrize(
     ("kind", "n"),
     [
@@ -113,7 +118,7 @@ def run_partial(rule: Rule | None) -> tuple[bool, float, float]:
     ],
 )
 def test_each_message_lost_once(kind: type[Message], n: int) -> None:
-    """Scenario 26d: whichever one message is lost, one retry interval later all goes on."""
+    """Whichever single message is lost, the transfer goes on one retry interval later."""
     is_done, received_at, ended_at = run_partial(None)
     assert is_done
     rule, lost = lose_nth(kind, n)
@@ -124,8 +129,9 @@ def test_each_message_lost_once(kind: type[Message], n: int) -> None:
     assert late_ended_at - ended_at < Limits().retry_s + 0.02
 
 
+@pytest.mark.failure_mode("status-overtakes-bytes")
 def test_the_status_overtakes_the_bytes() -> None:
-    """Scenario 26d: a wire that reports bytes before they are there: no reader ever gets them, and both sides hear why."""
+    """A wire that reports bytes too early: no reader gets them, and both sides get the cause."""
     world = World()
     world.add_sender(faults=WireFaults(says_landed_too_early=True, slice_s=(0.05, 0.05)))
     receiver = world.add_receiver(tolerates_wrong_bytes=True)
@@ -135,10 +141,11 @@ def test_the_status_overtakes_the_bytes() -> None:
     assert receiver.blocks.blocks_free == receiver.blocks.blocks_total
 
 
+@pytest.mark.failure_mode("messages-cross", "abort-not-propagated")
 @pytest.mark.parametrize("wire", [FENCED, ONE_SIDED])
 @pytest.mark.parametrize("kind", [Init, ResumeTransfer])
 def test_an_abort_crosses_a_grant(kind: type[Message], wire: str) -> None:
-    """Scenario 26e: the grant is on its way when the room is aborted, and arrives after the abort: it writes nothing."""
+    """A grant that arrives after the abort of its room starts no write."""
     world = World(limits=Limits(window_rounds=1))
     sender = world.add_sender()
     receiver = world.add_receiver(default_allocate_tokens=1024, wire=wire)
@@ -154,9 +161,10 @@ def test_an_abort_crosses_a_grant(kind: type[Message], wire: str) -> None:
     assert len(sender.writes) == before
 
 
+@pytest.mark.failure_mode("messages-cross")
 @pytest.mark.parametrize("wait_s", [0.0, 3.0, 25.0])
 def test_the_open_arrives_before_the_request(wait_s: float) -> None:
-    """Scenario 26e: the open waits for its room to appear; nothing else does."""
+    """The open waits for its room to be offered and blocks nothing else."""
     world = World()
     sender = world.add_sender()
     world.add_receiver()
@@ -166,8 +174,10 @@ def test_the_open_arrives_before_the_request(wait_s: float) -> None:
     assert not sender.core._pending_opens
 
 
+@pytest.mark.failure_mode("messages-cross")
+@pytest.mark.invariant("deadlines")
 def test_an_open_waits_only_so_long() -> None:
-    """Scenario 26e: nobody ever offers the room: the open ends with a cause after ``open_wait_s``."""
+    """The room is never offered: the open ends with a cause after ``open_wait_s``."""
     world = World()
     world.add_sender()
     receiver = world.add_receiver()
@@ -178,8 +188,9 @@ def test_an_open_waits_only_so_long() -> None:
     world.settle()
 
 
+@pytest.mark.failure_mode("messages-cross")
 def test_an_abort_overtakes_its_own_open() -> None:
-    """Scenario 26e: the sender hears the end of a room before its beginning, and does not take it up for good."""
+    """The abort arrives before the open, and the open does not start the room again."""
     world = World()
     sender = world.add_sender()
     receiver = world.add_receiver()
@@ -198,10 +209,12 @@ def test_an_abort_overtakes_its_own_open() -> None:
     assert not sender.writes[1:]
 
 
+@pytest.mark.failure_mode("frozen-peer-holds-blocks")
+@pytest.mark.invariant("no-early-reuse")
 @pytest.mark.parametrize("wire", [FENCED, ONE_SIDED])
 def test_a_frozen_encoder_does_not_take_the_pool(wire: str) -> None:
-    """Scenario 26f: encoder 1 freezes in mid-slice with all it may hold granted; encoder 2 goes on in the rest of the pool, also after 1
-    has woken up and its late write has landed."""
+    """Encoder 1 freezes in mid-slice with its whole share granted; encoder 2 goes on in the rest of the pool, also after the late
+    write."""
     world = World()
     frozen, healthy = world.add_sender("encoder-1"), world.add_sender("encoder-2")
     receiver = world.add_receiver(num_blocks=8, wire=wire)
@@ -228,8 +241,10 @@ def test_a_frozen_encoder_does_not_take_the_pool(wire: str) -> None:
     assert again.is_done, "who was frozen is as good as anybody"
 
 
+@pytest.mark.failure_mode("frozen-peer-holds-blocks")
+@pytest.mark.invariant("no-early-reuse")
 def test_no_peer_gets_more_while_its_blocks_are_in_doubt() -> None:
-    """Scenario 26f: rooms of the frozen encoder that wait get none of the blocks that others need."""
+    """Waiting rooms of the frozen encoder get no blocks."""
     world = World()
     frozen, healthy = world.add_sender("encoder-1"), world.add_sender("encoder-2")
     receiver = world.add_receiver(num_blocks=8, default_allocate_tokens=128, wire=ONE_SIDED)

@@ -510,31 +510,55 @@ def only_the_first_hello_subscribes(patch: Patch) -> None:
     patch.setattr(SenderCore, "_on_hello", on_hello)
 
 
+@pytest.mark.failure_mode(
+    "resume-never-triggered",
+    "grant-not-whole-blocks",
+    "aux-read-from-resumed-block",
+    "repeated-grant-written-twice",
+    "reused-indices-taken-for-same-round",
+    "partial-reported-as-success",
+    "pool-held-by-partial-rooms",
+    "ranks-see-different-totals",
+    "fastest-rank-decides",
+    "ranks-admit-different-rooms",
+    "message-lost",
+    "frozen-peer-holds-blocks",
+    "reuse-during-write",
+    "abort-not-propagated",
+    "restart-on-same-address",
+    "write-outcome-unknown",
+    "refusal-not-sent",
+    "bytes-of-another-room",
+    "lease-shorter-than-write",
+)
+@pytest.mark.invariant(
+    "alignment", "aux-once", "token-progress", "no-hold-and-wait", "no-early-reuse", "receiver-drives"
+)
 @pytest.mark.parametrize(
     ("fault", "world"),
     [
-        (resume_is_stored_but_never_queued, two_rounds),  # scenario 1
-        (grant_announces_the_tokens_it_wants, two_rounds),  # 2
-        (aux_is_read_from_every_round, two_rounds),  # 3
-        (a_grant_that_comes_twice_is_written_twice, two_rounds),  # 4, 11
-        (rounds_are_told_apart_by_their_blocks, two_rounds),  # 5
-        (partial_is_success, two_rounds),  # 6
+        (resume_is_stored_but_never_queued, two_rounds),  # resume-never-triggered
+        (grant_announces_the_tokens_it_wants, two_rounds),  # grant-not-whole-blocks
+        (aux_is_read_from_every_round, two_rounds),  # aux-read-from-resumed-block
+        (a_grant_that_comes_twice_is_written_twice, two_rounds),  # repeated-grant-written-twice
+        (rounds_are_told_apart_by_their_blocks, two_rounds),  # reused-indices-taken-for-same-round
+        (partial_is_success, two_rounds),  # partial-reported-as-success
         (half_of_what_is_configured_is_granted, two_rounds),
         (a_drain_skips_what_came_late, two_rounds),
-        (blocks_are_kept_while_waiting_for_more, two_rounds),  # 16
-        (who_has_seen_no_total_is_a_dummy, dummies),  # 21
-        (the_fastest_rank_decides, ranks),  # 21a
-        (each_rank_admits_by_its_own_memory, ranks),  # 22a
-        (nothing_is_asked_again, losses),  # 26d
-        (one_peer_may_take_the_whole_pool, frozen),  # 26f
-        (blocks_are_free_at_once_on_every_wire, crowd),  # 27
-        (the_end_is_told_before_writes_have_returned, crowd),  # 27
-        (what_has_been_said_may_be_taken_back, leaving),  # 27
-        (quarantine_is_for_nobody, restart),  # 28
-        (a_doubt_lasts_for_ever, doubt),  # 30
-        (a_refusal_is_kept_secret, refusal),  # 32
-        (the_allocator_hands_out_what_is_in_use, crowd),  # 33
-        (blocks_are_free_at_once_on_every_wire, lease),  # 34
+        (blocks_are_kept_while_waiting_for_more, two_rounds),  # pool-held-by-partial-rooms
+        (who_has_seen_no_total_is_a_dummy, dummies),  # ranks-see-different-totals
+        (the_fastest_rank_decides, ranks),  # fastest-rank-decides
+        (each_rank_admits_by_its_own_memory, ranks),  # ranks-admit-different-rooms
+        (nothing_is_asked_again, losses),  # message-lost
+        (one_peer_may_take_the_whole_pool, frozen),  # frozen-peer-holds-blocks
+        (blocks_are_free_at_once_on_every_wire, crowd),  # reuse-during-write
+        (the_end_is_told_before_writes_have_returned, crowd),  # reuse-during-write
+        (what_has_been_said_may_be_taken_back, leaving),  # abort-not-propagated
+        (quarantine_is_for_nobody, restart),  # restart-on-same-address
+        (a_doubt_lasts_for_ever, doubt),  # write-outcome-unknown
+        (a_refusal_is_kept_secret, refusal),  # refusal-not-sent
+        (the_allocator_hands_out_what_is_in_use, crowd),  # bytes-of-another-room
+        (blocks_are_free_at_once_on_every_wire, lease),  # lease-shorter-than-write
         (an_item_is_looked_for_at_each_question, items),
         (an_item_is_asked_for_as_a_room, items),
         (a_session_begun_anew_subscribes_to_nothing, subscribers),
@@ -546,7 +570,7 @@ def only_the_first_hello_subscribes(patch: Patch) -> None:
 def test_a_fault_put_back_is_seen(
     fault: Callable[[Patch], None], world: Callable[[], None], monkeypatch: Patch
 ) -> None:
-    """Scenarios 1 to 6, 11, 16, 21, 21a, 22a, 26d, 26f, 27, 28, 30, 32, 33 and 34, each with its fault put back."""
+    """Each fault, put back into the code, makes its world fail."""
     fault(monkeypatch)
     with pytest.raises((AssertionError, EmbedwireError, KeyError)):
         world()

@@ -25,7 +25,7 @@ def pair(**receiver: object) -> tuple[World, SenderNode, ReceiverNode]:
     return world, sender, world.add_receiver(**({"num_blocks": 8} | receiver))
 
 
-# ---------------------------------------------------------------------- scenario 27
+# ---------------------------------------------------------------------- aborts
 
 
 def is_in(transfer: Transfer, state: ReceiverState | SenderState) -> Callable[[], bool]:
@@ -40,6 +40,7 @@ def is_in(transfer: Transfer, state: ReceiverState | SenderState) -> Callable[[]
     return condition
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 @pytest.mark.parametrize(
@@ -58,8 +59,7 @@ def is_in(transfer: Transfer, state: ReceiverState | SenderState) -> Callable[[]
     ids=lambda state: f"{type(state).__name__}-{state.value}",
 )
 def test_abort_in_every_state(state: ReceiverState | SenderState, side: str, wire: str) -> None:
-    """Scenario 27: a client leaves in every state, on either side: both hear of it, and the next room, which gets the same blocks,
-    gets the right bytes."""
+    """Either side aborts in every state: the other side gets the end, and the next room in the same blocks gets the right bytes."""
     world, sender, receiver = pair(default_allocate_tokens=1024, wire=wire)
     competing = world.request(1, 5000)
     transfer = world.request(7, 2500, source_s=0.2)
@@ -79,10 +79,12 @@ def test_abort_in_every_state(state: ReceiverState | SenderState, side: str, wir
         assert transfer.receiver_end is transfer.sender_end is Cause.ABORTED
 
 
+@pytest.mark.failure_mode("reuse-during-write")
+@pytest.mark.invariant("no-early-reuse")
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_abort_during_a_write(side: str, wire: str) -> None:
-    """Scenario 27: a slice is under way: on a one-sided wire the blocks come back only when it has landed, the source's memory too."""
+    """On a one-sided wire blocks and source memory come back only when the slice under way has landed."""
     world, sender, receiver = pair(wire=wire)
     transfer = world.request(7, 1024)
     world.run_until(lambda: bool(sender.writes))
@@ -101,14 +103,15 @@ def test_abort_during_a_write(side: str, wire: str) -> None:
     world.settle()
 
 
-# ---------------------------------------------------------------------- scenario 28
+# ---------------------------------------------------------------------- killed and restarted peers
 
 
+@pytest.mark.failure_mode("encoder-killed", "restart-on-same-address")
+@pytest.mark.invariant("deadlines")
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("pause_s", [0.0, 0.9, 20.0])
 def test_encoder_killed_in_mid_round(pause_s: float, wire: str) -> None:
-    """Scenario 28: killed, and back on the same address after a while: the language server notices in time, says why, and can be used at
-    once."""
+    """The language server ends the rooms in time with the cause, and serves the restarted encoder at once."""
     world, sender, receiver = pair(wire=wire)
     transfer = world.request(7, 5000)
     world.run_until(lambda: len(transfer.grants) == 2)
@@ -125,10 +128,12 @@ def test_encoder_killed_in_mid_round(pause_s: float, wire: str) -> None:
     assert receiver.blocks.blocks_free == 8
 
 
+@pytest.mark.failure_mode("language-server-killed", "restart-on-same-address")
+@pytest.mark.invariant("deadlines")
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("pause_s", [0.0, 0.9, 20.0])
 def test_language_server_killed(pause_s: float, wire: str) -> None:
-    """Scenario 28: the encoder notices in time, frees its memory, and serves the next life of the same address at once."""
+    """The encoder ends the rooms in time, frees its memory, and serves the next incarnation at once."""
     world, sender, receiver = pair(wire=wire)
     transfer = world.request(7, 5000)
     world.run_until(lambda: len(transfer.grants) == 2)
@@ -143,8 +148,10 @@ def test_language_server_killed(pause_s: float, wire: str) -> None:
     world.settle()
 
 
+@pytest.mark.failure_mode("encoder-killed")
+@pytest.mark.invariant("deadlines")
 def test_an_encoder_that_never_was() -> None:
-    """Scenario 28: nobody lives at the address: the room ends within the time that a silent peer has."""
+    """No process at the address: the room ends within ``peer_silence_s``."""
     world, sender, _ = pair()
     world.kill(sender)
     transfer = world.request(7, 100)
@@ -153,9 +160,11 @@ def test_an_encoder_that_never_was() -> None:
     world.settle()
 
 
-# ---------------------------------------------------------------------- scenario 29
+# ---------------------------------------------------------------------- lost, repeated, late and malformed messages
 
 
+@pytest.mark.failure_mode("message-lost", "message-repeated-or-late")
+@pytest.mark.invariant("receiver-drives")
 @pytest.mark.parametrize(
     "weather",
     [
@@ -167,7 +176,7 @@ def test_an_encoder_that_never_was() -> None:
 )
 @pytest.mark.parametrize("wire", WIRES)
 def test_bad_weather(weather: Weather, wire: str) -> None:
-    """Scenario 29: messages lost, doubled, late by minutes, in the wrong order: all rooms come through."""
+    """Messages are lost, doubled, minutes late and reordered: all rooms complete."""
     for seed in range(5):
         world = World(seed, weather=weather, limits=Limits(blocks_wait_s=600.0, peer_silence_s=10.0))
         world.add_sender()
@@ -177,10 +186,12 @@ def test_bad_weather(weather: Weather, wire: str) -> None:
         assert all(t.is_done for t in transfers), f"seed {seed}"
 
 
+@pytest.mark.failure_mode("message-from-earlier-life")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("restarted", ["sender", "receiver", "both"])
 def test_messages_from_an_earlier_life(restarted: str, wire: str) -> None:
-    """Scenario 29: everything that was said in an earlier life is said again, in the middle of the present one: nothing comes of it."""
+    """All messages of an earlier incarnation are sent again in the middle of the present one, without effect."""
     world, sender, receiver = pair(wire=wire)
     first = world.request(7, 3000)
     world.run_until(lambda: first.is_done)
@@ -203,10 +214,11 @@ def test_messages_from_an_earlier_life(restarted: str, wire: str) -> None:
     assert other.is_done
 
 
+@pytest.mark.failure_mode("message-from-earlier-life")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize("kind", [Stranger, Welcome])
 def test_a_late_answer_from_an_earlier_life_ends_no_room(kind: type[Message]) -> None:
-    """Scenario 29: the receiver outlived an earlier life of its sender, whose "I do not know you" (or "welcome") comes minutes late:
-    rooms of the present life go on."""
+    """A ``stranger`` or ``welcome`` of an earlier sender arrives minutes late: rooms of the present one go on."""
     world, sender, receiver = pair()
     warm = world.request(1, 100)
     world.run_until(lambda: warm.is_done)
@@ -224,9 +236,11 @@ def test_a_late_answer_from_an_earlier_life_ends_no_room(kind: type[Message]) ->
     assert transfer.is_done
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_what_is_no_message_fails_its_own_connection_only(side: str) -> None:
-    """Scenario 29: a frame that is cut short ends the rooms that its origin has with us, with a cause, and no others."""
+    """A truncated frame ends the rooms of its origin with a cause, and no others."""
     world, bad, receiver = pair(num_blocks=32)
     good = world.add_sender("encoder-2")
     room, other = world.request(1, 3000), world.request(2, 3000, sender=good)
@@ -245,13 +259,14 @@ def test_what_is_no_message_fails_its_own_connection_only(side: str) -> None:
     assert following.is_done, "the connection can be used again at once"
 
 
-# ---------------------------------------------------------------------- scenario 30
+# ---------------------------------------------------------------------- one failure does not shut a peer out
 
 
+@pytest.mark.failure_mode("one-failure-shuts-peer-out")
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("trouble", ["lost", "in_doubt", "refused", "aborted"])
 def test_one_failure_blacklists_nobody(trouble: str, wire: str) -> None:
-    """Scenario 30: after a room that failed, whatever the trouble, the same peer gets the next ones through."""
+    """After a room failed for any cause, the next rooms of the same peer complete."""
     world, sender, receiver = pair(wire=wire)
     if trouble == "refused":
         sender.setup.attach_fails = True
@@ -273,8 +288,9 @@ def test_one_failure_blacklists_nobody(trouble: str, wire: str) -> None:
     world.settle()
 
 
+@pytest.mark.failure_mode("one-failure-shuts-peer-out")
 def test_a_lost_write_is_tried_again_where_it_stopped() -> None:
-    """Scenario 30: one slice of a round is lost: the write goes on behind what has landed, under the same grant."""
+    """One slice is lost: the write resumes after the landed prefix, under the same grant."""
     world, sender, _ = pair()
     transfer = world.request(7, 1024)
     world.run_until(lambda: bool(sender.writes))
@@ -287,14 +303,16 @@ def test_a_lost_write_is_tried_again_where_it_stopped() -> None:
     assert [(w.round.number, w.landed_tokens) for w in sender.writes] == [(0, 0), (0, 512)]
 
 
-# ---------------------------------------------------------------------- scenarios 31 and 32
+# ---------------------------------------------------------------------- bursts and refusals
 
 
+@pytest.mark.failure_mode("burst-of-requests")
+@pytest.mark.invariant("backpressure")
 @pytest.mark.parametrize(
     ("limits", "queue_max"), [(Limits(), 1000), (Limits(rooms_max=64), 1000), (Limits(), 50)]
 )
 def test_200_rooms_at_the_same_moment(limits: Limits, queue_max: int) -> None:
-    """Scenario 31: all are answered, or refused at once: none waits for nothing."""
+    """All rooms complete or are refused at once."""
     world = World(limits=limits)
     world.add_sender(queue_max=queue_max, source_bytes=100 * 1300 * TOKEN_BYTES)
     world.add_receiver()
@@ -308,9 +326,10 @@ def test_200_rooms_at_the_same_moment(limits: Limits, queue_max: int) -> None:
     assert bool(refused) == (limits.rooms_max < 200 or queue_max < 100)
 
 
+@pytest.mark.failure_mode("refusal-not-sent", "request-never-fits")
 @pytest.mark.parametrize("source_bytes", [10 * TOKEN_BYTES, 2000 * TOKEN_BYTES])
 def test_an_encoder_without_room_says_so(source_bytes: int) -> None:
-    """Scenario 32: what the encoder can not take up, now or ever, the receiver hears within one round trip of asking."""
+    """A refusal of the encoder, for now or for ever, reaches the receiver in one round trip."""
     world = World()
     world.add_sender(source_bytes=source_bytes, queue_max=0 if source_bytes > 100 * TOKEN_BYTES else 9)
     world.add_receiver()
@@ -322,8 +341,9 @@ def test_an_encoder_without_room_says_so(source_bytes: int) -> None:
     world.settle()
 
 
+@pytest.mark.failure_mode("refusal-not-sent")
 def test_an_open_that_waits_hears_the_refusal() -> None:
-    """Scenario 32: the open was there first; when the encoder then refuses the request, the answer goes out at once."""
+    """When the encoder refuses the request, a waiting open is answered at once."""
     world = World()
     sender = world.add_sender(source_bytes=10 * TOKEN_BYTES)
     world.add_receiver()
@@ -335,8 +355,10 @@ def test_an_open_that_waits_hears_the_refusal() -> None:
     world.settle()
 
 
+@pytest.mark.failure_mode("refusal-not-sent")
+@pytest.mark.invariant("backpressure")
 def test_a_sender_with_too_many_receivers_says_so() -> None:
-    """Scenario 32: one session more than there may be: refused within a round trip, and welcome when there is room."""
+    """One session too many is refused in one round trip, and accepted when another has ended."""
     world = World(limits=Limits(sessions_max=1))
     sender = world.add_sender()
     first, second = world.add_receiver("language-1"), world.add_receiver("language-2")
@@ -352,8 +374,10 @@ def test_a_sender_with_too_many_receivers_says_so() -> None:
     assert three.is_done
 
 
+@pytest.mark.failure_mode("refusal-not-sent")
+@pytest.mark.invariant("backpressure")
 def test_too_many_opens_are_refused() -> None:
-    """Scenario 32: opens that wait for their room are bounded; one more is answered at once."""
+    """Opens that wait for their room are bounded; one more is refused at once."""
     world = World(limits=Limits(pending_opens_max=3))
     world.add_sender()
     world.add_receiver()
@@ -376,12 +400,13 @@ def test_layouts_that_differ(difference: tuple[str, ...]) -> None:
     assert not transfer.grants
 
 
-# ---------------------------------------------------------------------- scenarios 33 and 34
+# ---------------------------------------------------------------------- bytes of another room, leases
 
 
+@pytest.mark.failure_mode("bytes-of-another-room", "reuse-during-write")
 @pytest.mark.parametrize("wire", WIRES)
 def test_every_cell_says_whose_it_is(wire: str) -> None:
-    """Scenario 33: 60 rooms crowd a pool of 6 blocks, clients leave in mid-write: no room gets a cell of another."""
+    """60 rooms share a pool of 6 blocks and clients abort in mid-write: no room reads a cell of another."""
     world = World(3)
     sender = world.add_sender(faults=WireFaults(slice_tokens=100, slice_s=(0.001, 0.02)))
     receiver = world.add_receiver(num_blocks=6, default_allocate_tokens=128, wire=wire)
@@ -395,9 +420,11 @@ def test_every_cell_says_whose_it_is(wire: str) -> None:
     assert len(sender.writes) > 150
 
 
+@pytest.mark.failure_mode("lease-shorter-than-write")
+@pytest.mark.invariant("no-early-reuse")
 def test_a_write_longer_than_its_lease() -> None:
-    """Scenario 34: the round's time is over while its slice is under way: the blocks are given to nobody before it has landed, and its
-    late completion is no success."""
+    """The round expires while its slice is under way: the blocks are not granted before it has landed, and its late completion is no
+    success."""
     limits = Limits(round_s=6.0, write_timeout_s=6.0)
     world = World(limits=limits)
     slow = world.add_sender("encoder-1", faults=WireFaults(slice_s=(30.0, 30.0)))
@@ -416,8 +443,9 @@ def test_a_write_longer_than_its_lease() -> None:
     assert transfer.sender_end is not Cause.DONE
 
 
+@pytest.mark.failure_mode("lease-shorter-than-write")
 def test_no_lease_ends_under_a_write_by_configuration() -> None:
-    """Scenario 34: the relation between the two times is checked, not hoped for."""
+    """The relation between the two limits is checked when they are made."""
     from embedwire.errors import ConfigurationError
 
     with pytest.raises(ConfigurationError, match="round_s"):

@@ -12,8 +12,10 @@ from embedwire.testing.sim_memory import TOKEN_BYTES
 from embedwire.testing.simulation import FENCED, ONE_SIDED, WireFaults, World
 
 
+@pytest.mark.failure_mode("pool-held-by-partial-rooms")
+@pytest.mark.invariant("no-hold-and-wait")
 def test_a_pool_held_by_partials() -> None:
-    """Scenario 16: 64 rooms hold one block each of 64, and all want more: all finish."""
+    """64 rooms hold one block each of 64, and all need more: all finish."""
     world = World()
     world.add_sender()
     receiver = world.add_receiver(num_blocks=64, default_allocate_tokens=128)
@@ -24,8 +26,10 @@ def test_a_pool_held_by_partials() -> None:
     assert all(t.is_done and t.rounds[0] == 128 for t in transfers)
 
 
+@pytest.mark.failure_mode("longer-than-memory")
+@pytest.mark.invariant("no-hold-and-wait")
 def test_longer_than_the_pool_and_than_all_receive_memory() -> None:
-    """Scenario 17: 100,000 tokens through 2 blocks of 96, twice at a time, with assemblies for one of them only."""
+    """100,000 tokens through 2 blocks of 96, two rooms at once, with assembly memory for one of them only."""
     world = World()
     world.add_sender(faults=WireFaults(slice_tokens=4096))
     receiver = world.add_receiver(num_blocks=2, block_size=96, assembly_bytes=100_000 * TOKEN_BYTES)
@@ -35,9 +39,10 @@ def test_longer_than_the_pool_and_than_all_receive_memory() -> None:
     assert receiver.budget.peak_bytes == 100_000 * TOKEN_BYTES
 
 
+@pytest.mark.failure_mode("request-never-fits")
 @pytest.mark.parametrize("wire", [FENCED, ONE_SIDED])
 def test_what_can_never_be_served_is_refused_at_once(wire: str) -> None:
-    """Scenario 17: more tokens than there is assembly in all: both sides hear it before anything was granted."""
+    """More tokens than all assembly memory: both sides get the cause before anything was granted."""
     world = World()
     world.add_sender()
     world.add_receiver(assembly_bytes=1000 * TOKEN_BYTES, wire=wire)
@@ -49,12 +54,14 @@ def test_what_can_never_be_served_is_refused_at_once(wire: str) -> None:
     assert small.is_done
 
 
+@pytest.mark.failure_mode("request-never-fits")
 def test_a_pool_without_blocks_is_no_pool() -> None:
-    """Scenario 17: zero blocks configured."""
+    """Zero blocks configured."""
     with pytest.raises(ConfigurationError):
         World().add_receiver(num_blocks=0)
 
 
+@pytest.mark.invariant("deadlines")
 def test_a_room_that_waits_for_blocks_does_so_before_a_deadline() -> None:
     """The only block is with a peer that does not write: the next room ends with a cause, not never."""
     world = World(limits=Limits(blocks_wait_s=10.0))

@@ -17,9 +17,18 @@ from embedwire.testing.sim_random import RandomWorld, main, run_seed
 from embedwire.testing.simulation import FENCED, ONE_SIDED, InvariantBroken, WireFaults, World
 
 
+@pytest.mark.failure_mode(
+    "message-lost",
+    "message-repeated-or-late",
+    "encoder-killed",
+    "language-server-killed",
+    "abort-not-propagated",
+    "bytes-of-another-room",
+)
+@pytest.mark.invariant("conservation")
 @pytest.mark.parametrize("first", range(0, 300, 50))
 def test_random_worlds(first: int) -> None:
-    """Scenarios 27 to 34 at once: 50 worlds of random sizes, weather and faults; every room ends, nothing is kept."""
+    """50 worlds with random sizes, link faults and process faults: every room ends, and no memory is held afterwards."""
     ends: Counter[str] = Counter()
     for seed in range(first, first + 50):
         ends += run_seed(seed)[1]
@@ -69,6 +78,7 @@ def test_a_broken_world_prints_how_to_replay_it(
     assert capsys.readouterr().err.splitlines()[-1] == "replay: make sim SEED=41"
 
 
+@pytest.mark.failure_mode("extreme-length", "longer-than-memory")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rooms=st.lists(st.integers(1, 700), min_size=1, max_size=6),
@@ -90,7 +100,7 @@ def test_any_sizes_come_through(
     wire: str,
     loss: float,
 ) -> None:
-    """Scenario 12, 17: any length through any pool in rounds of any size, the smallest example that fails being found by Hypothesis."""
+    """Any length through any pool, in rounds of any size; Hypothesis finds the smallest failing example."""
     weather = Weather(loss=loss, doubling=loss, delay_s=(0.001, 0.01))
     limits = Limits(window_rounds=window, blocks_wait_s=3600.0, peer_silence_s=10.0)
     world = World(1, limits=limits, weather=weather)

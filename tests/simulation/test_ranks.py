@@ -46,13 +46,14 @@ SIZES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.failure_mode("ranks-see-different-totals")
 @SIZES
 @pytest.mark.parametrize("delivery", ["share", "replicate"])
 def test_four_ranks_of_which_two_say_nothing(
     delivery: Delivery, total: int, default: int, block_size: int, num_blocks: int
 ) -> None:
-    """Scenario 21: ranks 1 and 3 say (0, 0), once as dummies, once because their announcements are late. All agree on the total, every
-    reader receives 1024 and 976, and all finish in one turn."""
+    """Ranks 1 and 3 report (0, 0), as dummy ranks or because their announcements are late. All agree on the total, every reader
+    receives 1024 and 976, and all finish in one step."""
     world = World(limits=ONE_ROUND)
     world.add_sender()
     group = world.add_group(
@@ -80,9 +81,10 @@ def test_four_ranks_of_which_two_say_nothing(
     assert all(node.core.is_dummy == (delivery == "share" and node.rank in (1, 3)) for node in group.nodes)
 
 
+@pytest.mark.failure_mode("ranks-see-different-totals", "fastest-rank-decides")
 @pytest.mark.parametrize("delivery", ["share", "replicate"])
 def test_a_turn_in_between_agrees_on_what_has_landed(delivery: Delivery) -> None:
-    """Scenario 21: when 1024 tokens are in on all readers, another room has news: all four know of 2000 and 1024."""
+    """1024 tokens have landed on all readers when another room causes an agreement step: all four get 2000 and 1024."""
     world = World(limits=ONE_ROUND)
     world.add_sender()
     group = world.add_group(size=4, delivery=delivery, hosts="aabb", default_allocate_tokens=1024)
@@ -101,8 +103,9 @@ def test_a_turn_in_between_agrees_on_what_has_landed(delivery: Delivery) -> None
     assert not lanes or set(transfer.lane_rounds.values()) == {(1024, 976)}
 
 
+@pytest.mark.failure_mode("fastest-rank-decides")
 def test_a_late_write_skips_nothing() -> None:
-    """Scenario 21a: rank 1's grant reaches the encoder late. Nobody succeeds before it has all, and it gets all of it."""
+    """Rank 1's grant reaches the encoder late: no rank succeeds before rank 1 has every token."""
     world = World(limits=ONE_ROUND)
     world.add_sender()
     group = world.add_group(size=4, default_allocate_tokens=1024, num_blocks=8)
@@ -121,8 +124,10 @@ def test_a_late_write_skips_nothing() -> None:
     assert set(transfer.lane_rounds.values()) == {(1024, 976)}
 
 
+@pytest.mark.failure_mode("position-delta-reduced")
+@pytest.mark.invariant("aux-once")
 def test_the_position_delta_is_told_never_reduced() -> None:
-    """Scenario 21b: −756 is what every reader knows, though rank 1 hears of it late and rank 3 reads nothing from the wire."""
+    """Every reader has −756, although rank 1 is announced late and rank 3 reads nothing from the wire."""
     world = World()
     world.add_sender()
     group = world.add_group(size=4, delivery="share", hosts="abcc")
@@ -138,9 +143,11 @@ def test_the_position_delta_is_told_never_reduced() -> None:
     assert deltas == [-756] * 3
 
 
+@pytest.mark.failure_mode("one-rank-cannot-allocate")
+@pytest.mark.invariant("no-hold-and-wait")
 def test_a_full_pool_on_one_rank() -> None:
-    """Scenario 22: rank 2's blocks are all room 1's, whose write is late there. Room 2 waits on that rank holding nothing, while the other
-    ranks receive it; then all finish."""
+    """Rank 2's blocks all belong to room 1, whose write is late. Room 2 waits there without a block while the other ranks receive it;
+    then all finish."""
     world = World()
     world.add_sender()
     group = world.add_group(size=4, num_blocks=8)
@@ -165,9 +172,11 @@ def test_a_full_pool_on_one_rank() -> None:
     assert second.is_done
 
 
+@pytest.mark.failure_mode("one-rank-cannot-allocate", "deadlock-across-servers")
+@pytest.mark.invariant("no-hold-and-wait")
 @pytest.mark.parametrize("wire", [FENCED, ONE_SIDED])
 def test_two_encoders_and_two_groups_cross(wire: str) -> None:
-    """Scenarios 22, 26b: each encoder is full of a room whose group's memory is another's, which waits at the other encoder."""
+    """Each encoder is full of a room whose group has reserved its memory for a room of the other encoder."""
     world = World()
     room_bytes = 1024 * TOKEN_BYTES
     one, two = (world.add_encoder_group(f"encoder-{i}", 2, source_bytes=room_bytes) for i in (1, 2))
@@ -185,8 +194,9 @@ def test_two_encoders_and_two_groups_cross(wire: str) -> None:
     assert all(transfer.is_done for transfer in transfers)
 
 
+@pytest.mark.failure_mode("ranks-admit-different-rooms")
 def test_one_place_and_ten_rooms() -> None:
-    """Scenario 22a: there is memory for one assembly, and ten rooms are ready: at any time only one has it, the same one on all ranks."""
+    """Ten rooms are ready and there is memory for one assembly: all ranks give it to the same room."""
     world = World()
     world.add_sender()
     group = world.add_group(size=3, assembly_bytes=1000 * TOKEN_BYTES, turn_s=(0.0005, 0.2))
@@ -200,8 +210,9 @@ def test_one_place_and_ten_rooms() -> None:
     assert [node.budget.peak_bytes for node in group.nodes] == [999 * TOKEN_BYTES] * 3
 
 
+@pytest.mark.failure_mode("ranks-admit-different-rooms")
 def test_a_room_that_only_rank_0_knows() -> None:
-    """Scenario 22a: a room that comes while a turn is on its way is not in that turn: all ranks speak of the same rooms."""
+    """A room opened while an agreement step runs is not part of that step, on any rank."""
     world = World()
     world.add_sender()
     group = world.add_group(size=2, turn_s=(0.5, 0.5))
@@ -214,8 +225,9 @@ def test_a_room_that_only_rank_0_knows() -> None:
     assert told[:2] == [[1, 1], [2, 2]]
 
 
+@pytest.mark.failure_mode("grant-sent-to-wrong-ranks")
 def test_a_write_goes_only_to_ranks_that_have_granted() -> None:
-    """Scenario 23: rank 2's first grant is late. The others get their two writes each, it gets none; in the end everyone has had two."""
+    """Rank 2's first grant is late: the others get their two writes, rank 2 none until then, and two in the end."""
     world = World(limits=ONE_ROUND)
     sender = world.add_sender()
     group = world.add_group(size=4, default_allocate_tokens=1024)
@@ -235,10 +247,11 @@ def test_a_write_goes_only_to_ranks_that_have_granted() -> None:
 PAIRS = ((1, 1), (1, 4), (2, 8), (4, 4), (4, 2), (8, 2), (4, 6), (6, 4), (3, 2))
 
 
+@pytest.mark.failure_mode("rank-counts-differ")
 @pytest.mark.parametrize("delivery", ["replicate", "share"])
 @pytest.mark.parametrize(("encoders", "ranks"), PAIRS)
 def test_any_numbers_of_ranks(encoders: int, ranks: int, delivery: Delivery) -> None:
-    """Scenario 24: every encoder rank sends, every reader has all of it, and the other data-parallel encoder never hears of the room."""
+    """Every encoder rank sends, every reader gets all of it, and the other data-parallel encoder gets no message about the room."""
     world = World()
     sender = world.add_encoder_group("encoder-1", encoders)
     other = world.add_encoder_group("encoder-2", encoders)
@@ -252,8 +265,9 @@ def test_any_numbers_of_ranks(encoders: int, ranks: int, delivery: Delivery) -> 
     assert len(group.readers) == (ranks if delivery == "replicate" else min(ranks, 2))
 
 
+@pytest.mark.failure_mode("rank-counts-differ", "part-taken-for-whole-room")
 def test_a_room_shorter_than_its_parts() -> None:
-    """Scenarios 24, 25: one token from six encoder ranks: some lanes carry the same one, and it arrives."""
+    """One token from six encoder ranks: some parts carry the same token, and it arrives."""
     world = World()
     sender = world.add_encoder_group("encoder-1", 6)
     world.add_group(size=2)
@@ -262,8 +276,9 @@ def test_a_room_shorter_than_its_parts() -> None:
     assert all(transfer.is_done for transfer in transfers)
 
 
+@pytest.mark.failure_mode("part-taken-for-whole-room")
 def test_several_senders_to_one_rank() -> None:
-    """Scenario 25: four encoder ranks each send a quarter, in rounds of their own, through one pool."""
+    """Four encoder ranks each send a quarter, in rounds of their own, through one pool."""
     world = World()
     sender = world.add_encoder_group("encoder-1", 4, faults=WireFaults(slice_s=(0.001, 0.5)))
     receiver = world.add_receiver(default_allocate_tokens=256, num_blocks=3)
@@ -274,9 +289,11 @@ def test_several_senders_to_one_rank() -> None:
     assert receiver.budget.peak_bytes == 2000 * TOKEN_BYTES
 
 
+@pytest.mark.failure_mode("rank-lost")
+@pytest.mark.invariant("deadlines")
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_killed_rank_ends_the_group(rank: int) -> None:
-    """Scenario 26: the others wait for it, hear that the group is lost, and end every room; restarted together, they go on."""
+    """The other ranks time out, end the group and every room; restarted together, they serve again."""
     world = World()
     world.add_sender(faults=WireFaults(slice_s=(0.1, 0.1)))
     group = world.add_group(size=3)
@@ -294,8 +311,9 @@ def test_a_killed_rank_ends_the_group(rank: int) -> None:
     assert again.is_done
 
 
+@pytest.mark.failure_mode("rank-slow")
 def test_a_slow_rank() -> None:
-    """Scenario 26: one rank stops for seconds, in a turn and between two, and all finish when it goes on."""
+    """One rank stops for seconds, in and between agreement steps; all finish when it continues."""
     world = World()
     world.add_sender(faults=WireFaults(slice_s=(0.1, 0.1)))
     group = world.add_group(size=3)
@@ -309,8 +327,9 @@ def test_a_slow_rank() -> None:
     assert all(transfer.is_done for transfer in transfers)
 
 
+@pytest.mark.failure_mode("rank-slow")
 def test_queues_of_different_length() -> None:
-    """Scenario 26: what passes between ranks takes up to two seconds, so they know of different rooms for most of the time."""
+    """Messages between ranks take up to two seconds, so the ranks have different rooms most of the time."""
     world = World(limits=Limits(blocks_wait_s=600.0))
     world.add_sender()
     group = world.add_group(size=4, turn_s=(0.0005, 2.0), assembly_bytes=3000 * TOKEN_BYTES)
@@ -338,13 +357,14 @@ def never_fit(world: World, group: Group) -> None:
     world.restart_group(group)
 
 
+@pytest.mark.failure_mode("rank-fails-alone")
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [(corrupt, Cause.CORRUPT), (lose_peer, Cause.PEER_LOST), (never_fit, Cause.NEVER_FITS)],
     ids=lambda part: getattr(part, "__name__", ""),
 )
 def test_a_failure_on_one_rank(fault, cause: Cause) -> None:  # type: ignore[no-untyped-def]
-    """Scenario 26: what fails on rank 1 alone fails on all ranks, with the same cause, and the next room finds everything in its place."""
+    """A failure on rank 1 ends the room on all ranks with one cause, and the next room is served."""
     world = World()
     sender = world.add_encoder_group("encoder-1", 2, faults=WireFaults(slice_s=(0.2, 0.2)))
     spare = world.add_encoder_group("encoder-2", 2)
@@ -361,10 +381,10 @@ def test_a_failure_on_one_rank(fault, cause: Cause) -> None:  # type: ignore[no-
     assert following.is_done
 
 
+@pytest.mark.failure_mode("abort-not-propagated", "rank-fails-alone")
 @pytest.mark.parametrize("is_other_late", [False, True])
 def test_an_abort_while_a_success_is_being_agreed(is_other_late: bool) -> None:
-    """Scenario 27: rank 0 has said that it has all of it when its client leaves. If all have said so the room succeeds, else it ends
-    as aborted; on every rank alike."""
+    """The client leaves after rank 0 reported success: the room succeeds if all ranks did, else it is aborted, on every rank alike."""
     world = World()
     world.add_sender()
     group = world.add_group(size=3)
@@ -429,8 +449,9 @@ def test_rooms_beyond_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(transfer.is_done for transfer in slow)
 
 
+@pytest.mark.failure_mode("grant-sent-to-wrong-ranks")
 def test_grants_carry_the_rank_of_their_reader() -> None:
-    """Scenario 23: every grant goes from a reader to its own senders only, on its own lane."""
+    """Every grant goes from a reader to its own senders only."""
     world = World()
     sender = world.add_encoder_group("encoder-1", 2)
     world.add_group(size=3)

@@ -35,16 +35,19 @@ def statuses(world: World) -> list[Status]:
     return [e.message for e in world.link.sent if isinstance(e.message, Status)]
 
 
+@pytest.mark.failure_mode("resume-never-triggered")
 def test_resume_is_triggered() -> None:
-    """Scenario 1: 2000/1024, B 128: two rounds, 1024 and 976."""
+    """2000/1024, B = 128: two rounds, 1024 and 976."""
     world, transfer = transfer_alone(2000, 1024)
     assert transfer.rounds == (1024, 976)
     assert world.link.count()["Init"] == world.link.count()["ResumeTransfer"] == 1
 
 
+@pytest.mark.failure_mode("grant-not-whole-blocks")
+@pytest.mark.invariant("alignment")
 @pytest.mark.parametrize(("remainder", "announced"), [(976, 1024), (1000, 1024)])
 def test_grants_announce_whole_blocks(remainder: int, announced: int) -> None:
-    """Scenario 2: default 8000, B 128: 63 blocks and 8064; a remainder of 976 or 1000 takes 8 blocks and announces 1024."""
+    """Default 8000, B = 128: 63 blocks and 8064; a remainder of 976 or 1000 takes 8 blocks and announces 1024."""
     _, transfer = transfer_alone(8064 + remainder, 8000)
     first, second = transfer.grants
     assert (len(first.block_indices), first.allocated_tokens) == (63, 8064)
@@ -52,8 +55,10 @@ def test_grants_announce_whole_blocks(remainder: int, announced: int) -> None:
     assert transfer.rounds == (8064, remainder)
 
 
+@pytest.mark.failure_mode("aux-read-from-resumed-block")
+@pytest.mark.invariant("aux-once")
 def test_aux_is_read_from_round_0_only() -> None:
-    """Scenario 3: 8192 tokens in blocks 0–63, 976 in 64–71, whose aux rows are 0: the total stays 9168."""
+    """8192 tokens in blocks 0–63, 976 in 64–71, whose aux rows are 0: the total stays 9168."""
     world, transfer = transfer_alone(9168, 8192, num_blocks=128)
     assert [g.block_indices for g in transfer.grants] == [tuple(range(64)), tuple(range(64, 72))]
     memory = transfer.receiver.memory
@@ -63,8 +68,9 @@ def test_aux_is_read_from_round_0_only() -> None:
     assert world.link.count()["ResumeTransfer"] == 1
 
 
+@pytest.mark.failure_mode("resume-repeated-while-waiting")
 def test_one_resume_a_round_however_often_the_status_comes() -> None:
-    """Scenario 4: every status arrives four times, while the poll stays TRANSFERRING: one grant a round."""
+    """Every status arrives four times while the poll stays TRANSFERRING: one grant per round."""
     world = World(limits=Limits(window_rounds=1))
     world.add_sender()
     world.add_receiver(default_allocate_tokens=1024, num_blocks=8)
@@ -78,35 +84,40 @@ def test_one_resume_a_round_however_often_the_status_comes() -> None:
     assert {s.poll for s in statuses(world)} == {Poll.TRANSFERRING}
 
 
+@pytest.mark.failure_mode("reused-indices-taken-for-same-round")
+@pytest.mark.invariant("token-progress")
 def test_the_same_blocks_again_are_another_round() -> None:
-    """Scenario 5: [0–63] three times; progress 8192, 16384, 24576 tells the rounds apart."""
+    """[0–63] three times; progress 8192, 16384, 24576 separates the rounds."""
     world, transfer = transfer_alone(24576, 8192, num_blocks=64)
     assert [g.block_indices for g in transfer.grants] == [tuple(range(64))] * 3
     assert [g.start_token for g in transfer.grants] == [0, 8192, 16384]
     assert {8192, 16384, 24576} <= {s.sent_tokens for s in statuses(world)}
 
 
+@pytest.mark.failure_mode("partial-reported-as-success")
 @pytest.mark.parametrize(
     ("total", "default", "rounds"), [(2000, 1024, (1024, 976)), (500, 1024, (500,)), (1024, 1024, (1024,))]
 )
 def test_partial_and_exact_fits(total: int, default: int, rounds: tuple[int, ...]) -> None:
-    """Scenario 6: 2000/1024 is partial; 500/1024 and 1024/1024 are not, and nothing is resumed."""
+    """2000/1024 is partial; 500/1024 and 1024/1024 are not, and are not resumed."""
     world, transfer = transfer_alone(total, default)
     assert transfer.rounds == rounds
     assert world.link.count()["ResumeTransfer"] == len(rounds) - 1
     assert all(s.poll is Poll.TRANSFERRING for s in statuses(world)), "nobody says success before done"
 
 
+@pytest.mark.failure_mode("last-round-by-configured-size")
 def test_what_was_granted_decides_not_what_was_configured() -> None:
-    """Scenario 7: 2000 tokens, default 1024, but blocks of 400, so 1200 are granted: 1200 + 800."""
+    """2000 tokens, default 1024, blocks of 400, so 1200 are granted: 1200 + 800."""
     _, transfer = transfer_alone(2000, 1024, block_size=400)
     assert [g.allocated_tokens for g in transfer.grants] == [1200, 800]
     assert transfer.rounds == (1200, 800)
 
 
+@pytest.mark.failure_mode("later-rounds-lose-fields")
 @pytest.mark.parametrize("rounds", [(8192, 16384, 25424), (8192, 8192, 16384, 17232)])
 def test_three_rounds_and_more(rounds: tuple[int, ...]) -> None:
-    """Scenario 8: 50000 = 8192 + 16384 + 25424 = 8192 + 8192 + 16384 + 17232."""
+    """50000 = 8192 + 16384 + 25424 = 8192 + 8192 + 16384 + 17232."""
     world = World()
     world.add_sender()
     receiver = world.add_receiver(num_blocks=512)
@@ -117,8 +128,10 @@ def test_three_rounds_and_more(rounds: tuple[int, ...]) -> None:
     assert transfer.rounds == rounds
 
 
+@pytest.mark.failure_mode("aux-view-of-freed-block")
+@pytest.mark.invariant("aux-once")
 def test_aux_outlives_its_block() -> None:
-    """Scenario 9: while room 7 waits for more, room 9 gets its block and aux row; room 7 keeps its own total and delta."""
+    """While room 7 waits for more blocks, room 9 gets its block and aux row; room 7 keeps its own total and delta."""
     world = World()
     world.add_sender()
     receiver = world.add_receiver(num_blocks=1)
@@ -133,8 +146,9 @@ def test_aux_outlives_its_block() -> None:
     assert first.rounds == (128, 128, 44)
 
 
+@pytest.mark.failure_mode("status-raised-again")
 def test_failed_is_final_even_if_success_comes_late() -> None:
-    """Scenario 10: a status that says everything has landed, and one of a lower poll, arrive after the room has failed."""
+    """A status with everything landed, and one with a lower poll, arrive after the room has failed."""
     world = World()
     sender = world.add_sender()
     receiver = world.add_receiver()
@@ -160,9 +174,11 @@ def test_failed_is_final_even_if_success_comes_late() -> None:
     assert transfer.receiver_end is transfer.sender_end is Cause.ABORTED
 
 
+@pytest.mark.failure_mode("repeated-grant-written-twice")
+@pytest.mark.invariant("token-progress")
 @pytest.mark.parametrize("kind", [Init, ResumeTransfer])
 def test_a_grant_that_comes_again_writes_nothing_again(kind: type[Init | ResumeTransfer]) -> None:
-    """Scenario 11: the same grant four times while TRANSFERRING, and once minutes later: one write a round."""
+    """The same grant arrives four times while TRANSFERRING and once minutes later: one write per round."""
     world = World()
     sender = world.add_sender()
     world.add_receiver(default_allocate_tokens=1024)
@@ -173,6 +189,7 @@ def test_a_grant_that_comes_again_writes_nothing_again(kind: type[Init | ResumeT
     assert [w.round.number for w in sender.writes] == [0, 1]
 
 
+@pytest.mark.failure_mode("extreme-length")
 @pytest.mark.parametrize(
     ("total", "default", "num_blocks", "rounds"),
     [
@@ -184,7 +201,7 @@ def test_a_grant_that_comes_again_writes_nothing_again(kind: type[Init | ResumeT
     ],
 )
 def test_sizes_worth_keeping(total: int, default: int, num_blocks: int, rounds: tuple[int, ...]) -> None:
-    """Scenario 12: 10000/8192, 10000/4096, 12000/8192, 100000/16384, and 100000 tokens through a pool of 1 block."""
+    """10000/8192, 10000/4096, 12000/8192, 100000/16384, and 100,000 tokens through a pool of 1 block."""
     _, transfer = transfer_alone(total, default, num_blocks=num_blocks)
     assert transfer.rounds == rounds
 
