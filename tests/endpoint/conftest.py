@@ -134,7 +134,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    """Endpoints over each wire. Teardown is Rule 9: free + granted + quarantined = total, and all of it free."""
+    """Endpoints over each wire. Teardown checks conservation: free + granted + quarantined = total, and all blocks are free."""
     if request.param in ("mooncake", "nixl"):
         try:
             WIRES[request.param]()

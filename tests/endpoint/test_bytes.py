@@ -32,9 +32,18 @@ ROUNDS = [
 ]
 
 
+@pytest.mark.failure_mode(
+    "resume-never-triggered",
+    "grant-not-whole-blocks",
+    "aux-read-from-resumed-block",
+    "partial-reported-as-success",
+    "last-round-by-configured-size",
+    "later-rounds-lose-fields",
+    "extreme-length",
+)
 @pytest.mark.parametrize(("total", "default", "blocks", "rounds"), ROUNDS)
 def test_rounds(stage: Any, total: int, default: int, blocks: int, rounds: tuple[int, ...]) -> None:
-    """Scenarios 1 to 3, 6 to 8 and 12, B 128: as many rounds as it takes, of whole blocks, every byte right."""
+    """B = 128: the expected number of rounds, whole blocks in each, and every byte right."""
     receiver = stage.receiver(num_blocks=blocks, default_allocate_tokens=default, limits=ONE_BY_ONE)
     received = stage.move(stage.sender(), receiver, 7, total)
     assert received.report.rounds == rounds
@@ -43,22 +52,26 @@ def test_rounds(stage: Any, total: int, default: int, blocks: int, rounds: tuple
     assert received.arrays["mrope_positions"].shape == (total, 3)
 
 
+@pytest.mark.failure_mode("extreme-length", "longer-than-memory")
+@pytest.mark.invariant("no-hold-and-wait")
 def test_one_block_moves_any_length(stage: Any) -> None:
-    """Scenarios 12 and 17: 100000 tokens through a pool of one block, which is granted 782 times."""
+    """100,000 tokens through a pool of one block, which is granted 782 times."""
     sender, receiver = stage.sender(), stage.receiver(num_blocks=1)
     received = stage.move(sender, receiver, 1, 100000)
     assert received.report.rounds == (128,) * 781 + (32,)
     assert receiver.stats().rounds_total == sender.stats().rounds_total == 782
 
 
+@pytest.mark.failure_mode("block-sizes-differ")
 @pytest.mark.parametrize("block_size", [96, 128, 16, 8192])
 def test_any_block_size(stage: Any, block_size: int) -> None:
-    """Scenario 14: the sender learns the receiver's block size; a cut need not suit any other number."""
+    """The sender uses the block size of the receiver; slice sizes need not divide it."""
     receiver = stage.receiver(num_blocks=3, block_size=block_size, limits=ONE_BY_ONE)
     first = min(3 * block_size, 2500)
     assert stage.move(stage.sender(), receiver, 1, 2500).report.rounds[0] == first
 
 
+@pytest.mark.failure_mode("no-media")
 @pytest.mark.parametrize(
     "layout",
     [
@@ -70,7 +83,7 @@ def test_any_block_size(stage: Any, block_size: int) -> None:
     ],
 )
 def test_any_layout(stage: Any, layout: Any) -> None:
-    """Scenario 19: with deepstack and without, with positions and without; all of it in several rounds."""
+    """Layouts with and without deepstack and positions, each in several rounds."""
     received = stage.move(
         stage.sender(layout), stage.receiver(layout, num_blocks=5, limits=ONE_BY_ONE), 2, 2000
     )
@@ -85,8 +98,10 @@ def test_fields_of_bfloat16_stay_bfloat16(stage: Any) -> None:
     assert received.arrays["input_embeddings"].shape == (10, 8)
 
 
+@pytest.mark.failure_mode("aux-view-of-freed-block", "position-delta-reduced")
+@pytest.mark.invariant("aux-once")
 def test_aux_and_content_hash_arrive(stage: Any) -> None:
-    """Scenarios 9 and 21b: a negative position delta stays negative, and outlives its block."""
+    """A negative position delta stays negative, and is still right after its block was freed."""
     sender, receiver = stage.sender(), stage.receiver(num_blocks=1)
     offer = stage.offer(sender, 5, 300, aux=[-756, 3], content_hash=b"h" * 64)
     received = receiver.open(5, sender.address).result(30)
@@ -112,8 +127,9 @@ def test_the_owner_says_where_it_lies(stage: Any) -> None:
     assert all(received.arrays[name] is mine[name] for name in mine)
 
 
+@pytest.mark.failure_mode("bytes-of-another-room")
 def test_no_room_reads_another_rooms_bytes(stage: Any, stamped: Any) -> None:
-    """Scenario 33: every payload is full of its room's number, and so is what arrives."""
+    """Every payload is filled with its room number, and so is what arrives."""
     sender, receiver = stage.sender(), stage.receiver(num_blocks=3)
     rooms = range(1000, 1040)
     for room in rooms:
@@ -136,8 +152,9 @@ def test_the_first_wire_that_works_is_used(stage: Any) -> None:
         assert stage.move(stage.sender(transports=wires), receiver, room, 300).report.transport == used
 
 
+@pytest.mark.failure_mode("messages-cross")
 def test_a_room_may_be_opened_before_it_is_offered(stage: Any) -> None:
-    """Scenario 26e: ``open`` comes first; the room waits for its offer, and then for its source."""
+    """The room waits for its offer, and then for its source."""
     sender, receiver = stage.sender(), stage.receiver()
     reception = receiver.open(3, sender.address)
     stage.until(lambda: sender.stats().sessions == 1)

@@ -38,9 +38,10 @@ def test_what_was_received_outlives_the_endpoint(stage: Any) -> None:
     del received
 
 
+@pytest.mark.invariant("deadlines")
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_rooms_under_way_end_on_both_sides(stage: Any, holdings: Any, side: str) -> None:
-    """Rule 8: cause ``closed``, heard on the other side, in every phase but before the first word."""
+    """Both sides end with cause ``closed`` in every phase, except where nothing was received yet."""
     before = holdings()
     sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
     waiting = receiver.open(1, sender.address)
@@ -59,9 +60,11 @@ def test_rooms_under_way_end_on_both_sides(stage: Any, holdings: Any, side: str)
     assert holdings() == before
 
 
+@pytest.mark.failure_mode("reuse-during-write", "leak-at-shutdown")
+@pytest.mark.invariant("no-early-reuse")
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_it_may_close_during_a_write(stage: Any, holdings: Any, brake: Any, side: str) -> None:
-    """Scenario 27: the write ends first; the memory it came from and went to is freed after."""
+    """The write ends first; its source and its destination are freed afterwards."""
     before = holdings()
     sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
     held = brake(after_slices=1)

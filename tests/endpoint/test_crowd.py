@@ -15,9 +15,11 @@ from embedwire.testing.payload import payload
 pytestmark = pytest.mark.timeout(60)
 
 
+@pytest.mark.failure_mode("pool-held-by-partial-rooms", "burst-of-requests")
+@pytest.mark.invariant("no-hold-and-wait")
 @pytest.mark.parametrize("rooms", [64, 200])
 def test_a_pool_held_by_partials(stage: Any, rooms: int) -> None:
-    """Scenarios 16 and 31: every room needs more blocks than the pool has, and all want them at once."""
+    """Every room needs more blocks than the pool has, and all request them at once."""
     sender, receiver = stage.sender(), stage.receiver(num_blocks=4)
     sizes = {room: 600 + room for room in range(rooms)}
     offers = [stage.offer(sender, room, tokens) for room, tokens in sizes.items()]
@@ -29,8 +31,10 @@ def test_a_pool_held_by_partials(stage: Any, rooms: int) -> None:
     assert receiver.stats().ended == sender.stats().ended == {"done": rooms}
 
 
+@pytest.mark.failure_mode("assemblies-block-each-other")
+@pytest.mark.invariant("no-hold-and-wait")
 def test_assemblies_under_a_limit(stage: Any) -> None:
-    """Scenario 26c: 64 rooms, and memory for two of them; half-filled ones do not block each other."""
+    """64 rooms and assembly memory for two: rooms in progress do not block each other."""
     tokens, nbytes = 1500, 1500 * stage.layout.token_bytes
     sender, receiver = stage.sender(), stage.receiver(num_blocks=4, assembly_bytes=2 * nbytes)
     for room in range(64):
@@ -41,9 +45,10 @@ def test_assemblies_under_a_limit(stage: Any) -> None:
     assert receiver._budget.peak_bytes == 2 * nbytes
 
 
+@pytest.mark.failure_mode("deadlock-across-servers")
+@pytest.mark.invariant("no-hold-and-wait")
 def test_two_encoders_and_two_language_servers_in_a_ring(stage: Any) -> None:
-    """Scenario 26b: encoder 1 is full of A, whose language server was asked for B first, which waits at encoder 2, which is full of C, and
-    so round. Each has memory for one room. All arrive."""
+    """Two encoders and two language servers, each with memory for one room, wait for each other in a ring; all four rooms arrive."""
     nbytes = 1500 * stage.layout.token_bytes
     one, two = (stage.sender(memory_bytes=nbytes) for _ in range(2))
     left, right = (stage.receiver(num_blocks=2, assembly_bytes=nbytes) for _ in range(2))
@@ -82,8 +87,9 @@ def test_many_threads_offer_and_open(stage: Any) -> None:
     assert sender.stats().ended == {"done": 60}
 
 
+@pytest.mark.invariant("backpressure")
 def test_more_rooms_than_may_be_open(stage: Any) -> None:
-    """Rule 10: bounded queues. One room more is refused at once, and harms nothing."""
+    """One room above the limit is refused at once and does not affect the others."""
     limits = Limits(rooms_max=3)
     sender, receiver = stage.sender(limits=limits), stage.receiver(limits=limits)
     waiting = [receiver.open(room, sender.address) for room in range(3)]
@@ -101,8 +107,10 @@ def test_more_rooms_than_may_be_open(stage: Any) -> None:
         stage.check(reception, 100)
 
 
+@pytest.mark.failure_mode("refusal-not-sent", "request-never-fits")
+@pytest.mark.invariant("backpressure")
 def test_source_memory_is_bounded(stage: Any) -> None:
-    """Rule 10 and scenario 32: what is not free now, and what never will be, are told apart at once."""
+    """ "Not enough free now" and "never enough" are distinct errors, both raised at once."""
     sender = stage.sender(memory_bytes=1000 * stage.layout.token_bytes)
     offer = stage.offer(sender, 1, 600)
     with pytest.raises(OverloadedError, match="not free now"):

@@ -69,8 +69,9 @@ def test_a_call_hands_back_what_was_raised(driver: Idle) -> None:
             driver.call(task)
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_no_failure_ends_the_thread(driver: Idle, caplog: Any) -> None:
-    """Scenario 30: of a task, or of the turn itself; the thread goes on, and says what happened."""
+    """After an exception in a task or in the loop itself, the thread goes on and logs it."""
     driver.post(lambda: 1 // 0)
     driver.faults = 3
     assert driver.call(lambda: "still here") == "still here"

@@ -15,8 +15,9 @@ pytestmark = pytest.mark.timeout(60)
 TOKENS = 1000
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_the_encoder_aborts_before_open(stage: Any) -> None:
-    """Scenario 27: the end of a room that nobody had opened is told to whoever opens it."""
+    """A receiver that opens a room after its end gets the cause."""
     sender = stage.sender()
     offer = stage.offer(sender, 1, TOKENS)
     offer.abort("no longer wanted")
@@ -25,8 +26,9 @@ def test_the_encoder_aborts_before_open(stage: Any) -> None:
     assert (failure.cause, failure.detail) == ("aborted", "no longer wanted")
 
 
+@pytest.mark.failure_mode("abort-not-propagated", "messages-cross")
 def test_the_client_aborts_before_the_offer(stage: Any) -> None:
-    """Scenario 27: a room that was cancelled while it waited for its offer is not taken up later."""
+    """A room that was cancelled while it waited for its offer is not started by a later offer."""
     sender, receiver = stage.sender(), stage.receiver()
     reception = receiver.open(1, sender.address)
     stage.until(lambda: sender.stats().sessions == 1)
@@ -35,8 +37,9 @@ def test_the_client_aborts_before_the_offer(stage: Any) -> None:
     stage.move(sender, receiver, 2, TOKENS)
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_either_side_ends_it_before_fill(stage: Any) -> None:
-    """Scenario 27: announced, its source still being made."""
+    """The room is announced and its source is not ready yet."""
     sender, receiver = stage.sender(), stage.receiver()
     offers = [sender.offer(room, total_tokens=TOKENS) for room in range(3)]
     receptions = [receiver.open(room, sender.address) for room in range(3)]
@@ -53,10 +56,12 @@ def test_either_side_ends_it_before_fill(stage: Any) -> None:
     assert [stage.failure_of(offer).args for offer in offers] == [end.args for end in ends]
 
 
+@pytest.mark.failure_mode("reuse-during-write")
+@pytest.mark.invariant("no-early-reuse")
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 @pytest.mark.parametrize("after_slices", [0, 2])
 def test_either_side_ends_it_during_a_write(stage: Any, brake: Any, side: str, after_slices: int) -> None:
-    """Scenario 27: blocks are not used again before the write has returned, and then they are."""
+    """Blocks are used again only after the write has returned."""
     sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
     held = brake(after_slices=after_slices)
     offer = stage.offer(sender, 1, TOKENS)
@@ -77,8 +82,9 @@ def test_either_side_ends_it_during_a_write(stage: Any, brake: Any, side: str, a
     assert sender.stats().ended == receiver.stats().ended == {"aborted": 1, "done": 1}
 
 
+@pytest.mark.failure_mode("status-raised-again", "abort-not-propagated")
 def test_ending_it_after_the_end_is_harmless(stage: Any) -> None:
-    """Scenarios 10 and 27: the first end stays."""
+    """The first cause stays."""
     sender, receiver = stage.sender(), stage.receiver()
     offer = stage.offer(sender, 1, TOKENS)
     reception = receiver.open(1, sender.address)
@@ -93,8 +99,9 @@ def test_ending_it_after_the_end_is_harmless(stage: Any) -> None:
     assert not offer.sources  # what came late is not kept
 
 
+@pytest.mark.invariant("deadlines")
 def test_nobody_offers_it(stage: Any) -> None:
-    """Rule 8: an ``open`` waits for its room within a deadline, and ends with a cause."""
+    """An ``open`` waits for its room until a deadline, and ends with a cause."""
     limits = Limits(retry_s=0.05, open_wait_s=0.2, peer_silence_s=1.0)
     reception = stage.receiver().open(9, stage.sender(limits=limits).address)
     failure = stage.failure_of(reception)
@@ -102,14 +109,16 @@ def test_nobody_offers_it(stage: Any) -> None:
     assert "0.2 s" in failure.detail
 
 
+@pytest.mark.invariant("deadlines")
 def test_nobody_opens_it(stage: Any) -> None:
-    """Rule 8: an offer waits for its receiver within a deadline; its memory comes back."""
+    """An offer waits for its receiver until a deadline, then its memory is freed."""
     limits = Limits(retry_s=0.05, open_wait_s=0.2, peer_silence_s=1.0)
     assert stage.failure_of(stage.offer(stage.sender(limits=limits), 1, TOKENS)).cause == "deadline"
 
 
+@pytest.mark.invariant("deadlines")
 def test_the_source_never_comes(stage: Any) -> None:
-    """Rule 8: an announced room whose encoder hangs ends by its deadline, on both sides."""
+    """An announced room whose encoder hangs ends by its deadline, on both sides."""
     limits = Limits(retry_s=0.05, source_wait_s=0.3)
     sender = stage.sender(limits=limits)
     offer = sender.offer(1, total_tokens=TOKENS)
@@ -117,8 +126,10 @@ def test_the_source_never_comes(stage: Any) -> None:
     assert stage.failure_of(offer).cause == stage.failure_of(reception).cause == "deadline"
 
 
+@pytest.mark.failure_mode("encoder-killed")
+@pytest.mark.invariant("deadlines")
 def test_nobody_listens(stage: Any) -> None:
-    """Scenario 28: an address where no sender is: lost within the deadline, and the address is named."""
+    """An address without a sender: ``peer_lost`` within the deadline, and the error names the address."""
     gone = stage.sender()
     gone.close()
     failure = stage.failure_of(stage.receiver(limits=stage.quick).open(1, gone.address))
@@ -126,8 +137,9 @@ def test_nobody_listens(stage: Any) -> None:
     assert gone.address in failure.detail
 
 
+@pytest.mark.failure_mode("request-never-fits", "refusal-not-sent")
 def test_what_never_fits_takes_one_round_trip(stage: Any, said: list[str]) -> None:
-    """Scenarios 17 and 32: refused on the announcement, before its source is made; both sides know at once."""
+    """Refused on the announcement, before the source is made; both sides get the cause."""
     sender = stage.sender()
     patient = Limits(retry_s=5.0, peer_silence_s=20.0)  # nothing is asked twice
     receiver = stage.receiver(assembly_bytes=1000 * stage.layout.token_bytes, limits=patient)
@@ -162,9 +174,11 @@ DIFFERENT = [
 ]
 
 
+@pytest.mark.failure_mode("layouts-differ")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize(("layout", "field"), DIFFERENT)
 def test_layouts_that_differ(stage: Any, caplog: Any, layout: Layout, field: str) -> None:
-    """Scenario 20: refused at the handshake; both sides say which field. The sender's other peers go on."""
+    """Refused at the handshake; both errors name the field, and other receivers of the sender are served."""
     caplog.set_level(logging.WARNING, "embedwire.endpoint.sender")
     sender = stage.sender()
     offer = stage.offer(sender, 1, TOKENS)

@@ -128,12 +128,13 @@ def test_where_one_rank_alone_receives_there_is_no_collective(
     assert made.meeting.widths == []
 
 
+@pytest.mark.failure_mode("rank-counts-differ")
 @pytest.mark.parametrize("delivery", ["replicate", "share"])
 @pytest.mark.parametrize(("senders", "ranks"), [(1, 2), (2, 4), (4, 2), (3, 2)])
 def test_every_rank_gets_every_byte(
     make_group: Callable[..., Group], stage: Any, senders: int, ranks: int, delivery: Any
 ) -> None:
-    """Scenario 24: rounds through a pool that is too small, on every rank the same tensor; shared, the wire carries it once."""
+    """Every rank gets the same tensor through a pool that is too small; with ``share`` the wire carries it once."""
     made = make_group(
         RankGroup.on_one_host(ranks, delivery=delivery), senders=senders, num_blocks=2, block_size=64
     )
@@ -148,8 +149,9 @@ def test_every_rank_gets_every_byte(
     assert len(made.group.readers) == (1 if delivery == "share" else ranks)
 
 
+@pytest.mark.failure_mode("shared-assembly-reused-early")
 def test_dummy_ranks_map_the_owners_memory(make_group: Callable[..., Group], stage: Any) -> None:
-    """Scenario 26a: one copy a host. What a rank writes into it is its own, and it outlives the owner's release."""
+    """One copy per host: what a rank writes into it stays private, and the mapping outlives the release by the owner."""
     made = make_group(RankGroup.on_one_host(3))
     made.offer(7, 5000)
     owner, *others = (stage.check(reception, 5000) for reception in made.open(7))
@@ -222,8 +224,9 @@ def test_the_client_goes(make_group: Callable[..., Group], stage: Any, brake: An
     assert {stage.failure_of(one).cause for one in (*receptions, *offers)} == {"aborted"}
 
 
+@pytest.mark.failure_mode("rank-lost")
 def test_a_rank_that_closes_ends_the_group(make_group: Callable[..., Group], stage: Any) -> None:
-    """Scenario 26: open rooms end with a cause that names the rank, on the others and on the encoder; nothing can be opened any more."""
+    """Open rooms end on the other ranks and on the encoder with a cause that names the rank; no room can be opened afterwards."""
     made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
     receptions = made.open(7)
     made.ranks[2].close()
@@ -251,11 +254,13 @@ def stall() -> Iterator[Callable[[ReceiverEndpoint], None]]:
     go_on.set()
 
 
+@pytest.mark.failure_mode("rank-lost")
+@pytest.mark.invariant("deadlines")
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_rank_that_stops_while_nothing_happens(
     make_group: Callable[..., Group], stage: Any, stall: Callable[..., None], rank: int
 ) -> None:
-    """Scenario 26: rooms wait for their encoder, so that no rank has news. The others find out all the same who takes no part any more."""
+    """All rooms wait for their encoder, so no rank has anything to report; the stopped rank is still found."""
     made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
     receptions = made.open(7)
     made.wait_between_turns()
@@ -299,10 +304,12 @@ def test_no_control_socket_has_a_heartbeat(make_group: Callable[..., Group]) -> 
     assert [socket.getsockopt(zmq.HEARTBEAT_IVL) for socket in turns] == [0, 0]
 
 
+@pytest.mark.failure_mode("rank-lost")
+@pytest.mark.invariant("deadlines")
 def test_a_rank_that_does_not_answer_is_named(
     make_group: Callable[..., Group], stage: Any, stall: Callable[..., None]
 ) -> None:
-    """Scenario 26: stalled for longer than the deadline, it is found before anybody waits in a collective for it."""
+    """A rank that stalls for longer than the deadline is found before the others enter a collective with it."""
     made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
     made.offer(6, 10)
     for reception in made.open(6):

@@ -104,8 +104,10 @@ def garbage() -> list[bytes]:
     ]
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 def test_garbage_to_a_sender(stage: Any, context: Any) -> None:
-    """Scenario 29: each frame is refused and counted; good rooms go on at the same time."""
+    """Each frame is refused and counted; correct rooms go on at the same time."""
     sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
     socket = dealer(context, sender.address)
     frames = garbage()
@@ -118,8 +120,10 @@ def test_garbage_to_a_sender(stage: Any, context: Any) -> None:
     stage.move(sender, receiver, 999, TOKENS)
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 def test_a_huge_frame_to_a_sender(stage: Any, context: Any) -> None:
-    """Scenario 29: it is not even read; its connection ends, and no other."""
+    """The frame is not read; its connection ends, and no other."""
     sender, receiver = stage.sender(), stage.receiver()
     socket = dealer(context, sender.address)
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -129,8 +133,10 @@ def test_a_huge_frame_to_a_sender(stage: Any, context: Any) -> None:
     assert sender.stats().frames_refused_total == 0
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 def test_garbage_ends_the_session_of_who_sent_it(stage: Any, context: Any) -> None:
-    """Scenario 29: the rooms of that receiver end with a cause; those of others do not."""
+    """The rooms of that receiver end with a cause; rooms of other receivers go on."""
     sender, receiver = stage.sender(), stage.receiver()
     socket = dealer(context, sender.address)
     socket.send(messages.encode(hello(receiver)))
@@ -146,8 +152,10 @@ def test_garbage_ends_the_session_of_who_sent_it(stage: Any, context: Any) -> No
     assert reception.result(30).report.total_tokens == TOKENS
 
 
+@pytest.mark.failure_mode("identity-taken")
+@pytest.mark.invariant("validation")
 def test_a_message_under_anothers_name(stage: Any, context: Any, brake: Any) -> None:
-    """Scenario 29: ``source`` has to be who the socket says it is; the one that was named loses nothing."""
+    """``source`` has to match the identity of the socket; the peer that was named loses nothing."""
     sender, receiver = stage.sender(), stage.receiver()
     held = brake()
     stage.offer(sender, 1, TOKENS)
@@ -179,23 +187,27 @@ def with_a_thief(stage: Any, context: Any, *, takes_its_identity: bool) -> tuple
     return sender, receiver, offer, reception
 
 
+@pytest.mark.failure_mode("identity-taken")
 def test_a_socket_that_takes_anothers_identity(stage: Any, context: Any) -> None:
-    """Scenario 29: the victim, who is not heard any more, notices within its deadline and connects anew."""
+    """The displaced peer detects the loss of its connection within its deadline and connects anew."""
     sender, receiver, offer, reception = with_a_thief(stage, context, takes_its_identity=True)
     assert stage.failure_of(reception).cause == "peer_lost"
     assert stage.failure_of(offer).cause == "peer_lost"
     stage.move(sender, receiver, 2, TOKENS)
 
 
+@pytest.mark.failure_mode("identity-taken")
 def test_a_socket_that_speaks_for_another(stage: Any, context: Any) -> None:
-    """Scenario 29: answers go to it until the victim asks again, and that is soon."""
+    """Answers go to the other socket only until the displaced peer sends its next request."""
     sender, _, offer, reception = with_a_thief(stage, context, takes_its_identity=False)
     offer.fill(payload(sender.layout, TOKENS, room=1))
     stage.check(reception, TOKENS)
 
 
+@pytest.mark.failure_mode("grant-not-whole-blocks", "lying-peer")
+@pytest.mark.invariant("alignment", "validation")
 def test_grants_that_lie(stage: Any, context: Any) -> None:
-    """Scenarios 2 and 29: wrong sizes, blocks and rounds end their own room, before a byte is written."""
+    """Wrong sizes, blocks and rounds end their own room before a byte is written."""
     sender, receiver = stage.sender(), stage.receiver(num_blocks=8)
     socket = dealer(context, sender.address)
     socket.send(messages.encode(hello(receiver)))
@@ -223,11 +235,13 @@ def test_grants_that_lie(stage: Any, context: Any) -> None:
     stage.move(sender, receiver, 100, TOKENS)
 
 
+@pytest.mark.failure_mode("lying-peer")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize(
     "descriptor", [b"", b"\xc1", os.urandom(4096), b"\x95\xa5shm/2\xa9../../etc\xc4\x00\x01"]
 )
 def test_a_region_that_is_none(stage: Any, context: Any, descriptor: bytes) -> None:
-    """Scenario 29: refused with each wire's reason; no file or host of the peer's choice is touched."""
+    """Refused with the reason of each wire; no file or host of the peer's choice is opened."""
     sender, receiver = stage.sender(), stage.receiver()
     socket = dealer(context, sender.address)
     wires = ((stage.wire, descriptor), ("no such", b""))
@@ -238,8 +252,10 @@ def test_a_region_that_is_none(stage: Any, context: Any, descriptor: bytes) -> N
     stage.move(sender, receiver, 1, TOKENS)
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 def test_garbage_to_a_receiver(stage: Any, context: Any) -> None:
-    """Scenario 29: a rogue sender costs the rooms asked of it; those of other senders go on."""
+    """Garbage from one sender ends its own rooms only."""
     # who is patient does not connect again meanwhile, and hears all that is sent
     patient = replace(stage.quick, peer_silence_s=10.0)
     sender, receiver = stage.sender(), stage.receiver(limits=patient)
@@ -262,8 +278,10 @@ def test_garbage_to_a_receiver(stage: Any, context: Any) -> None:
     stage.move(sender, receiver, 2000, TOKENS)
 
 
+@pytest.mark.failure_mode("lying-peer")
+@pytest.mark.invariant("validation")
 def test_a_sender_that_lies(stage: Any, context: Any) -> None:
-    """Scenario 29: about its layout, wire, sizes and progress; each costs its own room only."""
+    """False statements about layout, wire, sizes and progress end only the room concerned."""
     sender = stage.sender()
     receiver = stage.receiver(num_blocks=4, assembly_bytes=2**20, limits=stage.quick)
     fields, wire = stage.layout.describe(), stage.wire

@@ -51,8 +51,9 @@ def test_memory_is_released_with_its_last_reader(stage: Any) -> None:
     assert reserved(receiver) == 0
 
 
+@pytest.mark.failure_mode("assemblies-block-each-other")
 def test_released_memory_admits_the_next(stage: Any) -> None:
-    """Scenario 26c: a room that waits for assembly memory goes on when somebody lets go of some."""
+    """A room that waits for assembly memory continues when a finished one is released."""
     sender = stage.sender()
     receiver = stage.receiver(assembly_bytes=TOKENS * stage.layout.token_bytes)
     first = stage.move(sender, receiver, 1, TOKENS)
@@ -154,8 +155,9 @@ def test_a_lane_that_was_done_long_before_the_other(stage: Any, monkeypatch: pyt
     assert stage.check(reception, TOKENS).report.transport == stage.wire
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_an_assembly_that_can_not_be_made(stage: Any, stamped: Any) -> None:
-    """Scenario 30, with code that is not ours: its room ends with a cause on both sides, others go on."""
+    """An allocator of the caller raises: its room ends with a cause on both sides, others go on."""
 
     def fails(total: int) -> dict[str, np.ndarray]:
         raise MemoryError(f"no place for {total}")
@@ -194,8 +196,9 @@ def test_many_assemblies_that_can_not_be_made(stage: Any) -> None:
     stage.move(sender, receiver, 2 + rooms, tokens)
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_a_drain_that_fails(stage: Any, monkeypatch: Any) -> None:
-    """Scenario 30: the room ends at once on both sides, the thread goes on, and so do other rooms."""
+    """The room ends at once on both sides; the thread and other rooms go on."""
     real, failures = BlockPool.get_rows, [RuntimeError("injected")]
 
     def get_rows(*args: Any, **more: Any) -> None:
@@ -227,6 +230,7 @@ def test_a_reception_is_a_future(stage: Any) -> None:
     assert not reception.cancel()
 
 
+@pytest.mark.failure_mode("request-never-fits")
 @pytest.mark.parametrize(
     ("wrong", "kind"),
     [
@@ -239,7 +243,7 @@ def test_a_reception_is_a_future(stage: Any) -> None:
     ],
 )
 def test_settings_that_can_not_be(stage: Any, holdings: Any, wrong: dict[str, Any], kind: type) -> None:
-    """Scenario 17 (zero blocks) and others: an error of ours at once, and nothing is left behind."""
+    """Zero blocks and other impossible settings raise at once and leave nothing behind."""
     before = holdings()
     with pytest.raises(kind):
         ReceiverEndpoint(stage.layout, **wrong)

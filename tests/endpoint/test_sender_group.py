@@ -56,8 +56,9 @@ def ranks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Ranks]:
     made.close()
 
 
+@pytest.mark.failure_mode("part-taken-for-whole-room")
 def test_each_rank_sends_its_part(ranks: Ranks) -> None:
-    """Scenario 25: a room is whole when both parts are; aux and the number of readers are those of rank 0."""
+    """A room is complete when both parts are; aux and the number of readers are those of rank 0."""
     offer = ranks.leader.offer(7, total_tokens=TOKENS, aux=[-5], content_hash=b"h", attempt=1)
     reception = ranks.receiver.open(7, ranks.leader.addresses, attempt=1)
     offer.fill(embedding(7))

@@ -57,9 +57,10 @@ def crash() -> None:
     raise RuntimeError("injected")
 
 
+@pytest.mark.failure_mode("exception-ends-thread", "one-failure-shuts-peer-out")
 @pytest.mark.parametrize(("owner", "skip"), [("region", 0), ("source", 0), ("source", 1)])
 def test_an_exception_ends_its_room_only(stage: Any, monkeypatch: Any, owner: str, skip: int) -> None:
-    """Scenario 30: the writer of a peer outlives a write that blew up; the peer is on no blacklist."""
+    """The writer of a peer survives an exception in a write, and serves the peer's next room."""
     where = {"region": (REGIONS[stage.wire], "write"), "source": (Source, "pieces")}[owner]
     sender, receiver = stage.sender(), stage.receiver(num_blocks=2)
     stage.move(sender, receiver, 1, TOKENS)
@@ -73,8 +74,9 @@ def test_an_exception_ends_its_room_only(stage: Any, monkeypatch: Any, owner: st
     assert sender.stats().sessions == 1
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_an_exception_before_the_write(stage: Any, monkeypatch: Any) -> None:
-    """Scenario 30: the driver's thread goes on too, and no write stays without its answer."""
+    """The driver's thread goes on, and every write gets its result."""
     crashes = script(monkeypatch, SessionWriter, "submit", [crash, None, crash])
     sender, receiver = stage.sender(), stage.receiver(num_blocks=4)
     stage.move(sender, receiver, 1, TOKENS)
@@ -82,8 +84,9 @@ def test_an_exception_before_the_write(stage: Any, monkeypatch: Any) -> None:
     assert sender.stats().ended == {"done": 1}
 
 
+@pytest.mark.failure_mode("one-failure-shuts-peer-out")
 def test_a_lost_write_is_tried_again(stage: Any, monkeypatch: Any) -> None:
-    """Scenario 30: one failed write is no reason to give up; every byte is right."""
+    """One lost write does not end the room; every byte is right."""
     lost = script(
         monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.LOST, None, lambda: Outcome.LOST]
     )
@@ -115,11 +118,11 @@ def test_callbacks_run_on_the_drivers_thread(stage: Any, monkeypatch: Any) -> No
     assert ran_on == [sender._thread]
 
 
+@pytest.mark.failure_mode("write-outcome-unknown", "one-failure-shuts-peer-out")
+@pytest.mark.invariant("no-early-reuse")
 def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch: Any) -> None:
-    """Rule 5: UNKNOWN is not LOST. A one-sided wire's blocks stay in quarantine until its session is closed.
-
-    Then they come back, and the peer is served again (scenario 30: on no blacklist).
-    """
+    """UNKNOWN is not LOST: blocks of a one-sided wire stay in quarantine until its session is closed; then they are free, and the peer
+    is served again."""
     region, may_close = REGIONS[stage.wire], threading.Event()
     real = region.close
 
@@ -142,8 +145,10 @@ def test_an_unknown_outcome_keeps_the_blocks_until_proof(stage: Any, monkeypatch
     stage.move(sender, receiver, 3, TOKENS)
 
 
+@pytest.mark.failure_mode("write-outcome-unknown")
+@pytest.mark.invariant("no-early-reuse")
 def test_a_doubt_outlives_a_close_that_proved_nothing(stage: Any, monkeypatch: Any) -> None:
-    """Rule 5: a receiver that does not answer proves nothing; the writer asks again, and then the blocks come back."""
+    """A receiver that does not answer proves nothing; the writer requests proof again, and then the blocks are free."""
     region, may_end, asked = REGIONS[stage.wire], threading.Event(), threading.Semaphore(0)
     real = region.close
 
@@ -163,9 +168,11 @@ def test_a_doubt_outlives_a_close_that_proved_nothing(stage: Any, monkeypatch: A
     stage.wait_idle()
 
 
+@pytest.mark.failure_mode("frozen-peer-holds-blocks", "write-outcome-unknown")
+@pytest.mark.invariant("no-early-reuse")
 def test_a_doubt_outlives_its_writer(stage: Any, monkeypatch: Any) -> None:
-    """Scenario 26f: a receiver that was frozen in mid-write, for longer than its sender waits, goes on: its blocks come back as soon as
-    the old session has ended, however many new ones there are, and the sender keeps nothing of it."""
+    """A receiver frozen in mid-write for longer than its sender waits: its blocks are free when the old session has ended, however many
+    new sessions there are, and the sender keeps no state of it."""
     region, may_end, lost, awake = (REGIONS[stage.wire], *(threading.Event() for _ in range(3)))
     before = writers()
     real = region.close
