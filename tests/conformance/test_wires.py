@@ -1,7 +1,6 @@
-"""Every wire of this package against the public conformance suite, the fake one too, since tests lean on it.
+"""Every wire of this package against the public conformance suite, the fake one too, since other tests depend on it.
 
-Scenarios 13 (pieces in any order), 27 and 28 (ends in mid-write), 26f (a stopped peer) at the floor of the
-wires.
+The suite covers pieces in any order, ends in mid-write, and peers that stop or die.
 """
 
 from __future__ import annotations
@@ -27,11 +26,19 @@ WIRES = {
 }
 
 
+@pytest.mark.failure_mode(
+    "scattered-blocks",
+    "reuse-during-write",
+    "frozen-peer-holds-blocks",
+    "encoder-killed",
+    "language-server-killed",
+)
+@pytest.mark.invariant("no-early-reuse")
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("check", Conformance.checks())
 @pytest.mark.parametrize("wire", WIRES)
 def test_wire(wire: str, check: str) -> None:
-    """Scenarios 13, 26f, 27 and 28: see the named check of the suite."""
+    """Each check of the suite is described at its method in ``embedwire.testing.conformance``."""
     try:
         suite = Conformance(WIRES[wire]())
     except ConfigurationError as reason:

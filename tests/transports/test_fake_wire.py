@@ -32,8 +32,9 @@ class Fixture:
         )
 
 
+@pytest.mark.failure_mode("status-overtakes-bytes")
 def test_late_slices_are_overtaken_and_reported_in_order() -> None:
-    """Scenario 26d: what is reported never runs ahead of the bytes."""
+    """Reported progress is never ahead of the bytes."""
     fixture = Fixture({2: Fate.LATE, 4: Fate.LATE})
     assert fixture.write(4) is Outcome.LANDED
     assert bytes(fixture.memory[:5]) == b"\0\1\2\3\4"
@@ -53,9 +54,10 @@ def test_a_write_ends_at_its_first_fault(fate: Fate, outcome: Outcome) -> None:
     assert fixture.network.slices == 3
 
 
+@pytest.mark.failure_mode("lease-shorter-than-write")
 @pytest.mark.parametrize("is_fenced", [True, False])
 def test_a_stray_slice_after_revoke(is_fenced: bool) -> None:
-    """Scenario 34: a late write lands in memory that was given back, unless the wire is fenced."""
+    """A late write lands in freed memory, unless the wire is fenced."""
     fixture = Fixture({1: Fate.STRAY}, is_fenced=is_fenced)
     assert fixture.write(1) is Outcome.UNKNOWN
     assert fixture.inbound.revoke(1) is is_fenced
@@ -63,8 +65,9 @@ def test_a_stray_slice_after_revoke(is_fenced: bool) -> None:
     assert fixture.memory[1] == (0 if is_fenced else 1)
 
 
+@pytest.mark.failure_mode("encoder-killed")
 def test_a_killed_sender_has_nothing_under_way() -> None:
-    """Scenario 28."""
+    """Nothing of a killed sender lands later."""
     fixture = Fixture({1: Fate.STRAY})
     fixture.write(1)
     assert not fixture.inbound.is_gone(7)

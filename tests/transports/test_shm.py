@@ -88,20 +88,23 @@ def is_mine(name: str) -> bool:
     return any(name in os.readlink(link) for link in links if link.exists())
 
 
+@pytest.mark.failure_mode("lying-peer")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize("name", ["../../etc/passwd", "embedwire-", "embedwire-" + "0" * 31 + "/", "x" * 42])
 def test_only_names_of_segments_are_opened(inbound: ShmInbound, name: str) -> None:
-    """Scenario 29: a descriptor is a peer's word, and no way to any other file."""
+    """A descriptor comes from the peer and can name no other file."""
     with pytest.raises(TransportError, match="not a descriptor"):
         connect(msgspec.msgpack.encode(shm._Descriptor(name, bytes(16), 100)))
 
 
+@pytest.mark.failure_mode("restart-on-same-address", "message-from-earlier-life")
 @pytest.mark.parametrize(
     ("nonce", "nbytes"), [(bytes(16), 5000), (None, 4999), (None, 2**60), (None, 0), (None, -1)]
 )
 def test_another_segment_of_that_name_is_not_written(
     inbound: ShmInbound, nonce: bytes | None, nbytes: int
 ) -> None:
-    """Scenario 28: another host, or another life of the receiver, has the name but not the nonce."""
+    """Another host or another incarnation of the receiver may have the name, but not the nonce."""
     inbound.allocate(5000)
     true = msgspec.msgpack.decode(inbound.descriptor(), type=shm._Descriptor)
     false = shm._Descriptor(true.name, true.nonce if nonce is None else nonce, nbytes)
@@ -123,8 +126,10 @@ def test_the_largest_tokens_have_locks_of_their_own(inbound: ShmInbound) -> None
         assert inbound.is_gone(token)
 
 
+@pytest.mark.failure_mode("encoder-killed")
+@pytest.mark.invariant("no-early-reuse")
 def test_the_lock_outlives_the_descriptor_while_the_mapping_lives(inbound: ShmInbound) -> None:
-    """Scenario 28: a child that was forked, and has closed all descriptors, can still write."""
+    """A forked child that has closed all descriptors can still write."""
     inbound.allocate(100)
     code = (
         "import os, sys\n"
@@ -150,8 +155,9 @@ def test_the_lock_outlives_the_descriptor_while_the_mapping_lives(inbound: ShmIn
             pass
 
 
+@pytest.mark.failure_mode("language-server-killed", "leftovers-of-a-dead-process")
 def test_a_killed_receiver_is_swept_and_a_living_one_is_not(inbound: ShmInbound) -> None:
-    """Scenario 28: a receiver is killed; its file goes when the next one starts, and its senders lose."""
+    """The file of a killed receiver is removed when the next one starts, and its senders get LOST."""
     living = ShmInbound(host="127.0.0.1")
     living.allocate(100)
     code = (

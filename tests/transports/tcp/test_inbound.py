@@ -112,9 +112,11 @@ BAD_GREETINGS = {
 }
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize("name", BAD_GREETINGS)
 def test_a_bad_greeting_costs_its_connection(server: Server, name: str) -> None:
-    """Scenario 29: garbage instead of a greeting, at once and byte by byte."""
+    """Garbage instead of a greeting, at once and byte by byte."""
     at_once, slowly = server.connect(), server.connect()
     at_once.sendall(BAD_GREETINGS[name])
     send_in_single_bytes(slowly, BAD_GREETINGS[name])
@@ -151,10 +153,11 @@ BAD_FRAMES = {
 }
 
 
+@pytest.mark.failure_mode("malformed-message", "lying-peer")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize("name", BAD_FRAMES)
 def test_a_bad_frame_costs_its_connection(server: Server, name: str) -> None:
-    """Scenario 29: what the format or the ticket does not allow, at once and byte by byte; no byte of it
-    lands."""
+    """What the format or the ticket does not allow, at once and byte by byte; no byte of it lands."""
     at_once, slowly = server.greeted(), server.greeted()
     at_once.sendall(BAD_FRAMES[name])
     send_in_single_bytes(slowly, BAD_FRAMES[name])
@@ -164,8 +167,10 @@ def test_a_bad_frame_costs_its_connection(server: Server, name: str) -> None:
     assert server.serves()
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 def test_a_frame_cut_anywhere(server: Server) -> None:
-    """Scenario 29: a connection that ends within a frame leaves nothing outside the frame's place."""
+    """A connection that ends within a frame changes nothing outside the place of the frame."""
     whole = frame((1500, 3), (1100, 4)) + b"abcdefg"
     for end in range(len(whole)):
         sock = server.greeted()
@@ -186,9 +191,11 @@ def test_a_good_frame_byte_by_byte(server: Server) -> None:
     assert (server.memory[1500:1503], server.memory[1100:1104]) == (b"abc", b"defg")
 
 
+@pytest.mark.failure_mode("reuse-during-write", "abort-not-propagated")
+@pytest.mark.invariant("no-early-reuse")
 @pytest.mark.parametrize("offset", [1000, 0, 2**40])
 def test_a_frame_for_a_closed_ticket_is_answered_and_lands_nowhere(server: Server, offset: int) -> None:
-    """Scenario 27: a revocation crosses a write. That is no violation, so the connection lives on."""
+    """A revocation crosses a write: no violation, and the connection stays open."""
     sock = server.greeted()
     data = frame((offset, 700_000), ticket=CLOSED_TICKET) + b"x" * 700_000
     sock.sendall(data)
@@ -201,8 +208,10 @@ def test_a_frame_for_a_closed_ticket_is_answered_and_lands_nowhere(server: Serve
     assert server.memory[1000:1004] == b"good"
 
 
+@pytest.mark.failure_mode("frozen-peer-holds-blocks", "lease-shorter-than-write")
+@pytest.mark.invariant("no-early-reuse")
 def test_revoke_neither_waits_for_a_silent_peer_nor_lets_its_rest_in(server: Server) -> None:
-    """Scenarios 26f and 34: a peer stops within a frame; the late rest of it lands nowhere."""
+    """A peer stops within a frame; the late rest of the frame lands nowhere."""
     sock = server.greeted()
     sock.sendall(frame((1000, 4), (1990, 10)) + b"late")
     while server.memory[1000:1004] != b"late":
@@ -214,8 +223,10 @@ def test_revoke_neither_waits_for_a_silent_peer_nor_lets_its_rest_in(server: Ser
     assert server.serves()
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("deadlines")
 def test_a_connection_without_a_greeting_is_dropped() -> None:
-    """Scenario 29: half-open connections, one of them with half a greeting, do not stay."""
+    """Half-open connections, one of them with half a greeting, are closed."""
     server = Server(greeting_s=1.5)
     silent, half = server.connect(), server.connect()
     half.sendall(frames.encode_hello(server.target.nonce, 77)[:-1])
@@ -239,8 +250,9 @@ def test_connections_are_bounded() -> None:
     server.close()
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_a_peer_that_does_not_read_its_answers_is_dropped(server: Server) -> None:
-    """Scenario 30: it must not hold the one thread that serves all others."""
+    """It must not block the thread that serves all other peers."""
     sock = socket.socket()
     server.sockets.append(sock)
     sock.settimeout(20)
@@ -252,8 +264,9 @@ def test_a_peer_that_does_not_read_its_answers_is_dropped(server: Server) -> Non
     assert server.serves()
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_a_fault_of_our_own_costs_one_connection(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scenario 30: an exception in the thread once ended it."""
+    """An exception in the thread ends one connection, not the thread."""
     sock = server.connect()
     with monkeypatch.context() as patch:
         patch.setattr(Connection, "on_readable", lambda _: 1 / 0)
@@ -262,8 +275,9 @@ def test_a_fault_of_our_own_costs_one_connection(server: Server, monkeypatch: py
     assert server.serves()
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_out_of_descriptors_is_survived(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    """Scenario 30: a connection that can not be accepted now is accepted when there is room again."""
+    """A connection that cannot be accepted now is accepted when descriptors are free again."""
     sock = socket.socket()
     sock.settimeout(20)
     server.sockets.append(sock)

@@ -111,9 +111,11 @@ ENDINGS = {
 }
 
 
+@pytest.mark.failure_mode("abort-not-propagated", "language-server-killed", "write-outcome-unknown")
+@pytest.mark.invariant("no-early-reuse")
 @pytest.mark.parametrize("name", ENDINGS)
 def test_every_ending_has_an_honest_outcome(name: str) -> None:
-    """Scenarios 27 and 28: LOST only where the receiver can not read what was under way any more."""
+    """LOST only where the receiver can no longer read the bytes under way."""
     behave, outcome = ENDINGS[name]
     with receiver(behave) as descriptor:
         outbound = TcpOutbound(host="127.0.0.1", streams=1)
@@ -122,8 +124,10 @@ def test_every_ending_has_an_honest_outcome(name: str) -> None:
         outbound.close()
 
 
+@pytest.mark.failure_mode("lease-shorter-than-write", "write-outcome-unknown")
+@pytest.mark.invariant("no-early-reuse")
 def test_close_returns_when_the_receiver_has_read_all_and_closed() -> None:
-    """Scenario 34: after close() nothing of the session lands, so it waits for the receiver's end."""
+    """After close() nothing of the session lands, so close() waits for the end from the receiver."""
     has_returned = threading.Event()
     returned_early = []
 
@@ -174,8 +178,9 @@ def test_progress_stops_at_the_first_refusal() -> None:
         outbound.close()
 
 
+@pytest.mark.failure_mode("restart-on-same-address", "one-failure-shuts-peer-out")
 def test_a_broken_session_connects_again_at_its_next_write() -> None:
-    """Scenario 28: a peer that comes back is usable at once."""
+    """A peer that is back is usable at once."""
     with receiver(reset, answer(ACK)) as descriptor:
         outbound = TcpOutbound(host="127.0.0.1", streams=1)
         region = outbound.connect(descriptor, sender_token=9, timeout_s=20)
@@ -190,8 +195,10 @@ def test_another_welcome_is_no_session(welcome: bytes) -> None:
         TcpOutbound(host="127.0.0.1").connect(descriptor, sender_token=9, timeout_s=20)
 
 
+@pytest.mark.failure_mode("frozen-peer-holds-blocks")
+@pytest.mark.invariant("deadlines")
 def test_a_receiver_that_never_answers_the_greeting() -> None:
-    """Scenario 26f: a stopped receiver still accepts connections; the time-out ends that."""
+    """A stopped receiver still accepts connections; the time-out ends the attempt."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         descriptor = msgspec.msgpack.encode(frames.Descriptor("127.0.0.1", port, NONCE, 10))
