@@ -18,12 +18,13 @@ def test_nothing_is_zero(name: str) -> None:
         Limits(**{name: 0})
 
 
+@pytest.mark.failure_mode("lease-shorter-than-write")
 @pytest.mark.parametrize(
     "wrong",
     [
         {"retry_s": 2.0},  # one lost message would be a lost peer
         {"peer_silence_s": 61.0},  # a round would end before its lost peer is found
-        {"write_timeout_s": 61.0},  # scenario 34: the lease is shorter than the write it covers
+        {"write_timeout_s": 61.0},  # the lease is shorter than the write it covers
         {"window_rounds": OPEN_ROUNDS_MAX + 1},  # the sender would take the last grant for a violation
     ],
 )

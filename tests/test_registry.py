@@ -62,8 +62,9 @@ def test_load_is_given_back_after_an_error_and_after_removal() -> None:
     assert registry.load("http://a:80") == 0
 
 
+@pytest.mark.failure_mode("one-failure-shuts-peer-out")
 def test_missed_checks_evict_and_an_answer_revives() -> None:
-    """Scenario 30: one failed check does not shut a peer out, and no shut-out is for ever."""
+    """One failed check does not evict a worker, and no eviction is permanent."""
     registry = table(worker("a"), worker("b"), misses_to_evict=2)
     registry.missed("http://a:80")
     assert len(registry.candidates(Role.ENCODER)) == 2
@@ -75,8 +76,9 @@ def test_missed_checks_evict_and_an_answer_revives() -> None:
     assert len(registry.candidates(Role.ENCODER)) == 2
 
 
+@pytest.mark.failure_mode("restart-on-same-address")
 def test_a_new_life_starts_with_a_clean_sheet() -> None:
-    """Scenario 28: a worker restarted on the same port is usable at once."""
+    """A worker restarted on the same port is usable at once."""
     registry = table(worker("a"), misses_to_evict=1)
     registry.missed("http://a:80")
     assert not registry.candidates(Role.ENCODER)

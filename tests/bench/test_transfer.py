@@ -33,8 +33,9 @@ def test_rounds_and_bytes_are_those_of_the_pool(wire: str) -> None:
         assert case.one_round_median_s == cases[0].median_s
 
 
+@pytest.mark.failure_mode("bytes-of-another-room")
 def test_a_wrong_byte_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scenario 33: every payload is filled with its room's number, and checked."""
+    """The benchmark fills every payload with its room number and fails on a wrong byte."""
     monkeypatch.setattr(transfer._Bench, "_copies", lambda bench, room: 0.0)
     with pytest.raises(TransferError, match="arrived with a wrong byte"):
         measure(Subject(transport="shm", tokens=8, token_bytes=64, pools_tokens=()), repeat=1)

@@ -26,6 +26,7 @@ print("cleaned up")
 """
 
 
+@pytest.mark.failure_mode("leak-at-shutdown")
 @pytest.mark.parametrize(
     ("first", "second"),
     [(first, second) for first in ("SIGTERM", "SIGINT") for second in ("SIGTERM", "SIGINT")]
@@ -34,7 +35,7 @@ print("cleaned up")
 def test_a_second_signal_does_not_interrupt_the_cleaning_up(
     first: str, second: str, environment: dict[str, str]
 ) -> None:
-    """Scenario 27: what it would leave behind is shared memory."""
+    """An interrupted cleanup would leave shared memory behind."""
     ended = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(first=first, second=second)],
         env=environment,

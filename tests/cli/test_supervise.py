@@ -77,9 +77,10 @@ def start(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[...,
         group.process.communicate()
 
 
+@pytest.mark.failure_mode("leak-at-shutdown")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_ranks(start: Any, number: signal.Signals) -> None:
-    """Scenario 27."""
+    """One signal to the supervisor ends every rank."""
     group = start("well")
     facts = group.ready()
     assert os.path.isdir(facts["directory"])
@@ -87,9 +88,10 @@ def test_a_signal_ends_all_ranks(start: Any, number: signal.Signals) -> None:
     assert group.left(*facts["rank_pids"]) == []
 
 
+@pytest.mark.failure_mode("leak-at-shutdown")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_while_the_ranks_are_loading(start: Any, number: signal.Signals, code: int) -> None:
-    """Scenario 27."""
+    """A signal during start also ends every rank."""
     group = start("loads")
     assert [group.process.stderr.readline() for _ in range(RANKS)] == ["loading\n"] * RANKS
     pids = [child.pid for child in psutil.Process(group.process.pid).children()]
@@ -97,8 +99,9 @@ def test_a_signal_while_the_ranks_are_loading(start: Any, number: signal.Signals
     assert (len(pids), group.left(*pids)) == (RANKS, [])
 
 
+@pytest.mark.failure_mode("rank-lost", "restart-on-same-address")
 def test_a_killed_rank_is_named_and_all_start_anew_on_the_same_port(start: Any) -> None:
-    """Scenario 26: nobody can put a lost rank back into step, so the group has a second life."""
+    """After the loss of a rank all ranks are restarted together on the same port."""
     group = start("well")
     first = group.ready()
     os.kill(first["rank_pids"][2], signal.SIGKILL)
@@ -121,8 +124,9 @@ def test_or_the_server_ends_with_one_line(start: Any) -> None:
     assert group.left(*facts["rank_pids"]) == []
 
 
+@pytest.mark.failure_mode("rank-lost")
 def test_a_rank_that_says_that_the_group_is_lost(start: Any) -> None:
-    """Scenario 26: a rank that stands still ends no process; another one tells of it. Whoever is stopped is ended all the same."""
+    """A stopped rank does not exit; another rank reports the loss, and the supervisor ends the stopped one too."""
     group = start("well", on_rank_failure="exit")
     facts = group.ready()
     os.kill(facts["rank_pids"][3], signal.SIGSTOP)
@@ -158,8 +162,9 @@ def test_a_group_that_fails_again_and_again_is_given_up(start: Any) -> None:
     assert group.left() == []
 
 
+@pytest.mark.failure_mode("orphaned-process")
 def test_ranks_end_when_their_supervisor_is_killed(start: Any) -> None:
-    """Scenario 28: nobody is left who could stop them, so they stop by themselves."""
+    """Ranks exit by themselves when their supervisor is killed."""
     group = start("well")
     ranks = [psutil.Process(pid) for pid in group.ready()["rank_pids"]]
     group.end(signal.SIGKILL)
@@ -167,8 +172,9 @@ def test_ranks_end_when_their_supervisor_is_killed(start: Any) -> None:
     assert (len(gone), alive) == (RANKS, [])
 
 
+@pytest.mark.failure_mode("leak-at-shutdown")
 def test_a_stopped_rank_does_not_hold_up_the_end(start: Any) -> None:
-    """Scenario 27: it is killed when its time is over."""
+    """A stopped rank is killed when the time for a clean exit is over."""
     group = start("well")
     facts = group.ready()
     os.kill(facts["rank_pids"][1], signal.SIGSTOP)
@@ -190,9 +196,10 @@ def test_groups_come_and_go_and_leave_nothing(start: Any, delivery: str) -> None
         assert not any(os.path.exists(path) for path in facts["segments"])
 
 
+@pytest.mark.failure_mode("orphaned-process", "leftovers-of-a-dead-process")
 @pytest.mark.model
 def test_ranks_clean_up_when_their_supervisor_is_killed(start: Any) -> None:
-    """Scenario 28: the directory in which they met, and their shared memory."""
+    """Orphaned ranks remove their rendezvous directory and their shared memory."""
     group = start("moves", num_blocks="2", block_size="16")
     facts = group.ready()
     ranks = [psutil.Process(pid) for pid in facts["rank_pids"]]

@@ -109,10 +109,11 @@ def test_it_answers_and_ctrl_c_leaves_nothing_behind(up: Up) -> None:
     assert psutil.wait_procs(up.children, timeout=ENDS_WITHIN_S)[1] == []
 
 
+@pytest.mark.failure_mode("orphaned-process")
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
 def test_nothing_is_left_when_it_is_killed(up: Up) -> None:
-    """Scenario 28: nobody is left who could stop vLLM, so what watches it does."""
+    """The process that watches the vLLM servers ends them when ``up`` is killed."""
     up.process.kill()
     up.process.wait()
     assert psutil.wait_procs(up.children, timeout=ENDS_WITHIN_S)[1] == []
