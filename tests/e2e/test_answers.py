@@ -104,8 +104,9 @@ def test_the_official_client_reads_both(client: openai.OpenAI, chat: Chat, pictu
     assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
 
 
+@pytest.mark.failure_mode("no-media")
 def test_text_alone_goes_past_the_encoder(stack: Stack, chat: Chat) -> None:
-    """Scenario 19: no room, no encoder; its counts stay as they are."""
+    """A text-only request opens no room and leaves the counters of the encoder unchanged."""
     before = stack.encoders[0].metrics()
     answer = stack.ask(chat("Say something.")).json()
     assert len(answer["choices"][0]["token_ids"]) == 8

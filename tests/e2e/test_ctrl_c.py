@@ -93,10 +93,11 @@ def up(tiny_model_dir: Callable[[str], Path], tmp_path: Path, wait_until: Any) -
         running.process.communicate()
 
 
+@pytest.mark.failure_mode("leak-at-shutdown")
 def test_ctrl_c_with_requests_under_way(
     up: Up, chat: Chat, picture: Callable[..., bytes], wait_until: Any
 ) -> None:
-    """Scenario 27: an endless answer and transfers are cut off within bounds; no process, no port and no shared memory is left."""
+    """Ctrl-C ends running answers and transfers in bounded time; no process, port or shared memory is left."""
     held = up.held()
     assert left_of(held) == held
     assert [len(held[kind]) for kind in ("processes", "ports", "segments")] == [4, 5, 1]

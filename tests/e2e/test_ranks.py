@@ -141,13 +141,13 @@ def expected(tiny_model_dir: Callable[[str], Path]) -> Callable[..., list[int]]:
     return ids
 
 
+@pytest.mark.failure_mode("ranks-see-different-totals", "rank-counts-differ", "part-taken-for-whole-room")
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("pictures", [0, 1, 3])
 def test_it_is_the_answer_of_the_undivided_model(
     fleet: Fleet, name: str, pictures: int, chat: Chat, picture: Picture, expected: Any
 ) -> None:
-    """Scenarios 21, 24 and 25: two encoder ranks to two and to four language ranks, streamed or not; the pool is too small for every
-    picture."""
+    """Two encoder ranks to two and to four language ranks, streamed or not, through a pool smaller than each image."""
     drawn = [picture(280, 224, seed=seed) for seed in range(pictures)]
     body = chat("What are these?", *drawn, max_tokens=TOKENS)
     answers = [fleet.ask(name, body | {"stream": stream}) for stream in (False, True)]
@@ -157,11 +157,12 @@ def test_it_is_the_answer_of_the_undivided_model(
         assert all(len(answer["rounds"]) > 1 for answer in answers)
 
 
+@pytest.mark.failure_mode("shared-assembly-reused-early")
 @pytest.mark.parametrize(("name", "times"), [("share", 1), ("replicate", 4)])
 def test_what_the_wire_carries(
     fleet: Fleet, name: str, times: int, chat: Chat, picture: Picture, wait_until: Any
 ) -> None:
-    """Scenario 26a: where ranks share, an embedding comes once for all of them; else once for each."""
+    """With ``share`` an embedding crosses the wire once for all ranks, else once for each rank."""
     servers = (fleet.encoder, fleet.languages[name])
     before = [server.metrics() for server in servers]
     passage = fleet.ask(name, chat("What is this?", picture(280, 224)))
@@ -183,10 +184,11 @@ def test_what_the_wire_carries(
     assert (metrics.total("language_ranks"), metrics.total("language_readers")) == (GROUPS[name], times)
 
 
+@pytest.mark.failure_mode("rank-counts-differ")
 def test_one_router_before_different_groups(
     fleet: Fleet, chat: Chat, picture: Picture, expected: Any
 ) -> None:
-    """Scenario 24: an encoder hears for every room how many ranks read it."""
+    """The encoder is given the number of reading ranks with every room."""
     drawn = picture(280, 224)
     answers = [fleet.ask("both", chat("What is this?", drawn, max_tokens=TOKENS)) for _ in range(4)]
     assert sorted(answer["ranks"] for answer in answers) == [2, 2, 4, 4]
@@ -201,20 +203,22 @@ def test_memory_of_every_rank_comes_back(fleet: Fleet, name: str, chat: Chat, pi
     assert held > 2 * 2 * 2**20
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_client_that_goes_away(fleet: Fleet, name: str, chat: Chat, picture: Picture) -> None:
-    """Scenario 27: on no rank anything is kept for it; the fleet is at rest after this test, and answers."""
+    """After a disconnect no rank holds memory for the request, and the servers still answer."""
     with fleet.streaming(name, chat("What is this?", picture(280, 224))):
         assert fleet.languages[name].metrics().total("language_generating") == 1
     assert len(fleet.ask(name, chat("Say something."))["ids"]) == 8
 
 
+@pytest.mark.failure_mode("rank-lost")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_rank_is_lost_in_mid_answer(
     fleet: Fleet, name: str, number: signal.Signals, chat: Chat, picture: Picture, wait_until: Any
 ) -> None:
-    """Scenario 26: the client hears why, within the ranks' time-out; then all ranks start anew and answer as before."""
+    """The client gets the cause within the time-out of the ranks; then all ranks restart and answer as before."""
     body = chat("What is this?", picture(280, 224))
     before = fleet.ask(name, body)
     with fleet.streaming(name, body) as lines:
@@ -234,10 +238,11 @@ def test_a_rank_is_lost_in_mid_answer(
     assert re.search(f"^embedwire: {cause}; all ranks start anew$", log, re.MULTILINE), log
 
 
+@pytest.mark.failure_mode("rank-lost", "encoder-killed")
 def test_another_server_takes_over_what_had_no_token_yet(
     fleet: Fleet, chat: Chat, picture: Picture, wait_until: Any
 ) -> None:
-    """Scenarios 26 and 28: a stopped rank does not answer when its room is opened, and the router asks somebody else."""
+    """A stopped rank does not answer when its room is opened, and the router uses another server."""
     body = chat("What is this?", picture(280, 224))
     before = fleet.ask("both", body)
     os.kill(fleet.pid("share", 1), signal.SIGSTOP)
@@ -247,8 +252,9 @@ def test_another_server_takes_over_what_had_no_token_yet(
     fleet.wait_restarted("share", wait_until)
 
 
+@pytest.mark.failure_mode("rank-lost", "restart-on-same-address")
 def test_a_killed_rank_of_the_encoder(fleet: Fleet, chat: Chat, picture: Picture, wait_until: Any) -> None:
-    """Scenario 28: all ranks of the encoder start anew at the same address, and serve as before."""
+    """All ranks of the encoder restart at the same address and serve as before."""
     body, encoder = chat("What are these?", picture(280, 224), picture(140, 112)), fleet.encoder
     before, url = fleet.ask("share", body), encoder.url
     os.kill(encoder.facts["rank_pids"][1], signal.SIGKILL)

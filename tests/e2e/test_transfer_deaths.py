@@ -167,12 +167,12 @@ def failure_of(ending: Any) -> TransferError:
     return caught.value
 
 
+@pytest.mark.failure_mode("encoder-killed", "restart-on-same-address")
+@pytest.mark.invariant("no-early-reuse", "deadlines")
 @pytest.mark.parametrize("restarted", ["at once", "later"])
 def test_the_sender_is_killed(start: Any, receiver: Any, sender: Any, restarted: str) -> None:
-    """Scenario 28: in mid-round. The receiver says why within its deadline, its blocks come back after proof,
-
-    and a sender started anew on the same port serves it, under the same room's next attempt.
-    """
+    """SIGKILL in mid-round: the receiver ends the room within its deadline, gets its blocks back after proof, and is served by a sender
+    restarted on the same port, under the next attempt of the room."""
     worker = start("sender")
     assert worker.ask("hold") == "holding"
     assert worker.ask(f"offer 1 0 {TOKENS}") == "offered"
@@ -194,12 +194,12 @@ def test_the_sender_is_killed(start: Any, receiver: Any, sender: Any, restarted:
     assert again.ask("ended 1 1") == "done"
 
 
+@pytest.mark.failure_mode("language-server-killed", "leftovers-of-a-dead-process")
+@pytest.mark.invariant("deadlines")
 @pytest.mark.parametrize("restarted", ["at once", "later"])
 def test_the_receiver_is_killed(start: Any, sender: Any, monkeypatch: Any, restarted: str) -> None:
-    """Scenario 28: in mid-round. The sender says why, frees its memory, and serves the next one at once.
-
-    What the dead one left in shared memory is removed by the next receiver that starts.
-    """
+    """SIGKILL in mid-round: the sender ends the room, frees its memory and serves the next receiver, which removes the shared memory of
+    the dead one."""
     reached, released, real = threading.Event(), threading.Event(), Source.pieces
 
     def pieces(*args: Any, **more: Any) -> Any:
@@ -229,12 +229,12 @@ def test_the_receiver_is_killed(start: Any, sender: Any, monkeypatch: Any, resta
     assert again.ask("ended 1 1") == "done"
 
 
+@pytest.mark.failure_mode("frozen-peer-holds-blocks")
+@pytest.mark.invariant("no-early-reuse")
 def test_a_frozen_sender(start: Any, receiver: Any, sender: Any, wire: str) -> None:
-    """Scenario 26f: it holds grants. Others are served meanwhile, and after it has woken up and written.
-
-    On shm nothing but its own word frees its blocks, since its kernel lock says that it lives, and so over one-sided wires, whose
-    connection says it; on tcp the receiver itself keeps the late write out.
-    """
+    """A frozen sender holds grants; other senders are served meanwhile, and after its late write. On shm and one-sided wires its blocks
+    come back only with its own confirmation, since lock and connection show that it is alive; on tcp the receiver rejects the late
+    write."""
     worker = start("sender")
     assert worker.ask("hold") == "holding"
     assert worker.ask(f"offer 1 0 {TOKENS}") == "offered"
@@ -259,8 +259,10 @@ def test_a_frozen_sender(start: Any, receiver: Any, sender: Any, wire: str) -> N
     check(receiver.open(1, worker.greeting, attempt=1))
 
 
+@pytest.mark.failure_mode("frozen-peer-holds-blocks")
+@pytest.mark.invariant("deadlines")
 def test_a_frozen_receiver(start: Any, sender: Any, receiver: Any, wire: str) -> None:
-    """Scenario 26f from the other side: the sender gives it up within its deadline, and serves others."""
+    """The sender ends the room of a frozen receiver within its deadline and serves others."""
     worker = start("receiver")
     blocker = sender.offer(1, total_tokens=TOKENS)
     assert worker.ask(f"open 1 0 {sender.address}") == "opened"
