@@ -106,8 +106,9 @@ def test_a_bad_prompt_reserves_nothing(service: Callable[..., EncodeService]) ->
     assert one.sender.stats().memory_reserved_bytes == 0
 
 
+@pytest.mark.failure_mode("request-never-fits")
 def test_a_prompt_larger_than_all_memory_is_refused_at_once(service: Callable[..., EncodeService]) -> None:
-    """Scenario 17."""
+    """A prompt that needs more than all source memory is refused without waiting."""
     with pytest.raises(NeverFitsError):
         service(memory_tokens=99).take_up(1, prompt(100))
 
@@ -166,10 +167,11 @@ def test_the_first_of_a_batch_does_not_wait_for_the_last(
     assert engine.encoded.count(20) == 1
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_a_fault_of_one_prompt_is_not_its_neighbours(
     service: Callable[..., EncodeService], engine: CountingEncoder, receiver: ReceiverEndpoint
 ) -> None:
-    """Scenario 30: the batch fails, its members run alone, and only the bad one ends."""
+    """A failed batch is repeated prompt by prompt, and only the faulty prompt fails."""
     one = service()
     hold_tower(one, engine)
     one.take_up(2, prompt(20))
@@ -209,10 +211,11 @@ def test_memory_that_does_not_come_free_in_time_is_an_overload(service: Callable
     assert one.stats().waiting_for_memory == 0
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_an_abort_gives_the_memory_back_and_skips_the_tower(
     service: Callable[..., EncodeService], engine: CountingEncoder
 ) -> None:
-    """Scenario 27: the client goes while its prompt waits for the tower."""
+    """The client disconnects while its prompt waits for the vision tower."""
     one = service()
     hold_tower(one, engine)
     one.take_up(2, prompt(20))

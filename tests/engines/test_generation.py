@@ -161,8 +161,9 @@ def test_it_is_a_language_engine(engine) -> None:
     assert checked.max_tokens == 131072
 
 
+@pytest.mark.failure_mode("bytes-of-another-room")
 def test_ids_and_text_of_many_are_each_ones_own(engine) -> None:
-    """Scenario 33: sixteen at once, on the engine's thread."""
+    """Sixteen answers at once on the engine's thread, each with its own ids and text."""
     sizes = [3 + 5 * n % 31 for n in range(16)]
     together = [ask(engine, tokens, max_tokens=5 + tokens) for tokens in sizes]
     for reader in together:
@@ -235,8 +236,10 @@ def test_an_answer_ends_at_the_context(make_engine, tiny_model_dir, tmp_path: Pa
     assert caught.value.code == "context_length_exceeded"
 
 
+@pytest.mark.failure_mode("burst-of-requests")
+@pytest.mark.invariant("backpressure")
 def test_the_queue_is_bounded_and_a_cancelled_place_is_free_at_once(make_engine) -> None:
-    """Scenario 31: what can not be taken in is refused at once, and all that was taken in is answered."""
+    """One request above the limit is refused at once, and every accepted one is answered."""
     own = make_engine(max_batch=1, max_waiting=2)
     brake, waiting = Brake(1, 3), [Reader(), Reader()]
     own.submit(make_prompt(4), SamplingParams(max_tokens=4, ignore_eos=True), on_delta=brake)
@@ -265,8 +268,9 @@ def test_a_running_answer_is_cancelled_between_two_tokens(engine) -> None:
     assert ask(engine).wait().end == "length"
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_an_error_in_a_step_reaches_its_reader_and_the_thread_lives_on(engine, monkeypatch) -> None:
-    """Scenario 30: an exception once ended a worker's thread."""
+    """An exception in a step reaches the caller of that answer; the thread goes on."""
     before = ask(engine).wait()
     with monkeypatch.context() as broken:
         broken.setattr(engine._half, "decode", lambda *_, **__: 1 / 0)

@@ -170,10 +170,11 @@ def own_layout(half: LanguageHalf, prompt: AssembledPrompt) -> AssembledPrompt:
     return prompt
 
 
+@pytest.mark.failure_mode("no-media")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_without_embeddings_is_embedded_here(family: str, dtype: str, half, reference) -> None:
-    """Scenario 19: no media at all, only ids."""
+    """A prompt of ids only."""
     expected, own = reference(family, dtype, 0), half(family, dtype)
     prompt = AssembledPrompt(fill_ids=expected.prompt.fill_ids)
     own.check(prompt)
@@ -273,8 +274,9 @@ def test_arrays_become_tensors_over_the_same_memory(dtype: str) -> None:
     assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+@pytest.mark.failure_mode("layouts-differ")
 def test_prompts_of_another_layout_are_refused(half, reference) -> None:
-    """Scenario 20: each wrong field is named."""
+    """The error names each wrong field."""
     own, good = half("qwen3_vl", "float32"), reference("qwen3_vl", "float32", 1).prompt
     own.check(good)
     wrong: list[tuple[str, dict[str, Any]]] = [

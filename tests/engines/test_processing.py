@@ -210,8 +210,9 @@ def test_three_images_are_joined_in_order(tiny_model_dir: Models, picture: Pictu
         assert np.array_equal(array, np.concatenate([pixels[name] for pixels in apart]))
 
 
+@pytest.mark.failure_mode("no-media")
 def test_text_alone_has_no_pixels(tiny_model_dir: Models) -> None:
-    """Scenario 19: no media at all."""
+    """A prompt without media."""
     assert processor(tiny_model_dir("qwen3_vl")).process(ChatPrompt(user(text("Hello")))).pixels == {}
 
 

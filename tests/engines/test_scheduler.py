@@ -146,11 +146,11 @@ def run_alone(bench: Bench, n: int, **sampling: Any) -> Reader:
     return reader
 
 
+@pytest.mark.failure_mode("bytes-of-another-room")
 @pytest.mark.parametrize("gap_turns", [0, 5])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"])
 def test_answers_are_the_same_together_and_alone(family: str, gap_turns: int, bench) -> None:
-    """Scenario 33: eight requests of mixed lengths, joining and leaving at different steps, each with its
-    own ids."""
+    """Eight requests of mixed lengths join and leave at different steps; each has its own ids."""
     together = run_together(bench(family), gap_turns)
     alone = [run_alone(bench(family), n) for n in range(8)]
     assert [reader.ids for reader in together] == [reader.ids for reader in alone]
@@ -201,8 +201,9 @@ def test_an_error_in_a_prompt_fails_that_one_alone(bench) -> None:
     assert (len(first.ids), first.end) == (6, "length")
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_an_error_in_a_step_fails_its_members_and_nobody_after_them(bench) -> None:
-    """Scenario 30: an exception in a step must not take later work with it."""
+    """An exception in a step does not affect later requests."""
     own = bench()
     members = [own.admit(5, 9)]
     own.scheduler.turn()
@@ -252,8 +253,9 @@ def test_a_reader_that_raises_loses_its_answer_and_no_other(bench) -> None:
     assert (other.end, len(other.ids)) == ("length", 9)
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_cancelled_answers_leave_at_once_wherever_they_are(bench) -> None:
-    """Scenario 27: during its prompt, between two chunks, and while it runs."""
+    """Cancelled during the prompt, between two chunks, and in a step."""
     own = bench(prefill_chunk_tokens=8)
     answers, readers = [], []
     for tokens in (5, 6, 30):

@@ -269,8 +269,9 @@ def test_a_request_that_wants_more_later(desk: Desk) -> None:
     desk.until(READY, "r1", a, b)
 
 
+@pytest.mark.failure_mode("request-never-fits")
 def test_what_never_fits_is_refused_at_once(desk: Desk) -> None:
-    """Scenario 17: with both numbers; the others go on."""
+    """The error holds both numbers; other requests go on."""
     a = desk.put(b"a", 40, 1)
     assert desk.ask("big", a, ItemKey(b"b", 1)) is FAILED
     failure = desk.desk.failure_of("big")

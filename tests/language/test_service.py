@@ -147,8 +147,9 @@ def test_memory_is_given_back_once_the_prompt_was_read(rig: Rig) -> None:
     assert rig.service.stats().generating == 1
 
 
+@pytest.mark.failure_mode("no-media")
 def test_text_alone_goes_past_the_receiver(rig: Rig) -> None:
-    """Scenario 19."""
+    """A text-only request opens no room."""
     listener = Listener()
     job = rig.service.generate_text([], SAMPLING, on_delta=listener.on_delta, on_error=listener.on_error)
     assert job.prompt_tokens == 5
@@ -176,8 +177,9 @@ def test_a_prompt_that_the_engine_refuses_gives_its_memory_back(rig: Rig) -> Non
     assert rig.receiver.stats().memory_reserved_bytes == 0
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_cancel_ends_the_room_on_both_sides_or_the_generation(rig: Rig) -> None:
-    """Scenario 27."""
+    """A cancelled request ends its room on both sides, or its generation."""
     offer = rig.sender.offer(1, total_tokens=50)
     listener = Listener()
     rig.ask(1, listener).cancel()
@@ -191,8 +193,10 @@ def test_cancel_ends_the_room_on_both_sides_or_the_generation(rig: Rig) -> None:
     assert rig.service.stats().generating == 0
 
 
+@pytest.mark.failure_mode("burst-of-requests")
+@pytest.mark.invariant("backpressure")
 def test_answers_under_way_are_bounded() -> None:
-    """Scenario 31: one more is refused at once."""
+    """One answer above the limit is refused at once."""
     rig = Rig(max_jobs=1)
     rig.sender.offer(1, total_tokens=50)
     rig.ask(1, Listener())
@@ -201,8 +205,9 @@ def test_answers_under_way_are_bounded() -> None:
     rig.close()
 
 
+@pytest.mark.failure_mode("rank-lost")
 def test_an_answer_that_ends_because_a_rank_is_lost_says_so(rig: Rig) -> None:
-    """Scenario 26: under way or new, text or room; an error of the engine alone stays what it is."""
+    """Running and new requests, text and room, end as ``rank_lost``; an error of the engine alone keeps its own code."""
     before, during = Listener(), Listener()
     for listener in (before, during):
         rig.service.generate_text([], SAMPLING, on_delta=listener.on_delta, on_error=listener.on_error)
