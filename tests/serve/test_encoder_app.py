@@ -55,6 +55,7 @@ def test_a_media_error_names_its_place(cluster: Any, chat: Any) -> None:
     assert not double.prompts
 
 
+@pytest.mark.failure_mode("request-never-fits")
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
@@ -64,7 +65,7 @@ def test_a_media_error_names_its_place(cluster: Any, chat: Any) -> None:
     ],
 )
 def test_refusals(cluster: Any, chat: Any, error: Exception, status: int, code: str) -> None:
-    """Scenario 17: what never fits is told from what does not fit now."""
+    """ "Never fits" and "not enough room now" are different answers."""
     _, server = cluster.add_encoder(fails=error)
     answer = encode(server.url, room(chat, 1, b"x"))
     assert answer.status_code == status
@@ -80,8 +81,9 @@ def test_a_wrong_field_is_named(cluster: Any, chat: Any) -> None:
         assert answer.json()["error"]["param"] == next(iter(change))
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_a_router_that_goes_away_leaves_no_room(cluster: Any, chat: Any, hang_up_after: Any) -> None:
-    """Scenario 27: the room was not there yet when its request ended; it must not come to life afterwards."""
+    """The router disconnects before the room exists; the room must not be created afterwards."""
     gate = threading.Event()
     double, server = cluster.add_encoder(gate=gate)
     with hang_up_after(f"{server.url}/encode", room(chat, 5, b"x", attempt=2)):
@@ -93,8 +95,10 @@ def test_a_router_that_goes_away_leaves_no_room(cluster: Any, chat: Any, hang_up
     assert not double.rooms
 
 
+@pytest.mark.failure_mode("burst-of-requests")
+@pytest.mark.invariant("backpressure")
 def test_one_more_than_the_limit_is_refused_at_once(cluster: Any, chat: Any, hang_up_after: Any) -> None:
-    """Scenario 31: bounded, and the refusal does not wait for those under way."""
+    """The refusal does not wait for requests under way."""
     gate = threading.Event()
     double, server = cluster.add_encoder(gate=gate, requests_max=1)
     with hang_up_after(f"{server.url}/encode", room(chat, 5, b"x")) as connection:

@@ -57,8 +57,10 @@ async def test_a_body_that_breaks_off() -> None:
         await read_body(request(part(b"ab", True), DISCONNECT), 3)
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("backpressure")
 async def test_bodies_share_a_bound() -> None:
-    """Scenario 29: many large bodies at a time are refused before they are in memory."""
+    """Many large bodies at once are refused before they are in memory."""
     admission = Admission(3, bytes_max=5)
     with admission.admitted() as one, admission.admitted() as other:
         assert await read_body(request(part(b"abc", False)), 9, hold=one) == b"abc"
@@ -145,8 +147,9 @@ async def events(count: int) -> AsyncIterator[bytes]:
         await anyio.lowlevel.checkpoint()
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 async def test_a_stream_closes_what_it_stands_on() -> None:
-    """Scenario 27: also when the client is gone before the first event, and when it does not read."""
+    """Also when the client disconnects before the first event, and when it does not read."""
     closed: list[str] = []
 
     async def on_close() -> None:

@@ -27,8 +27,9 @@ def post(url: str, body: Any, **how: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", content=content, timeout=WAIT_S, **how)
 
 
+@pytest.mark.failure_mode("no-media")
 def test_a_whole_answer(cluster: Any, chat: Any) -> None:
-    """Scenario 19: text only, no media at all."""
+    """A text-only request."""
     double, server = cluster.add_language()
     asked = chat(
         "one two three", max_tokens=9, temperature=0, seed=5, stop="x", return_token_ids=True, top_k=4
@@ -127,11 +128,13 @@ def test_fields_that_ask_for_nothing_special_are_tolerated(cluster: Any, chat: A
     assert post(server.url, chat("a") | neutral | {"top_k": 5, "presence_penalty": 1}).status_code == 200
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"nothing", b'{"a": "\xff"}', b'{"a": ' + b"[" * 100_000, b'{"a": "\\ud800"}']
 )
 def test_broken_json(language_url: str, body: bytes) -> None:
-    """Scenario 29: what is malformed fails its own request, and the server goes on."""
+    """A malformed body fails its own request, and the server goes on."""
     answer = post(language_url, body)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "invalid_json"
@@ -150,8 +153,10 @@ def test_media_are_refused(cluster: Any, chat: Any) -> None:
     assert (error["code"], error["param"]) == ("media_not_served", "messages[0].content[0].image_url")
 
 
+@pytest.mark.failure_mode("burst-of-requests")
+@pytest.mark.invariant("backpressure")
 def test_a_full_queue_is_503(cluster: Any, chat: Any) -> None:
-    """Scenario 31: what can not be taken in is refused at once."""
+    """A request above the limit is refused at once."""
     _, server = cluster.add_language(fails=OverloadedError("256 wait", retry_after_s=2.2))
     answer = post(server.url, chat("a", stream=True))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
@@ -171,8 +176,9 @@ def test_what_the_engine_refuses_reaches_the_client(cluster: Any, chat: Any) -> 
     }
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 def test_an_unexpected_error_is_a_bare_500(cluster: Any, chat: Any) -> None:
-    """Scenario 30: an exception ends one request, and tells the client nothing of the inside."""
+    """An exception ends one request, and the client gets no internal detail."""
     double, server = cluster.add_language()
     double.fails = RuntimeError("secret")  # type: ignore[assignment]
     answer = post(server.url, chat("a"))
@@ -191,9 +197,10 @@ def test_a_failing_generation(cluster: Any, chat: Any) -> None:
     assert last["error"]["code"] == "generation_failed"
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnect_cancels_the_job(cluster: Any, chat: Any, hang_up_after: Any, stream: bool) -> None:
-    """Scenario 27: the client goes away in the middle of an answer."""
+    """The client disconnects in the middle of an answer."""
     double, server = cluster.add_language(steps=threading.Semaphore(1))
     with hang_up_after(
         f"{server.url}/v1/chat/completions", chat("one two three", stream=stream)

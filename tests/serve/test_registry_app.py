@@ -132,8 +132,9 @@ def test_heartbeats_are_one_entry(cluster: Any) -> None:
     assert len(listed(registry.url)) == 1
 
 
+@pytest.mark.failure_mode("restart-on-same-address")
 def test_a_restarted_registry_learns_its_workers_again(cluster: Any) -> None:
-    """Scenario 28: restarted on the same port, and usable at once."""
+    """After a restart on the same port the registry gets its workers back."""
     first, second = Watched(), Watched()
     registry = cluster.add_registry(first, times=NEVER)
     _, language = cluster.add_language(registry=RegistryLink(url=registry.url, times=FAST))
@@ -175,9 +176,10 @@ def test_goodbye_of_an_old_life_is_not_heard(cluster: Any) -> None:
     assert [goodbye(1), goodbye(2), goodbye(2)] == [False, True, False]
 
 
+@pytest.mark.failure_mode("restart-on-same-address", "one-failure-shuts-peer-out")
 @pytest.mark.anyio
 async def test_evicted_after_missed_checks_and_back_after_one(cluster: Any) -> None:
-    """Scenario 28: a worker dies, is noticed, and is usable again as soon as it answers."""
+    """A dead worker is evicted, and used again after one successful check."""
     table = Registry(misses_to_evict=2)
     _, encoder = cluster.add_encoder()
     port = int(encoder.url.rpartition(":")[2])
@@ -306,9 +308,10 @@ async def test_following_a_registry() -> None:
         assert await candidates() == [a, b], "a registry that is away takes nobody with it"
 
 
+@pytest.mark.failure_mode("exception-ends-thread")
 @pytest.mark.anyio
 async def test_a_background_step_that_fails_does_not_end_the_loop() -> None:
-    """Scenario 30: an exception once ended a thread, and what it did was never done again."""
+    """The loop goes on after an exception in one step."""
     steps = []
 
     class Enough(BaseException):

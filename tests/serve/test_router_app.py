@@ -46,8 +46,9 @@ def text_of(answer: httpx.Response) -> str:
     return text
 
 
+@pytest.mark.failure_mode("no-media")
 def test_text_goes_to_a_language_server_alone(cluster: Any, chat: Any) -> None:
-    """Scenario 19."""
+    """A text-only request does not reach an encoder."""
     encoder, a = cluster.add_encoder()
     _, b = cluster.add_language()
     router = cluster.add_router(a, b)
@@ -84,8 +85,9 @@ def test_an_image_goes_through_a_room(cluster: Any, chat: Any) -> None:
     assert encoder.aborted.empty()
 
 
+@pytest.mark.failure_mode("rank-counts-differ")
 def test_the_encoder_hears_how_many_ranks_read(cluster: Any, chat: Any) -> None:
-    """Scenario 24: behind one router a server of one rank, and one whose four ranks each receive a copy."""
+    """One router serves a server of one rank and one whose four ranks each receive a copy."""
     encoder, a = cluster.add_encoder()
     languages = {
         server.url: readers for readers in (1, 4) for _, server in [cluster.add_language(readers=readers)]
@@ -115,9 +117,10 @@ def test_the_official_client_streams(cluster: Any, chat: Any) -> None:
     assert caught.value.param == "n"
 
 
+@pytest.mark.failure_mode("burst-of-requests", "bytes-of-another-room")
 @pytest.mark.anyio
 async def test_two_hundred_images_at_once(cluster: Any, chat: Any) -> None:
-    """Scenarios 31 and 33: all are answered, and each with what belongs to its own picture."""
+    """All requests are answered, each with what belongs to its own image."""
     encoders = [cluster.add_encoder() for _ in range(2)]
     languages = [cluster.add_language() for _ in range(2)]
     router = cluster.add_router(*(server for _, server in [*encoders, *languages]))
@@ -141,6 +144,7 @@ def _expected(image: bytes) -> str:
     return f"saw 1 {hashlib.sha256(image).hexdigest()[:12]}"
 
 
+@pytest.mark.failure_mode("encoder-killed")
 @pytest.mark.parametrize(
     "failure",
     [
@@ -151,7 +155,7 @@ def _expected(image: bytes) -> str:
 )
 @pytest.mark.parametrize("stream", [True, False])
 def test_another_encoder_takes_over(cluster: Any, chat: Any, failure: Any, stream: bool) -> None:
-    """Scenario 28: as long as no token has gone out, an encoder that fails costs the client nothing."""
+    """Before the first token, a failed encoder costs the client nothing."""
     bad, a = cluster.add_encoder(**failure)
     good, b = cluster.add_encoder()
     _, c = cluster.add_language()
@@ -199,8 +203,9 @@ def frozen_app(worker: dict[str, Any]) -> FastAPI:
     return app
 
 
+@pytest.mark.failure_mode("frozen-peer-holds-blocks")
 def test_an_encoder_that_stands_still(cluster: Any, chat: Any) -> None:
-    """Scenario 26f: who was sent to it is not left with it once it is known to be lost; another one takes over."""
+    """Once a stopped encoder counts as lost, its requests go to another one."""
     good, a = cluster.add_encoder()
     _, b = cluster.add_language()
     frozen = cluster.run(frozen_app(httpx.get(f"{a.url}/health").json()["worker"]))
@@ -262,6 +267,7 @@ def test_another_language_server_takes_over(cluster: Any, chat: Any) -> None:
     assert (rooms.count(room), attempt) == (2, 0)
 
 
+@pytest.mark.failure_mode("request-never-fits")
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
@@ -272,7 +278,7 @@ def test_another_language_server_takes_over(cluster: Any, chat: Any) -> None:
 def test_what_no_other_encoder_would_change_is_not_tried_again(
     cluster: Any, chat: Any, error: Exception, status: int, code: str
 ) -> None:
-    """Scenario 17."""
+    """A refusal that every encoder would repeat is returned without another attempt."""
     encoders = [cluster.add_encoder(fails=error) for _ in range(2)]
     _, language = cluster.add_language()
     router = cluster.add_router(*(s for _, s in encoders), language)
@@ -281,11 +287,12 @@ def test_what_no_other_encoder_would_change_is_not_tried_again(
     assert sum(e.entered.qsize() for e, _ in encoders) == 1
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnect_ends_the_job_and_the_room(
     cluster: Any, chat: Any, hang_up_after: Any, stream: bool
 ) -> None:
-    """Scenario 27: both sides hear of it."""
+    """The job on the language server and the room on the encoder both end."""
     encoder, a = cluster.add_encoder()
     language, b = cluster.add_language(steps=threading.Semaphore(1))
     router = cluster.add_router(a, b)
@@ -299,8 +306,9 @@ def test_a_disconnect_ends_the_job_and_the_room(
     assert httpx.get(f"{router.url}/health").json()["under_way"] == 0
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_a_disconnect_while_the_encoder_prepares(cluster: Any, chat: Any, hang_up_after: Any) -> None:
-    """Scenario 27: the room must not come to life after its request has ended."""
+    """The room must not be created after its request has ended."""
     gate = threading.Event()
     encoder, a = cluster.add_encoder(gate=gate)
     router = cluster.add_router(a, cluster.add_language()[1])
@@ -361,8 +369,10 @@ def who_works(languages: Sequence[Any]) -> list[Any]:
     return sorted(languages, key=lambda language: not language.samplings)
 
 
+@pytest.mark.failure_mode("burst-of-requests")
+@pytest.mark.invariant("backpressure")
 def test_one_more_than_the_limit_is_refused_at_once(cluster: Any, chat: Any, hang_up_after: Any) -> None:
-    """Scenario 31."""
+    """One request above the limit gets 503 without waiting."""
     language, a = cluster.add_language(steps=threading.Semaphore(0))
     router = cluster.add_router(a, requests_max=1)
     with hang_up_after(f"{router.url}/v1/chat/completions", chat("held")):
@@ -373,9 +383,10 @@ def test_one_more_than_the_limit_is_refused_at_once(cluster: Any, chat: Any, han
     assert job.cancelled.wait(WAIT_S)
 
 
+@pytest.mark.invariant("deadlines")
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_deadline_of_a_request(cluster: Any, chat: Any, stream: bool) -> None:
-    """Rule: every state has a deadline, and the client hears of it in words."""
+    """The client gets the deadline as the cause, streamed or not."""
     language, a = cluster.add_language(steps=threading.Semaphore(1 if stream else 0))
     router = cluster.add_router(a, limits=DispatchLimits(deadline_s=2.0 if stream else 0.3))
     answer = post(router.url, chat("one two", stream=stream))
@@ -384,8 +395,9 @@ def test_the_deadline_of_a_request(cluster: Any, chat: Any, stream: bool) -> Non
     assert language.jobs.get(timeout=WAIT_S).cancelled.wait(WAIT_S)
 
 
+@pytest.mark.failure_mode("language-server-killed")
 def test_a_language_server_that_breaks_off() -> None:
-    """Scenario 28: killed in the middle of an answer; what was whole is passed on, and then the cause."""
+    """Killed in the middle of an answer: complete events are passed on, then the cause."""
 
     async def body() -> Any:
         yield b'data: {"a": 1}\n\ndata: {"b'
@@ -405,8 +417,10 @@ def test_a_language_server_that_breaks_off() -> None:
     assert done == b"data: [DONE]\n\n"
 
 
+@pytest.mark.failure_mode("malformed-message")
+@pytest.mark.invariant("validation")
 def test_bad_bodies(cluster: Any) -> None:
-    """Scenario 29: what is malformed or too large fails its own request."""
+    """A malformed or oversized body fails its own request."""
     router = cluster.add_router(cluster.add_language()[1], body_bytes_max=1000)
     for body, status, code in (
         (b"{", 400, "invalid_json"),

@@ -40,8 +40,9 @@ def cause_of(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
+@pytest.mark.failure_mode("no-media")
 def test_text_goes_to_a_language_server_alone(servers: Any, post: Any, chat: Any) -> None:
-    """Scenario 19: and as it came, fields that nobody here knows included."""
+    """The request is passed on unchanged, unknown fields included."""
     encoder, language = servers.encoder(), servers.language()
     body = chat("hello", odd={"a": [1.5, None]}, top_k=3, n=2)
     answer = post(servers.router(), body)
@@ -303,9 +304,10 @@ def test_who_waits_for_an_item_does_not_depend_on_who_asked_first(
     assert len(encoder.bodies) == 2
 
 
+@pytest.mark.failure_mode("encoder-killed")
 @pytest.mark.parametrize("fails", [(500, "boom"), (503, "busy")])
 def test_another_encoder_takes_over(servers: Any, post: Any, chat: Any, fails: Any) -> None:
-    """Scenario 28."""
+    """Another encoder serves the request after one fails."""
     bad, good = servers.encoder(fails=fails), servers.encoder()
     servers.language()
     router = servers.router()
@@ -315,8 +317,9 @@ def test_another_encoder_takes_over(servers: Any, post: Any, chat: Any, fails: A
     assert len(bad.bodies) >= 1
 
 
+@pytest.mark.failure_mode("encoder-killed")
 def test_an_encoder_killed_midway_loses_nothing(servers: Any, post: Any, chat: Any) -> None:
-    """Scenario 28: what it had under way is encoded elsewhere; what it had done is not asked for there any more."""
+    """Items under way are encoded elsewhere; finished items are not fetched from the dead encoder."""
     gate = threading.Event()
     bad, good = servers.encoder(gate=gate), servers.encoder()
     servers.language()
@@ -350,13 +353,14 @@ def test_what_a_lost_encoder_had_is_not_remembered(servers: Any, post: Any, chat
     assert told["addresses"] == [encoders[1 - first].address]
 
 
+@pytest.mark.failure_mode("request-never-fits")
 @pytest.mark.parametrize(
     ("status", "words"), [(400, "cannot identify image file"), (400, "exceeds the encoder cache size")]
 )
 def test_what_an_encoder_refuses_reaches_the_client_as_it_is(
     servers: Any, post: Any, chat: Any, status: int, words: str
 ) -> None:
-    """Scenario 17."""
+    """The status and body of the refusal are passed on."""
     encoders = [servers.encoder(fails=(status, words)) for _ in range(2)]
     language = servers.language()
     answer = post(servers.router(), chat("what?", b"broken"))
@@ -553,11 +557,12 @@ def test_tokens_go_out_as_they_come(servers: Any, chat: Any) -> None:
         assert "".join(parts).endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnect_reaches_the_language_server(
     servers: Any, chat: Any, hang_up_after: Any, stream: bool
 ) -> None:
-    """Scenario 27."""
+    """The router closes its request to the language server."""
     gate = threading.Event()
     servers.encoder()
     language = servers.language(gate=gate)
@@ -571,8 +576,9 @@ def test_a_disconnect_reaches_the_language_server(
     assert httpx.get(f"{router}/health").json()["under_way"] == 0
 
 
+@pytest.mark.failure_mode("abort-not-propagated")
 def test_a_disconnect_reaches_the_encoder(servers: Any, chat: Any, hang_up_after: Any) -> None:
-    """Scenario 27."""
+    """The router closes its request to the encoder."""
     gate = threading.Event()
     encoder, language = servers.encoder(gate=gate), servers.language()
     router = servers.router()
