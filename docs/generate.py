@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
+from marked_tests import MarkedTest, listing, marked_tests
 from msgspec import inspect
 
 from embedwire import errors
@@ -417,6 +418,34 @@ def walk(
             yield from walk(child, depth + 1)
 
 
+# ---------------------------------------------------------------------- failure modes and invariants
+
+FAULT = re.compile(r"^(?:## (?P<part>.+)|### (?P<id>[a-z-]+))$", re.MULTILINE)
+
+
+def failure_modes_table() -> str:
+    """The headings of the page of failure modes, with the number of tests of each."""
+    parts: dict[str, list[str]] = {}
+    for found in FAULT.finditer((DOCS / "failure-modes.md").read_text()):
+        if found["part"]:
+            part = parts.setdefault(found["part"], [])
+        else:
+            count = len(set(MARKED.get(f"failure-mode-{found['id']}", ())))
+            part.append(f"[{found['id']}](#{found['id']}) ({count})")
+    return table(("part", "failure modes (tests)"), ((p, ", ".join(ids)) for p, ids in parts.items() if ids))
+
+
+def tests_by_region() -> Mapping[str, list[MarkedTest]]:
+    """Marked tests by the name of the generated part that lists them, such as ``invariant-alignment``."""
+    regions: dict[str, list[MarkedTest]] = {}
+    for mark in marked_tests(DOCS.parent):
+        regions.setdefault(f"{mark.kind.replace('_', '-')}-{mark.id}", []).append(mark)
+    return regions
+
+
+MARKED = tests_by_region()
+
+
 REGIONS: Mapping[str, Callable[[], str]] = {
     "sender-diagram": sender_diagram,
     "sender-states": sender_states,
@@ -437,6 +466,8 @@ REGIONS: Mapping[str, Callable[[], str]] = {
     "errors": errors_table,
     "lanes": lanes_table,
     "collectives": collectives_table,
+    "failure-modes": failure_modes_table,
+    **{name: partial(listing, marks) for name, marks in MARKED.items()},
 }
 
 
