@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 SEED ?= 0
 
-.PHONY: setup demo test test-vllm check format sim bench docs clean
+.PHONY: setup demo test test-fast test-vllm check format sim bench docs clean
 
 setup: $(STAMP)
 
@@ -21,8 +21,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(VENV)/bin/embedwire demo
 
+# Two processes, each with whole files of tests, since the tests of a file share its servers.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+
 test: setup
-	$(PY) -m pytest
+	$(PYTEST) --durations 10
+
+test-fast: setup
+	$(PYTEST) -m "not model and not e2e"
 
 # vLLM has an environment of its own: it pins other versions. torchaudio and torchcodec come with it as builds for GPUs, and do not load.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt

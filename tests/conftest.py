@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -86,27 +84,3 @@ def undivided(tiny_model_dir: Callable[[str], Path]) -> Callable[..., Any]:
         return whole
 
     return get
-
-
-@pytest.fixture(scope="session")
-def steps_of() -> Callable[[Callable[[], object]], int]:
-    """``steps_of(call)``: lines of Python that run on this thread until ``call`` returns, a pass of a loop or comprehension counted each
-    time. What a call costs, as a number that no machine's speed changes."""
-
-    def count(call: Callable[[], object]) -> int:
-        steps = 0
-
-        def trace(frame: FrameType, event: str, argument: Any) -> Any:
-            nonlocal steps
-            steps += event == "line"
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            call()
-        finally:
-            sys.settrace(before)
-        return steps
-
-    return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections import Counter
@@ -99,10 +100,14 @@ def test_a_subject_that_can_not_be_measured_is_refused(wrong: dict[str, object])
         Subject(**fine | wrong)  # type: ignore[arg-type]
 
 
-def test_the_child_is_gone_afterwards() -> None:
-    before = {name for name in os.listdir("/dev/shm") if name.startswith("embedwire-")}
+def test_the_child_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so are the segments: their names are random, and other tests may have some of their own at the same time."""
+    drawn: list[str] = []
+    token_hex = secrets.token_hex
+    monkeypatch.setattr(secrets, "token_hex", lambda *nbytes: drawn.append(token_hex(*nbytes)) or drawn[-1])
     measure(Subject(transport="shm", tokens=8, token_bytes=64, pools_tokens=()), repeat=1)
     from multiprocessing import active_children
 
     assert active_children() == []
-    assert {name for name in os.listdir("/dev/shm") if name.startswith("embedwire-")} - before == set()
+    assert drawn
+    assert not {f"embedwire-{name}" for name in drawn}.intersection(os.listdir("/dev/shm"))

@@ -14,7 +14,6 @@ import pytest
 
 from embedwire.encode.items import ItemShelf
 from embedwire.endpoint import ReceiverEndpoint, Reception
-from embedwire.endpoint.offer import Filling
 from embedwire.errors import NeverFitsError, OverloadedError, TransferError, UsageError
 from embedwire.limits import DEFAULT_LIMITS, Limits
 from embedwire.memory.layout import item
@@ -213,19 +212,6 @@ def test_a_sender_without_items(reader: Any) -> None:
         assert cause_of(reader.open(3, sender.address, item=b"a")) == "unknown_item"
     with pytest.raises(UsageError, match="65 bytes"):
         reader.open(4, "tcp://127.0.0.1:9", item=b"x" * 65)
-
-
-def test_putting_costs_the_same_however_many_items_are_kept(steps_of: Any) -> None:
-    """With the memory full, one more item takes the place of another. It is done on the thread on which all rooms depend."""
-
-    def steps(items: int) -> int:
-        with ItemShelf(LAYOUT, memory_bytes=items * 64) as shelf:
-            for number in range(items):
-                shelf.put(number.to_bytes(8, "big"), rows(1, number))
-            filling = Filling.of(LAYOUT, rows(1, 1))
-            return shelf._endpoint.call(lambda: steps_of(lambda: shelf._put(b"another", filling)))
-
-    assert steps(20) == steps(200)
 
 
 def test_what_had_to_make_room_is_made_again() -> None:

@@ -28,7 +28,10 @@ END_S = 30.0
 LOOK_AGAIN_S = 0.1
 WITHIN_S = 60.0
 """Whatever is waited for comes within this, or the test fails."""
-SHIM = Path(__file__).parent / "shim"
+PYTHONPATH = os.pathsep.join(
+    [str(Path(__file__).parent / "shim"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+"""First what lets torchvision be imported."""
 FLAGS = (
     "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096",
     "--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": {"count": 8, "width": 448, "height": 448}}',
@@ -36,7 +39,7 @@ FLAGS = (
 )  # fmt: skip
 VARIABLES = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(SHIM),
+    "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": PYTHONPATH,
 }  # fmt: skip
 
 
