@@ -6,7 +6,7 @@ With the processor cache and prefix caching off, vLLM names an item by a counter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
-from servers import Router, asked, chat, free_port, ids_of, offered, post
+from servers import Router, VllmServer, asked, chat, free_port, ids_of, offered, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -33,8 +33,8 @@ def parts(image: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def stack(servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two encoders that count their items; for each media mode a language server, a router over the first encoder alone and one over
-    both; an undivided server."""
+    """Two encoders that count their items; for each media mode a language server, a router over one of the encoders and one over both; an
+    undivided server."""
     made = SimpleNamespace(
         whole=servers.start("whole", FAMILY),
         encoders=[servers.encoder(f"encoder {n}", FAMILY, *COUNTED) for n in (1, 2)],
@@ -48,15 +48,15 @@ def stack(servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     logs = tmp_path_factory.mktemp("routers")
     with ExitStack() as stop:
 
-        def router(mode: str, count: int) -> Router:
-            urls = [flag for encoder in made.encoders[:count] for flag in ("--encoder", encoder.url)]
+        def router(mode: str, encoders: Sequence[VllmServer]) -> Router:
+            urls = [flag for encoder in encoders for flag in ("--encoder", encoder.url)]
             flags = ("--language", made.languages[mode].url, "--media", mode)
-            started = Router(free_port(), *urls, *flags, log=logs / f"{mode} {count}.log")
+            started = Router(free_port(), *urls, *flags, log=logs / f"{mode} {len(encoders)}.log")
             stop.callback(started.stop)
-            return started.wait_knows(encoder=count, language=1)
+            return started.wait_knows(encoder=len(encoders), language=1)
 
-        made.one = {mode: router(mode, 1) for mode in MODES}
-        made.two = {mode: router(mode, 2) for mode in MODES}
+        made.one = {mode: router(mode, [encoder]) for mode, encoder in zip(MODES, made.encoders, strict=True)}
+        made.two = {mode: router(mode, made.encoders) for mode in MODES}
         yield made
 
 
@@ -68,33 +68,23 @@ def reference(stack: Any, parts: list[dict[str, Any]]) -> list[list[int]]:
     return answers
 
 
-def test_two_encoders_that_count_alike(
-    stack: Any, parts: list[dict[str, Any]], reference: list[list[int]]
-) -> None:
-    """Both encoders begin at the same number, and one language server reads from both."""
-    for mode in MODES:
-        used: set[str] = set()
-        for number, part in enumerate(parts):
-            answer = post(stack.two[mode].url, chat([part]))
-            assert ids_of(answer) == reference[number], f"{mode}, picture {number}"
-            used.update(answer.json()["embedwire"]["encoders"])
-        assert used == {encoder.url for encoder in stack.encoders}
-
-
 @pytest.fixture(scope="module")
 def restarted(stack: Any, parts: list[dict[str, Any]]) -> Any:
-    """The answers of either mode: to the first 20 pictures, then, after the encoder was restarted, to the other 20 and to the first 20
-    again. ``named`` is what the encoder names the first picture in each of its two lives, asked without a router."""
-    found = SimpleNamespace(before={}, after={}, again={}, named=[offered(stack.encoders[0].url, parts[0])])
+    """The answers of either mode, each with an encoder of its own: to the first 20 pictures, then, after the encoder was restarted, to the
+    other 20 and to the first 20 again. ``named`` is what the last encoder offers a picture under in each of its two processes."""
+    found = SimpleNamespace(before={}, after={}, again={}, named=[])
     for mode in MODES:
         found.before[mode] = [post(stack.one[mode].url, chat([part])) for part in parts[:20]]
-    stack.encoders[0].restart()
-    stack.encoders[0].wait_ready()
-    found.named.append(offered(stack.encoders[0].url, parts[0]))
+    found.named += offered(stack.encoders[1].url, parts[0])
+    for encoder in stack.encoders:
+        encoder.restart()
+    for encoder in stack.encoders:
+        encoder.wait_ready()
     for mode in MODES:
         stack.one[mode].wait_knows(encoder=1)
         found.after[mode] = [post(stack.one[mode].url, chat([part])) for part in parts[20:]]
         found.again[mode] = [post(stack.one[mode].url, chat([part])) for part in parts[:20]]
+    found.named += offered(stack.encoders[1].url, parts[0])
     return found
 
 
@@ -122,9 +112,9 @@ def test_counted_names_without_a_router(
     stack: Any, restarted: Any, parts: list[dict[str, Any]], reference: list[list[int]]
 ) -> None:
     """The encoder's answer adds its incarnation to a name that is no content hash, so that the names of two processes never meet."""
-    (before,), (after,) = restarted.named
-    assert before != after
-    assert before.partition("@")[0] == after.partition("@")[0]
+    counts, incarnations = zip(*(name.split("@") for name in restarted.named), strict=True)
+    assert all(count.startswith("renderer0-mm-") for count in counts)
+    assert len(set(incarnations)) == 2
     for number, part in enumerate(parts[:5]):
         ((name, item),) = offered(stack.encoders[0].url, part).items()
         placeholder = {"type": "image_embeds", "image_embeds": item["metadata"], "uuid": name}
@@ -133,3 +123,16 @@ def test_counted_names_without_a_router(
         assert ids_of(answer) == reference[number], f"picture {number}"
     body = asked([stack.encoders[0].url], parts[:1], "What?")
     assert post(stack.languages["bytes"].url, body).status_code == 500, "the two name it differently"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_encoders_that_count_alike(
+    stack: Any, parts: list[dict[str, Any]], reference: list[list[int]], mode: str
+) -> None:
+    """Both encoders begin at the same number, and one language server reads from both."""
+    used: set[str] = set()
+    for number, part in enumerate(parts):
+        answer = post(stack.two[mode].url, chat([part]))
+        assert ids_of(answer) == reference[number], f"picture {number}"
+        used.update(answer.json()["embedwire"]["encoders"])
+    assert used == {encoder.url for encoder in stack.encoders}
