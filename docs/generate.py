@@ -23,9 +23,8 @@ from msgspec import inspect
 
 from embedwire import errors
 from embedwire.bench.transfer import Case
-from embedwire.cli.groups import attribute_docs
-from embedwire.cli.options import shown, variable
-from embedwire.cli.settings import GROUPS, Bounds
+from embedwire.cli.options import shown
+from embedwire.cli.settings import GROUPS, Bounds, attribute_docs, variable
 from embedwire.encode import EncodeStats
 from embedwire.endpoint import ReceiverStats, SenderStats
 from embedwire.engines.vllm.settings import ConnectorSettings

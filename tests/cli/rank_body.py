@@ -18,9 +18,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from embedwire.cli import supervise
-from embedwire.cli.process import Voice, begin
-from embedwire.cli.settings import load
+from embedwire.cli import ranks
+from embedwire.cli.options import load
+from embedwire.cli.processes import Voice, begin
 from embedwire.errors import EmbedwireError
 
 
@@ -54,7 +54,7 @@ def move(rank: int, directory: Path) -> None:
 
     from embedwire import Field, Layout, SenderEndpoint
     from embedwire.cli.build import receiver_of
-    from embedwire.cli.membership import Membership
+    from embedwire.cli.ranks import Membership
 
     settings, layout = load().settings, Layout("ITEM", (Field("embeddings", "float32", (8,)),))
     expected = np.arange(500 * 8, dtype=np.float32).reshape(500, 8)
@@ -86,12 +86,12 @@ def move(rank: int, directory: Path) -> None:
 
 
 def be_supervisor(mode: str) -> None:
-    supervise.PAUSE_MIN_S = 0.0
-    supervise.STOP_MARGIN_S = 1.0
+    ranks.PAUSE_MIN_S = 0.0
+    ranks.RANKS_MARGIN_S = 1.0
     loaded = load()
     begin(loaded.settings, is_child=False)
     try:
-        supervise.serve_group(
+        ranks.serve_group(
             loaded, (mode,), voice=Voice(None, is_child=True), program=(sys.executable, __file__)
         )
     except EmbedwireError as error:

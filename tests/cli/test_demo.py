@@ -83,3 +83,13 @@ def test_a_server_that_was_killed_or_a_file_left_behind_is_no_clean_end(tmp_path
     assert demo._ended_cleanly({"router": 0}, {str(tmp_path / "gone")}).holds
     assert not demo._ended_cleanly({"router": 0}, {str(left)}).holds
     assert not demo._ended_cleanly({"router": -9}, set()).holds
+
+
+@pytest.mark.model
+def test_tiny_model_writes_what_transformers_loads(embedwire: Run, tmp_path: Path) -> None:
+    options = ("--family", "llava", "--dtype", "bfloat16")
+    ended = embedwire("tiny-model", tmp_path / "m", *options, timeout_s=120)
+    assert ended.returncode == 0, ended.stderr
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (config["model_type"], config["dtype"]) == ("llava", "bfloat16")
+    assert "llava" in ended.stdout

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from embedwire.cli.app import app
+from embedwire.cli.__main__ import app
 
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ROOT = Path(__file__).parents[2]

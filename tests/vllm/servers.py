@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from embedwire.cli.vllm_stack import free_ports
+from embedwire.cli.stack import free_ports
 
 MODEL = "small"
 READY_S = 240.0

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedwire.cli.options import JsonFile
-from embedwire.cli.screen import check_writable, out, timeline, write_json
+from embedwire.cli.screen import JsonFile, check_writable, out, timeline, write_json
 from embedwire.errors import EmbedwireError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def ask(
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Longest silence of the router.")] = 120.0,
     json: JsonFile = None,
 ) -> None:
-    """Ask a running router, see the answer as it comes, and then how its embedding travelled.
+    """Ask a running router, print the answer as it arrives, and then how its embedding was transferred.
 
     Exit code 0: answered; 2: an error, whose cause is the last line.
     """
@@ -77,12 +76,12 @@ def _url_of(image: str) -> str:
 
 
 def events(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The chunks of a streamed answer. Raises EmbedwireError with what the router said instead."""
+    """The chunks of a streamed answer. Raises EmbedwireError with the router's message instead."""
     from embedwire.serve.openai import read_events
 
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
-            raise EmbedwireError(_said(response.status_code, response.read()))
+            raise EmbedwireError(refusal(response.status_code, response.read()))
         for data in read_events(response.iter_bytes()):
             chunk = json_text.loads(data)
             if "error" in chunk:
@@ -90,7 +89,8 @@ def events(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, Any
             yield chunk
 
 
-def _said(status: int, content: bytes) -> str:
+def refusal(status: int, content: bytes) -> str:
+    """The router's error message, from the body of an answer that is not 200."""
     try:
         return f"{json_text.loads(content)['error']['message']} (HTTP {status})"
     except (ValueError, KeyError, TypeError):

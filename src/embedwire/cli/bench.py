@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
-from embedwire.cli.options import JsonFile
-from embedwire.cli.screen import check_writable, err, out, size, table, write_json
+from embedwire.cli.screen import JsonFile, check_writable, err, out, size, table, write_json
 from embedwire.limits import DEFAULT_LIMITS
 from embedwire.protocol.topology import Delivery
 

@@ -1,13 +1,14 @@
-"""Puts the pieces of a server together from settings: engine, endpoint, service, app; and takes them apart in the opposite order.
+"""Creates the parts of a server from settings: engine, endpoint, service, app; and closes them in the opposite order.
 
-Knows what each piece wants; it must not know processes or commands. Main thread. Imports an engine only when it is built; ``ranks.py``
-uses the pieces for servers of several ranks.
+For servers of one process and, with a ``Membership``, for each rank of a group. It must not know processes or commands. Main thread.
+Imports an engine only when it is created.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from embedwire.cli.screen import size
@@ -15,15 +16,17 @@ from embedwire.cli.settings import Settings
 from embedwire.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    import numpy as np
     from fastapi import FastAPI
 
-    from embedwire.cli.membership import Membership
+    from embedwire.cli.ranks import Membership
     from embedwire.endpoint import ReceiverEndpoint, SenderEndpoint
+    from embedwire.endpoint.sender_group import FollowingSender
     from embedwire.engines.transformers.encoder import TransformersEncoder
     from embedwire.memory.layout import Layout
 
 Built = tuple["FastAPI", dict[str, Any]]
-"""An app, and what its server says of itself when it is ready."""
+"""An app, and what its server reports when it is ready."""
 
 
 def build_registry(settings: Settings) -> Built:
@@ -101,15 +104,15 @@ def _own_router(settings: Settings) -> Built:
 def built_encoder(
     model: str, settings: Settings, *, name: str, membership: Membership | None = None
 ) -> Iterator[Built]:
-    """An encoder server's app; what stands behind it is closed when the block ends. With ``membership`` it is rank 0 of a group."""
+    """An encoder server's app; its parts are closed when the block ends. With ``membership`` it is rank 0 of a group."""
     from embedwire.encode import EncodeService
     from embedwire.serve.encoder_app import encoder_app
     from embedwire.serve.metrics import AppMetrics
 
     with ExitStack() as stack:
-        engine = encoder_engine(model, settings, membership)
+        engine = _encoder_engine(model, settings, membership)
         stack.callback(engine.close)
-        endpoint = stack.enter_context(sender_of(engine.layout, settings, membership))
+        endpoint = stack.enter_context(_sender_of(engine.layout, settings, membership))
         sender = stack.enter_context(membership.leading(endpoint)) if membership else endpoint
         service = EncodeService(
             engine, sender, batch_tokens=settings.batch_tokens, memory_wait_s=settings.memory_wait_s
@@ -135,7 +138,7 @@ def built_encoder(
 def built_language(
     model: str, settings: Settings, *, name: str, membership: Membership | None = None
 ) -> Iterator[Built]:
-    """A language server's app; what stands behind it is closed when the block ends. With ``membership`` it is rank 0 of a group."""
+    """A language server's app; its parts are closed when the block ends. With ``membership`` it is rank 0 of a group."""
     from embedwire.language.service import LanguageService
     from embedwire.protocol.topology import ALONE
     from embedwire.serve.language_app import language_app
@@ -165,7 +168,45 @@ def built_language(
         yield app, {"role": "language", "model": name, "pool": pool, "memory": memory} | delivery
 
 
-def encoder_engine(model: str, settings: Settings, membership: Membership | None) -> TransformersEncoder:
+@contextmanager
+def following_encoder(model: str, settings: Settings, membership: Membership) -> Iterator[Callable[[], None]]:
+    """The work of a rank above 0 of an encoder: its share of the images, and its part of every room."""
+    engine = _encoder_engine(model, settings, membership)
+    with (
+        _sender_of(engine.layout, settings, membership) as endpoint,
+        membership.following(endpoint) as sender,
+    ):
+        yield lambda: engine.follow(partial(_fill, sender))
+
+
+def _fill(sender: FollowingSender, key: tuple[int, int] | None, arrays: Mapping[str, np.ndarray]) -> None:
+    assert key is not None, "a service names all its prompts"
+    sender.fill(key, arrays)
+
+
+@contextmanager
+def following_language(
+    model: str, settings: Settings, membership: Membership
+) -> Iterator[Callable[[], None]]:
+    """The work of a rank above 0 of a language server: the steps of rank 0, with arrays of its own."""
+    from embedwire.engines.transformers.ranks import TransformersFollower
+    from embedwire.language.arrivals import Arrivals
+
+    arrivals = Arrivals(timeout_s=settings.rank_timeout_s)
+    follower = TransformersFollower(
+        model,
+        tensor_parallel=membership.tensor_parallel,
+        dtype=settings.dtype,
+        device=membership.device,
+        threads=membership.threads,
+        prompt_of=arrivals.prompt_of,
+        on_read=arrivals.forget,
+    )
+    with receiver_of(follower.layout, settings, membership=membership, on_room=arrivals.enter):
+        yield follower.run
+
+
+def _encoder_engine(model: str, settings: Settings, membership: Membership | None) -> TransformersEncoder:
     """The encode half of a model, or one rank's."""
     import torch
 
@@ -198,7 +239,7 @@ def _language_engine(model: str, settings: Settings, membership: Membership | No
     )
 
 
-def sender_of(layout: Layout, settings: Settings, membership: Membership | None) -> SenderEndpoint:
+def _sender_of(layout: Layout, settings: Settings, membership: Membership | None) -> SenderEndpoint:
     """The sender of an encoder, or of one rank of it."""
     from embedwire.endpoint import SenderEndpoint
 
@@ -224,7 +265,7 @@ def receiver_of(
     is_dummy = membership is not None and membership.group.is_dummy(membership.rank)
     return ReceiverEndpoint(
         layout,
-        num_blocks=1 if is_dummy else settings.num_blocks,  # nobody writes into a dummy rank's pool
+        num_blocks=1 if is_dummy else settings.num_blocks,  # no sender writes into a dummy rank's pool
         block_size=settings.block_size,
         default_allocate_tokens=settings.default_allocate_tokens,
         assembly_bytes=settings.assembly_memory,

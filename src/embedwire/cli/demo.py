@@ -1,4 +1,5 @@
-"""``embedwire demo``: a divided model, an embedding that does not fit, and the proof that nothing changed."""
+"""``embedwire demo``: a divided model, an embedding larger than the receive pool, and the proof that the answer is unchanged. And
+``embedwire tiny-model``, which writes the checkpoint that the demo uses."""
 
 from __future__ import annotations
 
@@ -20,12 +21,22 @@ import httpx
 import typer
 from rich.status import Status
 
-from embedwire.cli.options import JsonFile
-from embedwire.cli.process import end_in_order
-from embedwire.cli.quiet import quieten
-from embedwire.cli.screen import check_writable, err, out, size, table, timeline, write_json
-from embedwire.cli.tiny import Family
-from embedwire.errors import EmbedwireError
+from embedwire.cli.ask import content_of, refusal
+from embedwire.cli.processes import Cluster, end_in_order
+from embedwire.cli.screen import (
+    JsonFile,
+    check_writable,
+    err,
+    out,
+    quieten_libraries,
+    size,
+    table,
+    timeline,
+    write_json,
+)
+from embedwire.cli.settings import variables
+from embedwire.cli.stack import start_stack
+from embedwire.errors import ConfigurationError, EmbedwireError
 from embedwire.limits import RANKS_MAX
 
 NUM_BLOCKS, BLOCK_SIZE = 2, 16
@@ -35,6 +46,9 @@ MAX_TOKENS = 32
 QUESTION = "What is in these three images?"
 IMAGE_SIZES = ((224, 168), (280, 280), (336, 196))
 ANSWER_WAIT_S = 300.0
+
+Family = Literal["qwen2_5_vl", "qwen3_vl", "qwen2_vl", "llava"]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it; made if it is not there.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +94,23 @@ def demo(
 
     Exit code 0: everything held; 1: something did not, and the table says what; 2: an error, whose cause is the last line.
     """
-    from embedwire.cli.cluster import Cluster
-
     check_writable(json)
-    quieten()
+    quieten_libraries()
     end_in_order(exit_code=None)
-    variables = {
-        "EMBEDWIRE_DTYPE": dtype,
-        "EMBEDWIRE_DEVICE": device,
-        "EMBEDWIRE_TRANSPORT": transport,
-        "EMBEDWIRE_TENSOR_PARALLEL_SIZE": str(tensor_parallel_size),
-        "EMBEDWIRE_DELIVERY": delivery,
-    }
+    settings = variables(
+        dtype=dtype,
+        device=device,
+        transport=transport,
+        tensor_parallel_size=tensor_parallel_size,
+        delivery=delivery,
+    )
     with (
         tempfile.TemporaryDirectory(prefix="embedwire-demo-") as directory,
         err.status("drawing a tiny model") as status,
     ):
-        name = model or _tiny_model(Path(directory) / family, family)
+        name = model or _write_tiny_model(Path(directory) / family, family)
         images = [_picture(number, *pixels) for number, pixels in enumerate(IMAGE_SIZES)]
-        with Cluster(variables) as cluster:
+        with Cluster(settings) as cluster:
             answer, claims = _serve_and_ask(
                 cluster, name, images, status, encoder_ranks=encoder_tensor_parallel_size
             )
@@ -122,24 +134,21 @@ def demo(
         raise typer.Exit(1)
 
 
-def _tiny_model(directory: Path, family: Family) -> str:
+def _write_tiny_model(directory: Path, family: Family) -> str:
     from embedwire.engines.transformers.tiny_model import write_tiny_model
 
     return str(write_tiny_model(directory, family))
 
 
 def _serve_and_ask(
-    cluster: Any, model: str, images: Sequence[bytes], status: Status, *, encoder_ranks: int
+    cluster: Cluster, model: str, images: Sequence[bytes], status: Status, *, encoder_ranks: int
 ) -> tuple[dict[str, Any], list[Claim]]:
-    from embedwire.cli.stack import start_stack
-
-    pool = {"EMBEDWIRE_NUM_BLOCKS": str(NUM_BLOCKS), "EMBEDWIRE_BLOCK_SIZE": str(BLOCK_SIZE)}
     stack = start_stack(
         cluster,
         model,
         name="demo",
         encoder_ranks=encoder_ranks,
-        language_variables=pool,
+        language_variables=variables(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE),
         on_step=status.update,
     )
     out.print("[bold]Each server a process of its own, each with its half of the model[/]")
@@ -185,10 +194,9 @@ def _passage_claims(passage: Mapping[str, Any]) -> list[Claim]:
 
 def _ask(url: str, images: Sequence[bytes]) -> dict[str, Any]:
     urls = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in images]
-    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     body = {
         "model": "demo",
-        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}],
+        "messages": [{"role": "user", "content": content_of(QUESTION, urls)}],
         "max_tokens": MAX_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
@@ -199,7 +207,7 @@ def _ask(url: str, images: Sequence[bytes]) -> dict[str, Any]:
     except httpx.HTTPError as error:
         raise EmbedwireError(f"router {url}: {error}") from None
     if response.status_code != 200:
-        raise EmbedwireError(f"the router answered with HTTP {response.status_code}: {response.text[:500]}")
+        raise EmbedwireError(refusal(response.status_code, response.content))
     answer: dict[str, Any] = response.json()
     return answer
 
@@ -264,7 +272,7 @@ def _undivided_ids(model: str, images: Sequence[bytes], *, dtype: str, device: s
         check=False,
     )
     if ended.returncode:
-        last = ended.stderr.strip().splitlines()[-1:] or ["no word"]
+        last = ended.stderr.strip().splitlines()[-1:] or ["no output"]
         raise EmbedwireError(f"the undivided model failed: {last[0]}")
     ids: list[int] = json_text.loads(ended.stdout.splitlines()[-1])["token_ids"]
     return ids
@@ -312,3 +320,29 @@ def _show(answer: Mapping[str, Any], claims: Sequence[Claim], *, is_random: bool
     for claim in claims:
         made.add_row("[green]yes[/]" if claim.holds else "[red]NO[/]", claim.what, claim.detail)
     out.print(made)
+
+
+def tiny_model(
+    directory: Directory,
+    *,
+    family: Annotated[Family, typer.Option(help="Architecture.")] = "qwen2_5_vl",
+    scale: Annotated[
+        Literal["tiny", "small", "400m"],
+        typer.Option(help="About 200,000 parameters; 700,000, for vLLM too; or 400 million."),
+    ] = "tiny",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
+) -> None:
+    """Write a small checkpoint with random weights into DIR. Its answers are gibberish; everything else about it is real.
+
+    It loads with plain transformers too. Exit code 0: written; 2: an error, whose cause is the last line.
+    """
+    quieten_libraries()
+    from embedwire.engines.transformers.tiny_model import write_tiny_model
+
+    try:
+        write_tiny_model(directory, family, scale=scale, dtype=dtype, seed=seed)
+    except OSError as error:
+        raise ConfigurationError(f"{directory}: {error}") from None
+    nbytes = sum(file.stat().st_size for file in directory.iterdir())
+    out.print(f"{directory}: {family}, {scale}, {dtype}, {size(nbytes)}", soft_wrap=True, markup=False)

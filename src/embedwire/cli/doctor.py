@@ -14,9 +14,7 @@ from typing import Any, Literal
 import typer
 from rich.markup import escape
 
-from embedwire.cli.options import JsonFile
-from embedwire.cli.quiet import quieten
-from embedwire.cli.screen import check_writable, err, out, table, write_json
+from embedwire.cli.screen import JsonFile, check_writable, err, out, quieten_libraries, table, write_json
 
 State = Literal["works", "missing", "broken"]
 IMPORT_WAIT_S = 120.0
@@ -45,7 +43,7 @@ def doctor(*, json: JsonFile = None) -> None:
     code 0: all that is needed works; 1: it does not, and the table says what to do.
     """
     check_writable(json)
-    quieten()
+    quieten_libraries()
     findings: list[Finding] = []
     tests: Sequence[tuple[str, Callable[[], list[Finding]]]] = (
         ("the platform", lambda: [_platform()]),

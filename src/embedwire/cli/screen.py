@@ -1,15 +1,18 @@
-"""How commands speak: tables and lines on stdout, errors on stderr, results as JSON in a file.
+"""Output of commands: tables and lines on stdout, errors on stderr, results as JSON in a file.
 
-Everything is readable without colours too. Knows no command. Main thread.
+Everything is readable without colours too. Imports no command. Main thread.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +20,21 @@ from embedwire.errors import ConfigurationError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the results here, as JSON.", show_default=False),
+]
+
+
+def quieten_libraries() -> None:
+    """Stop model libraries from drawing progress bars over the output. Called before they are used; the user's settings override it."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with suppress(ImportError):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def write_json(path: Path | None, value: Any) -> None:

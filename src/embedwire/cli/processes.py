@@ -1,7 +1,8 @@
-"""A handful of our own servers as child processes: started, watched, and ended together.
+"""Server processes, from both sides: how one starts, reports that it is ready, serves and ends; and children that are started, watched
+and stopped together (:class:`Cluster`).
 
-Owns the processes, their pipes and their logs; it must not know what they serve. Used from one thread; a thread a child waits for what that
-child has to say. However this process dies, the children end: each reads a pipe that closes with it.
+Imports no app and no command. The functions of a server run on its main thread; a Cluster is used from one thread, and a thread per child
+reads what the child reports. However a parent dies, its children end: each reads a pipe that closes with the parent.
 """
 
 from __future__ import annotations
@@ -10,31 +11,133 @@ import json
 import logging
 import math
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
-from types import TracebackType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
 
-from embedwire.errors import EmbedwireError
+from embedwire.cli.screen import out
+from embedwire.cli.settings import PREFIX, Settings
+from embedwire.errors import ConfigurationError, EmbedwireError
+from embedwire.serve.signals import end_signals
 
-EMBEDWIRE = (sys.executable, "-m", "embedwire.cli")
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 logger = logging.getLogger(__name__)
+EMBEDWIRE = (sys.executable, "-m", "embedwire.cli")
 LOG_LINES = 12
+ORPHAN_MARGIN_S = 10.0
+"""A child whose parent has died ends within this, on top of the time that answers under way have. Longer than it takes to end children
+of its own."""
 STOP_MARGIN_S = 5.0
 """On top of the time that answers under way have: closing endpoints and engines."""
 CAUSE_WAIT_S = 1.0
-"""When a child says that it can not go on, the one that is to blame for that may be seen to end within this."""
+"""After a child has reported an error, the child that caused it may be seen to end within this."""
 SIGNAL_WAIT_S = 0.5
-"""No wait is longer at a time. Python looks for signals between two instructions, so of one that comes just as a wait for a queue
-begins it knows only when that ends. That may be why a group that was told to end as it became ready was once seen not to."""
+"""No wait is longer at a time. Python handles signals between two instructions: one that arrives just as a wait for a queue begins is
+handled when that wait ends. This may be why a group that was stopped as it became ready was once seen to keep running."""
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """How a server reports that it is ready: a line for people, or JSON for the process that started it."""
+
+    ready_file: Path | None
+    is_child: bool
+
+    def say(self, facts: dict[str, Any]) -> None:
+        """Called once, when requests are answered. ``facts`` hold ``role`` and ``url``."""
+        text = json.dumps(facts | {"pid": os.getpid()})
+        if self.ready_file is not None:
+            part = self.ready_file.with_name(self.ready_file.name + ".part")
+            part.write_text(text + "\n")
+            part.replace(self.ready_file)  # a reader never sees half of it
+        if self.is_child:
+            print(text, flush=True)
+            return
+        out.print(f"[bold]{facts['role']}[/] ready at {facts['url']}", soft_wrap=True)
+        for name, fact in facts.items():
+            if name not in ("role", "url"):
+                out.print(f"  {name.replace('_', ' ')}: {fact}", soft_wrap=True, markup=False)
+
+
+def begin(settings: Settings, *, is_child: bool) -> None:
+    """Called before anything is held: from then on signals end this process through its cleanup, also while a model is loading."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
+    end_in_order()
+    if is_child:
+        bound_s = settings.shutdown_s + ORPHAN_MARGIN_S
+        threading.Thread(target=_end_with_stdin, args=(bound_s,), name="embedwire-stdin", daemon=True).start()
+
+
+def end_in_order(*, exit_code: int | None = 0) -> None:
+    """Let SIGTERM, and SIGHUP unless it is ignored, unwind this process like Ctrl-C. Further ones change nothing: a terminal that is closed
+    sends two. ``exit_code`` None is 128 plus the signal's number."""
+    numbers = [number for number in end_signals() if number != signal.SIGINT]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for one in numbers:
+            signal.signal(one, lambda *_: None)  # not SIG_IGN: children would inherit it
+        sys.exit(128 + number if exit_code is None else exit_code)
+
+    for number in numbers:
+        signal.signal(number, end)
+
+
+def _end_with_stdin(bound_s: float) -> None:
+    """The parent holds the other end: however it dies, its children end, if need be without cleanup."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(bound_s)
+    os._exit(1)
+
+
+def check_can_listen(host: str, port: int) -> None:
+    """Called before anything large is loaded. Raises ConfigurationError."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ConfigurationError(f"can not listen on {host}:{port}: {error}") from None
+
+
+def serve(
+    app: FastAPI, settings: Settings, facts: dict[str, Any], *, voice: Voice, port: int | None = None
+) -> None:
+    """Answer requests until a signal; from then on this process ignores signals.
+
+    Raises ConfigurationError when the address cannot be bound.
+    """
+    from embedwire.serve.run import AppServer
+
+    port = settings.port if port is None else port
+    on_ready: Callable[[str], None] = lambda url: voice.say(facts | {"url": url})  # noqa: E731
+    try:
+        server = AppServer(
+            app, host=settings.host, port=port, shutdown_s=settings.shutdown_s, on_ready=on_ready
+        )
+    except OSError as error:
+        raise ConfigurationError(f"can not listen on {settings.host}:{port}: {error}") from None
+    server.serve()
+    # a second one would interrupt the cleanup, and leave shared memory behind
+    for number in end_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ChildFailed(EmbedwireError):
@@ -43,7 +146,7 @@ class ChildFailed(EmbedwireError):
 
 @dataclass(slots=True)
 class Child:
-    """One server. ``facts`` are what it said when it was ready: ``url``, ``role``, ``pid`` and more; ``error`` is why it can not go on."""
+    """One server. ``facts`` is its report when it was ready: ``url``, ``role``, ``pid`` and more; ``error`` is why it cannot continue."""
 
     name: str
     process: subprocess.Popen[str]
@@ -52,7 +155,7 @@ class Child:
 
     @property
     def url(self) -> str:
-        """Where it answers; known once it is ready."""
+        """Its HTTP address; known once it is ready."""
         return str(self.facts["url"])
 
     @property
@@ -62,7 +165,7 @@ class Child:
 
     @property
     def in_words(self) -> str:
-        """What there is to know about it beside its address: how its embeddings come, or where rooms are asked for."""
+        """What it reported beside its address: its receive pool, or where rooms are requested."""
         ranks = f"{self.facts['ranks']} ranks" if "ranks" in self.facts else None
         said = (self.facts.get(name) for name in ("engine", "pool", "rooms_at", "delivery"))
         known = (*said, ranks)
@@ -107,7 +210,7 @@ class Cluster:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=_without_settings(os.environ) | dict(self._variables) | dict(variables or {}),
-                start_new_session=True,  # Ctrl-C is for the parent alone, which ends them in order
+                start_new_session=True,  # Ctrl-C reaches only the parent, which ends them in order
                 text=True,
             )
         child = Child(name, process, log)
@@ -127,7 +230,7 @@ class Cluster:
                 )
 
     def watch(self, *, timeout_s: float | None = None) -> None:
-        """Wait for news of a child, for ``timeout_s`` at most. Raises ChildFailed when one has ended, or says that it can not go on."""
+        """Wait for an event of a child, for ``timeout_s`` at most. Raises ChildFailed when one has ended or cannot continue."""
         child = self._news(math.inf if timeout_s is None else timeout_s)
         if child is None:
             return
@@ -149,8 +252,8 @@ class Cluster:
                 if left_s <= SIGNAL_WAIT_S:
                     return None
 
-    def _to_blame_for(self, complaining: Child) -> Child:
-        """Whoever ends without a word while others complain is the cause; else the first who complained."""
+    def _to_blame_for(self, reporting: Child) -> Child:
+        """The child that ended without a report while others reported errors; else the first that reported one."""
         deadline_s = time.monotonic() + CAUSE_WAIT_S
         while (left_s := deadline_s - time.monotonic()) > 0:
             try:
@@ -159,10 +262,10 @@ class Cluster:
                 break
             if child.process.poll() is not None and "error" not in child.facts:
                 return child
-        return complaining
+        return reporting
 
     def stop(self) -> dict[str, int]:
-        """End all within ``shutdown_s`` and ``margin_s``; returns exit codes, negative for one that had to be killed. Idempotent."""
+        """End all within ``shutdown_s`` plus ``margin_s``; returns exit codes, negative for one that had to be killed. Idempotent."""
         deadline_s = time.monotonic() + self._stop_s
         codes = {}
         for child in reversed(self._children):
@@ -189,7 +292,7 @@ class Cluster:
             self._logs.cleanup()
 
     def _listen(self, child: Child) -> None:
-        """On a thread of its own: the child's lines, then its end."""
+        """On a thread per child: the child's lines, then its end."""
         assert child.process.stdout is not None
         with child.process.stdout as lines:
             for line in lines:
@@ -204,8 +307,8 @@ class Cluster:
 
 
 def _without_settings(variables: Mapping[str, str]) -> dict[str, str]:
-    """Ours are passed on as they were read, so that a file does not count twice."""
-    return {name: value for name, value in variables.items() if not name.upper().startswith("EMBEDWIRE_")}
+    """Settings are passed on as they were read, so that a file does not count twice."""
+    return {name: value for name, value in variables.items() if not name.upper().startswith(PREFIX)}
 
 
 def _meaning(status: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -12,14 +11,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from queue import Empty
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
-
-from embedwire.cli.cluster import SIGNAL_WAIT_S, ChildFailed, Cluster
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
@@ -136,47 +132,3 @@ def test_children_end_when_their_parent_is_killed(up: Up) -> None:
     gone, alive = psutil.wait_procs(list(up.children.values()), timeout=ENDS_WITHIN_S)
     assert (len(gone), alive) == (4, [])
     assert up.left(segments) == []
-
-
-def test_a_child_that_can_not_start_is_named_with_its_last_words() -> None:
-    with Cluster({}) as cluster:
-        child = cluster.start("encoder", "encoder", "/nowhere/at/all")
-        with pytest.raises(
-            ChildFailed, match=r"(?s)encoder has ended: exit code 2.*encoder \| embedwire: .*/nowhere"
-        ):
-            cluster.wait_ready([child], timeout_s=120)
-
-
-def test_a_child_that_is_not_ready_in_time_is_named() -> None:
-    with Cluster({}) as cluster:
-        child = cluster.start("registry", "registry")
-        with pytest.raises(ChildFailed, match="registry was not ready within 0 s"):
-            cluster.wait_ready([child], timeout_s=0)
-
-
-def test_stop_gives_the_exit_code_of_each() -> None:
-    with Cluster({}) as cluster:
-        cluster.wait_ready([cluster.start("registry", "registry")], timeout_s=60)
-        assert cluster.stop() == {"registry": 0}
-        assert cluster.stop() == {}
-
-
-def test_no_wait_for_a_child_keeps_signals_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that came just as the wait began is heard of when it ends, however long the whole of it is."""
-    waits: list[float] = []
-
-    class Events:
-        def get(self, timeout: float | None = None) -> None:
-            waits.append(math.inf if timeout is None else timeout)
-            if len(waits) == 3:
-                raise KeyboardInterrupt
-            raise Empty
-
-    with Cluster({}) as cluster:
-        monkeypatch.setattr(cluster, "_events", Events())
-        with pytest.raises(KeyboardInterrupt):
-            cluster.watch()
-        assert waits == [SIGNAL_WAIT_S] * 3
-        waits.clear()
-        cluster.watch(timeout_s=0.0)
-        assert waits == [0.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+
+from embedwire.cli.options import load
+from embedwire.cli.ranks import Membership
 
 BODY = Path(__file__).with_name("rank_body.py")
 RANKS = 4
@@ -207,3 +211,37 @@ def test_ranks_clean_up_when_their_supervisor_is_killed(start: Any) -> None:
     gone, alive = psutil.wait_procs(ranks, timeout=ENDS_WITHIN_S)
     assert (len(gone), alive, group.left()) == (RANKS, [], [])
     assert not any(os.path.exists(path) for path in facts["segments"])
+
+
+class Alone:
+    """In place of ``TensorParallel``: a rank that joins nobody."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.failure_mode("leftovers-of-a-dead-process")
+@pytest.mark.model
+def test_the_last_to_leave_removes_what_the_first_could_not(tmp_path: Path, monkeypatch: Any) -> None:
+    """A rank may write into torch's file once more while rank 0 removes the directory; the last rank to leave removes it."""
+    from embedwire.engines.transformers import parallel
+
+    monkeypatch.setattr(parallel, "TensorParallel", Alone)
+    directory = tmp_path / "group"
+    directory.mkdir()
+    (directory / "store").touch()
+    settings = load({"tensor_parallel_size": 2}).settings
+    first, last = (Membership(settings, rank=rank, directory=directory) for rank in range(2))
+    with monkeypatch.context() as patched:
+
+        def rmdir(*args: Any, **more: Any) -> None:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+        patched.setattr(os, "rmdir", rmdir)
+        first.__exit__()
+    assert directory.exists()
+    last.__exit__()
+    assert not directory.exists()

@@ -17,11 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from embedwire.cli import vllm_stack
-from embedwire.cli.settings import load
-from embedwire.cli.vllm_server import vllm_command
-from embedwire.cli.vllm_stack import SYSTEMS_PORTS, free_ports
-from embedwire.registry import Role
+from embedwire.cli import stack
+from embedwire.cli.stack import SYSTEMS_PORTS, free_ports
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
@@ -157,55 +154,12 @@ def test_ports_are_none_that_the_system_gives_out_meanwhile() -> None:
 def test_or_they_are_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     everything = tmp_path / "range"
     everything.write_text("1024\t65535\n")
-    monkeypatch.setattr(vllm_stack, "SYSTEMS_PORTS", everything)
+    monkeypatch.setattr(stack, "SYSTEMS_PORTS", everything)
     assert len(set(free_ports(5))) == 5
 
 
 def flags_of(command: list[str]) -> dict[str, str]:
     return {a: b for a, b in pairwise(command) if a.startswith("--")}
-
-
-def test_how_servers_are_started() -> None:
-    loaded = load({"port": 7, "dtype": "float32", "source_memory": "1MiB", "transport": "tcp"})
-    command = vllm_command(loaded, "m", role=Role.ENCODER, report_to="http://r", items_port=8)
-    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    flags = flags_of(command)
-    assert (flags["--model"], flags["--port"], flags["--dtype"]) == ("m", "7", "float32")
-    assert {"--enforce-eager", "--no-enable-prefix-caching"} <= {*command}
-    assert json.loads(flags["--ec-transfer-config"]) == {
-        "ec_connector": "EmbedwireECConnector",
-        "ec_connector_module_path": "embedwire.engines.vllm.connector",
-        "ec_role": "ec_producer",
-        "ec_connector_extra_config": {
-            "transport": "tcp",
-            "host": "127.0.0.1",
-            "port": 8,
-            "items_bytes": 2**20,
-        },
-    }
-
-
-def test_how_language_servers_are_started() -> None:
-    told = {"media": "metadata", "num_blocks": 8, "assembly_memory": "2MiB", "tensor_parallel_size": 2}
-    told |= {"vllm_connector": '{"local_encode": true, "item_deadline_s": 7}'}
-    loaded = load(told | {"vllm_python": "/opt/py", "vllm_args": "-a", "vllm_language_args": "--b 'c d'"})
-    command = vllm_command(loaded, "m", role=Role.LANGUAGE, name="n", report_to="http://r")
-    assert command[0] == "/opt/py"
-    assert command[-3:] == ["-a", "--b", "c d"]
-    assert "--language-model-only" in command
-    assert "--dtype" not in command
-    flags = flags_of(command)
-    assert (flags["--served-model-name"], flags["--tensor-parallel-size"]) == ("n", "2")
-    config = json.loads(flags["--ec-transfer-config"])
-    assert config["ec_role"] == "ec_consumer"
-    assert config["ec_connector_extra_config"] == {
-        "transport": "auto",
-        "item_deadline_s": 7,
-        "local_encode": True,
-        "report_to": ["http://r"],
-        "num_blocks": 8,
-        "staging_bytes": 2 * 2**20,
-    }
 
 
 @pytest.mark.e2e
@@ -222,12 +176,6 @@ def test_several_language_servers_fetch_only_what_they_are_asked_for(
     finally:
         running.process.send_signal(signal.SIGINT)
         running.process.communicate(timeout=ENDS_WITHIN_S)
-
-
-def test_where_items_are_fetched_ahead() -> None:
-    command = vllm_command(load({}), "m", role=Role.LANGUAGE, items_from=["tcp://a:1", "tcp://b:2"])
-    config = json.loads(flags_of(command)["--ec-transfer-config"])["ec_connector_extra_config"]
-    assert (config["encoders"], config["prefetch"]) == (["tcp://a:1", "tcp://b:2"], True)
 
 
 @pytest.mark.parametrize(
@@ -248,12 +196,3 @@ def test_what_can_not_be_is_said_in_one_line(embedwire: Run, arguments: tuple[st
     assert ended.returncode == 2
     assert said in ended.stderr
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
-
-
-def test_urls_may_be_given_several_times() -> None:
-    assert load({"encoder": ["http://a,http://b", "http://c"]}).settings.encoder == (
-        "http://a",
-        "http://b",
-        "http://c",
-    )
-    assert load({"encoder": []}).origins["encoder"] == "default"
