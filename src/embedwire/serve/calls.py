@@ -16,6 +16,7 @@ import httpx
 import msgspec
 
 from embedwire.registry import Registry, Worker
+from embedwire.serve.attempts import AttemptFailed
 from embedwire.serve.faults import Fault, FaultError, fault_from, unreachable
 from embedwire.serve.watch import is_refusal
 
@@ -25,15 +26,6 @@ KEPT_IDLE_S = 2.0
 uvicorn, and so vLLM, does it after 5 s (``VLLM_HTTP_TIMEOUT_KEEP_ALIVE``)."""
 RETRIED_STATUS = frozenset({502, 503, 504})
 """What another worker may not answer."""
-
-
-class WorkerFailed(Exception):
-    """An attempt failed because of the worker at ``url``; another worker may succeed."""
-
-    def __init__(self, url: str, fault: Fault) -> None:
-        super().__init__(fault.message)
-        self.url = url
-        self.fault = fault
 
 
 class WorkerCalls:
@@ -50,7 +42,7 @@ class WorkerCalls:
     async def post(
         self, worker: Worker, path: str, body: Mapping[str, Any], stack: AsyncExitStack
     ) -> httpx.Response:
-        """A response of any status, its body not yet read; ``stack`` closes it. Raises WorkerFailed when there is none."""
+        """A response of any status, its body not yet read; ``stack`` closes it. Raises AttemptFailed when there is none."""
         content = await anyio.to_thread.run_sync(msgspec.json.encode, body)
         client = await stack.enter_async_context(self.client())
         try:
@@ -64,7 +56,7 @@ class WorkerCalls:
                 error, httpx.ConnectError | httpx.ConnectTimeout
             ):
                 self._table.missed(worker.url, is_silent=not is_refusal(error))
-            raise WorkerFailed(worker.url, unreachable(named(worker), error)) from None
+            raise AttemptFailed(unreachable(named(worker), error), to_blame=worker.url) from None
         stack.push_async_callback(response.aclose)
         return response
 
@@ -79,7 +71,7 @@ class WorkerCalls:
 
     @contextmanager
     def waits_for(self, worker: Worker) -> Iterator[None]:
-        """Until the worker's answer begins. Raises WorkerFailed when it was given up."""
+        """Until the worker's answer begins. Raises AttemptFailed when it was given up."""
         with anyio.CancelScope() as scope:
             self._waiting[scope] = worker
             try:
@@ -88,7 +80,7 @@ class WorkerCalls:
                 del self._waiting[scope]
             return
         lost = unreachable(named(worker), TimeoutError("it does not answer its checks, or was started anew"))
-        raise WorkerFailed(worker.url, lost)
+        raise AttemptFailed(lost, to_blame=worker.url)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -120,18 +112,18 @@ def named(worker: Worker) -> str:
 
 
 async def read_fault(response: httpx.Response, worker: Worker) -> Fault:
-    """What a worker answered instead of 200. Raises WorkerFailed when it broke off."""
+    """What a worker answered instead of 200. Raises AttemptFailed when it broke off."""
     who = named(worker)
     try:
         text = await response.aread()
     except httpx.HTTPError as error:
-        raise WorkerFailed(worker.url, unreachable(who, error)) from None
+        raise AttemptFailed(unreachable(who, error), to_blame=worker.url) from None
     return fault_from(response.status_code, text, retry_after=response.headers.get("retry-after"), who=who)
 
 
 def raise_fault(fault: Fault, worker: Worker, *, final: frozenset[str] = frozenset()) -> NoReturn:
-    """Raise WorkerFailed where another worker may do better, else FaultError. ``final`` are codes that end a request, whatever the
+    """Raise AttemptFailed where another worker may do better, else FaultError. ``final`` are codes that end a request, whatever the
     status."""
     if fault.status in RETRIED_STATUS and fault.code not in final:
-        raise WorkerFailed(worker.url, fault)
+        raise AttemptFailed(fault, to_blame=worker.url)
     raise FaultError(fault)

@@ -14,7 +14,8 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -24,8 +25,9 @@ from anyio.abc import TaskGroup
 from embedwire.errors import ConfigurationError
 from embedwire.limits import ROOM_MAX
 from embedwire.registry import Registry, Role, Worker
-from embedwire.serve.calls import WorkerCalls, WorkerFailed, raise_fault, read_fault
-from embedwire.serve.faults import Fault, FaultError, more_telling, overloaded, unreachable
+from embedwire.serve.attempts import AttemptFailed, Attempts
+from embedwire.serve.calls import WorkerCalls, raise_fault, read_fault
+from embedwire.serve.faults import unreachable
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.openai import ChatRequest, RoomRef, plain_messages
 
@@ -52,8 +54,7 @@ class DispatchLimits:
 @dataclass(slots=True)
 class Way:
     """One request under way. ``held`` is the encoder and the attempt that hold memory for it; ``finished`` is
-    set when the answer is complete, so that there is nothing to abort; ``failed`` are workers, ``fault`` what they
-    said."""
+    set when the answer is complete, so that there is nothing to abort."""
 
     raw: Mapping[str, Any]
     asked: ChatRequest
@@ -61,8 +62,6 @@ class Way:
     began_s: float
     room: int
     held: tuple[Worker, int] | None = None
-    failed: set[str] = field(default_factory=set)
-    fault: Fault | None = None
     finished: bool = False
 
     @property
@@ -116,34 +115,29 @@ class Dispatch:
 
         Raises FaultError: what a worker answered, or that there is none.
         """
-        for attempt in range(self._limits.attempts_max):
-            try:
-                async with AsyncExitStack() as this_attempt:
-                    response = await self._attempt(way, attempt, this_attempt)
-                    stack.push_async_exit(this_attempt.pop_all())
-                    return response
-            except WorkerFailed as error:
-                way.failed.add(error.url)
-                way.fault = more_telling(way.fault, error.fault)
-                self._metrics.retries.labels(error.fault.code).inc()
-            await self._let_go(way)
-        assert way.fault is not None
-        raise FaultError(way.fault)
+        attempts = Attempts(self._table, attempts_max=self._limits.attempts_max, metrics=self._metrics)
+        return await attempts.run(
+            partial(self._attempt, way, attempts),
+            stack,
+            after_failure=partial(self._let_go, way, attempts),
+        )
 
-    async def _attempt(self, way: Way, attempt: int, stack: AsyncExitStack) -> httpx.Response:
-        language = self._pick(Role.LANGUAGE, way, fingerprint=None)
+    async def _attempt(
+        self, way: Way, attempts: Attempts, number: int, stack: AsyncExitStack
+    ) -> httpx.Response:
+        language = attempts.pick(Role.LANGUAGE, model=way.asked.model)
         tokens = way.asked.max_completion_tokens or way.asked.max_tokens or self._limits.default_max_tokens
         stack.enter_context(self._table.loaded(language.url, tokens))
         if not way.media:
             return await self._post(language, "/v1/chat/completions", way.raw, stack)
-        encoder = self._pick(Role.ENCODER, way, fingerprint=language.fingerprint)
+        encoder = attempts.pick(Role.ENCODER, model=way.asked.model, fingerprint=language.fingerprint)
         with self._table.loaded(encoder.url, way.media):  # its room is over when the answer begins
-            way.held = encoder, attempt
-            taken = await self._encode(way, attempt, encoder, readers=language.readers)
+            way.held = encoder, number
+            taken = await self._encode(way, number, encoder, readers=language.readers)
             stack.enter_context(self._table.loaded(language.url, taken.total_tokens))
             room = RoomRef(
                 room=way.room,
-                attempt=attempt,
+                attempt=number,
                 control_addresses=taken.control_addresses,
                 encoder=encoder.url,
                 elapsed_ms=(time.monotonic() - way.began_s) * 1000,
@@ -153,18 +147,18 @@ class Dispatch:
                 return await self._post(
                     language, "/v1/chat/completions", body | {"embedwire_room": room}, stack
                 )
-            except WorkerFailed as error:
-                if error.fault.type == "transfer_error":
-                    error.url = encoder.url  # the messenger is not to blame
+            except AttemptFailed as failure:
+                if failure.fault.type == "transfer_error":
+                    failure.to_blame = encoder.url  # the language server only reports it
                 raise
 
-    async def _let_go(self, way: Way) -> None:
+    async def _let_go(self, way: Way, attempts: Attempts) -> None:
         """End the room of an attempt that failed: at once where the next attempt may come to the same
         encoder."""
         if way.held is None:
             return
         encoder, attempt = way.held
-        if encoder.url in way.failed:
+        if encoder.url in attempts.failed:
             self._background.start_soon(self._abort, way.room, encoder, attempt)
         else:
             await self._abort(way.room, encoder, attempt)
@@ -182,25 +176,18 @@ class Dispatch:
             try:
                 return msgspec.json.decode(await response.aread(), type=TakenUp)
             except (httpx.HTTPError, msgspec.MsgspecError) as error:
-                raise WorkerFailed(encoder.url, unreachable(f"encoder {encoder.url}", error)) from None
+                fault = unreachable(f"encoder {encoder.url}", error)
+                raise AttemptFailed(fault, to_blame=encoder.url) from None
 
     async def _post(
         self, worker: Worker, path: str, body: Mapping[str, Any], stack: AsyncExitStack
     ) -> httpx.Response:
-        """A response with status 200, not yet read; ``stack`` closes it. Raises WorkerFailed, or FaultError
+        """A response with status 200, not yet read; ``stack`` closes it. Raises AttemptFailed, or FaultError
         when another worker would not help."""
         response = await self.calls.post(worker, path, body, stack)
         if response.status_code != 200:
             raise_fault(await read_fault(response, worker), worker, final=NOT_RETRIED_CODES)
         return response
-
-    def _pick(self, role: Role, way: Way, *, fingerprint: str | None) -> Worker:
-        """Raises FaultError: nobody is there, or of those who were the last one's fault."""
-        model = way.asked.model
-        worker = self._table.pick(role, model=model, fingerprint=fingerprint, avoid=way.failed)
-        if worker is None:
-            raise FaultError(way.fault or overloaded(f"no {role} server for {model!r} is available"))
-        return worker
 
     async def _abort(self, room: int, encoder: Worker, attempt: int) -> None:
         url, timeout_s = f"{encoder.url}/rooms/{room}", self._limits.abort_timeout_s

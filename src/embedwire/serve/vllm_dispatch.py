@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import anyio
@@ -22,9 +23,10 @@ from anyio.abc import TaskGroup
 
 from embedwire.errors import ConfigurationError
 from embedwire.registry import Registry, Role, Worker
-from embedwire.serve.calls import WorkerCalls, WorkerFailed, named, read_fault
+from embedwire.serve.attempts import AttemptFailed, Attempts
+from embedwire.serve.calls import WorkerCalls, named, read_fault
 from embedwire.serve.exchange import Hold
-from embedwire.serve.faults import Fault, FaultError, more_telling, overloaded, unreachable
+from embedwire.serve.faults import Fault, FaultError, more_telling, unreachable
 from embedwire.serve.media import MediaFetcher
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.vllm_answer import Explain, ItemsPassage, VllmAnswer
@@ -61,29 +63,16 @@ class VllmLimits:
 
 @dataclass(slots=True)
 class VllmWay:
-    """One request under way. ``items`` are its media once they are here; ``failed`` are URLs of workers, ``fault`` what they said.
-    ``doubted`` are those that may be to blame: they come last."""
+    """One request under way."""
 
     asked: Asked
     began_s: float
     hold: Hold
-    items: Sequence[Item] | None = None
-    failed: set[str] = field(default_factory=set)
-    doubted: set[str] = field(default_factory=set)
-    fault: Fault | None = None
     finished: bool = False
 
     @property
     def stream(self) -> bool:
         return self.asked.stream
-
-
-class _AttemptFailed(Exception):
-    """Another attempt may succeed."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(verdict.fault.message)
-        self.verdict = verdict
 
 
 class VllmDispatch:
@@ -131,36 +120,23 @@ class VllmDispatch:
 
         Raises FaultError: what a worker answered, the cause of a transfer's end, or that nobody is there; MediaError.
         """
-        self._pick_language(way)  # before anybody encodes for a request that nobody can answer
-        way.items = await self._fetch(way)
-        for _ in range(self._limits.attempts_max):
-            try:
-                async with AsyncExitStack() as this_attempt:
-                    answer = await self._attempt(way, way.items, this_attempt)
-                    stack.push_async_exit(this_attempt.pop_all())
-                    return answer
-            except WorkerFailed as error:
-                fault = error.fault
-                way.failed.add(error.url)
-            except _AttemptFailed as error:
-                fault = error.verdict.fault
-                way.failed.update(filter(None, [error.verdict.to_blame]))
-                way.doubted.update(filter(None, [error.verdict.doubted]))
-            way.fault = more_telling(way.fault, fault)
-            self._metrics.retries.labels(fault.code).inc()
-        assert way.fault is not None
-        raise FaultError(way.fault)
+        attempts = Attempts(self._table, attempts_max=self._limits.attempts_max, metrics=self._metrics)
+        attempts.pick(Role.LANGUAGE, model=way.asked.model)  # nothing is encoded if no server can answer
+        items = await self._fetch(way)
+        return await attempts.run(partial(self._attempt, way, items, attempts), stack)
 
     async def _fetch(self, way: VllmWay) -> list[Item]:
         contents = await self._fetcher.fetch_all({media.place: media.url for media in way.asked.media})
         way.hold(sum(map(len, contents)))
         return await anyio.to_thread.run_sync(items_of, way.asked, contents)
 
-    async def _attempt(self, way: VllmWay, items: Sequence[Item], stack: AsyncExitStack) -> VllmAnswer:
+    async def _attempt(
+        self, way: VllmWay, items: Sequence[Item], attempts: Attempts, _number: int, stack: AsyncExitStack
+    ) -> VllmAnswer:
         began_s = time.monotonic()
-        encoded = await self._encode(way, items)
+        encoded = await self._encode(items, attempts)
         passage = _passage(encoded, encode_ms=(time.monotonic() - began_s) * 1000)
-        language = self._pick_language(way)
+        language = attempts.pick(Role.LANGUAGE, model=way.asked.model)
         stack.enter_context(self._table.loaded(language.url, passage.total_tokens + self._max_tokens(way)))
         ticket = stack.enter_context(self.ends.ticket())
 
@@ -182,7 +158,9 @@ class VllmDispatch:
         if isinstance(answer, VllmAnswer):
             return answer
         verdict = await verdict_on(answer)
-        raise FaultError(verdict.fault) if verdict.is_final else _AttemptFailed(verdict)
+        if verdict.is_final:
+            raise FaultError(verdict.fault)
+        raise AttemptFailed(verdict.fault, to_blame=verdict.to_blame, doubted=verdict.doubted)
 
     async def _ask(
         self,
@@ -193,7 +171,7 @@ class VllmDispatch:
         explain: Explain,
         stack: AsyncExitStack,
     ) -> VllmAnswer | Fault:
-        """The answer, or what vLLM said that may have a cause of ours. Raises FaultError and WorkerFailed for all else."""
+        """The answer, or what vLLM said that may have a cause of ours. Raises FaultError and AttemptFailed for all else."""
         response = await self.calls.post(language, "/v1/chat/completions", body, stack)
         who = named(language)
         if response.status_code == 500:
@@ -209,21 +187,21 @@ class VllmDispatch:
             with self.calls.waits_for(language):
                 fault = await answer.begin()
         except httpx.HTTPError as error:
-            raise WorkerFailed(language.url, unreachable(who, error)) from None
+            raise AttemptFailed(unreachable(who, error), to_blame=language.url) from None
         if fault is None:
             return answer
         if fault.status == 500:
             return failed_inside(language, fault.message)
         raise refused(language, fault.status, fault)
 
-    async def _encode(self, way: VllmWay, items: Sequence[Item]) -> list[Encoded]:
+    async def _encode(self, items: Sequence[Item], attempts: Attempts) -> list[Encoded]:
         """All items at once; of equal ones, one. Raises FaultError: the first one's."""
         found: dict[bytes, Encoded] = {}
         faults: list[FaultError] = []
 
         async def get(item: Item) -> None:
             try:
-                found[item.key] = await self._items.get(item, avoid=way.failed)
+                found[item.key] = await self._items.get(item, avoid=attempts.failed)
             except FaultError as error:
                 faults.append(error)
                 group.cancel_scope.cancel()
@@ -232,7 +210,7 @@ class VllmDispatch:
             for item in {item.key: item for item in items}.values():
                 group.start_soon(get, item)
         if faults:
-            raise FaultError(more_telling(way.fault, faults[0].fault))
+            raise FaultError(more_telling(attempts.fault, faults[0].fault))
         return [found[item.key] for item in items]
 
     def _parts(self, items: Sequence[Item], encoded: Sequence[Encoded]) -> list[Any]:
@@ -245,15 +223,6 @@ class VllmDispatch:
         self._items.forget(verdict.lost)
         if verdict.lost_encoder:
             self._items.forget_encoder(verdict.lost_encoder)
-
-    def _pick_language(self, way: VllmWay) -> Worker:
-        """Raises FaultError: nobody is there, or of those who were the last one's fault."""
-        model = way.asked.model
-        worker = self._table.pick(Role.LANGUAGE, model=model, avoid=way.failed | way.doubted)
-        worker = worker or self._table.pick(Role.LANGUAGE, model=model, avoid=way.failed)
-        if worker is None:
-            raise FaultError(way.fault or overloaded(f"no language server for {model!r} is available"))
-        return worker
 
     def _max_tokens(self, way: VllmWay) -> int:
         for name in ("max_completion_tokens", "max_tokens"):

@@ -9,14 +9,16 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from contextlib import AsyncExitStack
+from functools import partial
 
 import anyio
 import httpx
 import msgspec
 
 from embedwire.registry import Registry, Role, Worker
-from embedwire.serve.calls import WorkerCalls, WorkerFailed, named, read_fault
-from embedwire.serve.faults import Fault, FaultError, overloaded, unreachable
+from embedwire.serve.attempts import AttemptFailed, Attempts
+from embedwire.serve.calls import WorkerCalls, named, read_fault
+from embedwire.serve.faults import Fault, FaultError, unreachable
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.openai import Passage
 from embedwire.serve.vllm_items import Encoded, Offered
@@ -70,56 +72,44 @@ class Encoders:
         self._estimate = TokenEstimate()
 
     async def encode(self, item: Item, avoid: Collection[str]) -> Encoded:
-        """Raises FaultError: what the last encoder answered, that there is none, or that it took too long."""
+        """Raises FaultError: what the encoders answered, that there is none, or that it took too long."""
+        attempts = Attempts(self._table, attempts_max=self._attempts_max, metrics=self._metrics, avoid=avoid)
         try:
             with anyio.fail_after(self._item_deadline_s):
-                return await self._try_each(item, set(avoid))
+                async with AsyncExitStack() as stack:
+                    return await attempts.run(partial(self._attempt, item, attempts), stack)
         except TimeoutError:
             message = f"no encoder server had encoded the media item within {self._item_deadline_s:g} s"
             raise FaultError(
                 Fault(status=504, type="timeout_error", code="deadline", message=message)
             ) from None
 
-    async def _try_each(self, item: Item, failed: set[str]) -> Encoded:
-        fault: Fault | None = None
-        for _ in range(self._attempts_max):
-            encoder = self._table.pick(Role.ENCODER, model=item.model, avoid=failed)
-            if encoder is None:
-                break
-            try:
-                return await self._ask(encoder, item)
-            except WorkerFailed as error:
-                failed.add(error.url)
-                fault = error.fault
-                self._metrics.retries.labels(fault.code).inc()
-        raise FaultError(fault or overloaded(f"no encoder server for {item.model!r} is available"))
-
-    async def _ask(self, encoder: Worker, item: Item) -> Encoded:
+    async def _attempt(self, item: Item, attempts: Attempts, _number: int, stack: AsyncExitStack) -> Encoded:
+        encoder = attempts.pick(Role.ENCODER, model=item.model)
         began_s = time.monotonic()
-        async with AsyncExitStack() as stack:
-            stack.enter_context(self._table.loaded(encoder.url, self._estimate.of(item)))
-            response = await self._calls.post(encoder, "/v1/chat/completions", item.encode_body(), stack)
-            if response.status_code != 200:
-                raise refused(encoder, response.status_code, await read_fault(response, encoder))
-            try:
-                answer = msgspec.json.decode(await response.aread(), type=EncoderAnswer)
-                if not answer.ec_transfer_params:
-                    raise msgspec.ValidationError("it offers nothing")
-            except (httpx.HTTPError, msgspec.MsgspecError) as error:
-                raise WorkerFailed(encoder.url, unreachable(named(encoder), error)) from None
+        stack.enter_context(self._table.loaded(encoder.url, self._estimate.of(item)))
+        response = await self._calls.post(encoder, "/v1/chat/completions", item.encode_body(), stack)
+        if response.status_code != 200:
+            raise refused(encoder, response.status_code, await read_fault(response, encoder))
+        try:
+            answer = msgspec.json.decode(await response.aread(), type=EncoderAnswer)
+            if not answer.ec_transfer_params:
+                raise msgspec.ValidationError("it offers nothing")
+        except (httpx.HTTPError, msgspec.MsgspecError) as error:
+            raise AttemptFailed(unreachable(named(encoder), error), to_blame=encoder.url) from None
         encoded = Encoded(offered=answer.ec_transfer_params, encoder=encoder.url, at_s=began_s)
         self._estimate.learn(item, encoded.tokens)
         self._metrics.observe(Passage(encode_ms=(time.monotonic() - began_s) * 1000))
         return encoded
 
 
-def refused(worker: Worker, status: int, fault: Fault) -> WorkerFailed | FaultError:
+def refused(worker: Worker, status: int, fault: Fault) -> AttemptFailed | FaultError:
     """What an answer without success means: below 500 it is the request's fault, and no other worker would help."""
     if status < 500:
         return FaultError(fault)
     if status == 500:
         fault = failed_inside(worker, fault.message)
-    return WorkerFailed(worker.url, fault)
+    return AttemptFailed(fault, to_blame=worker.url)
 
 
 def failed_inside(worker: Worker, said: str) -> Fault:
