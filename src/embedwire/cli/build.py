@@ -46,8 +46,8 @@ def build_router(settings: Settings) -> Built:
 
 
 def _vllm_router(settings: Settings) -> Built:
-    from embedwire.serve.vllm_app import VllmSettings, vllm_app
-    from embedwire.serve.vllm_dispatch import VllmLimits
+    from embedwire.serve.vllm.app import VllmSettings, vllm_app
+    from embedwire.serve.vllm.dispatch import VllmLimits
     from embedwire.serve.watch import WatchTimes
 
     if settings.worker_urls:

@@ -1,7 +1,7 @@
 """The public side of a router: OpenAI's chat completions, whatever the workers behind it are.
 
 Owns the client's connection, admission and the deadline; it must not know how a request is served. A router is a
-:class:`Front` with its own way of doing that: ``router_app.py`` and ``vllm_app.py``. On the event loop.
+:class:`Front` with its own way of doing that: ``router_app.py`` and ``vllm/app.py``. On the event loop.
 
     POST /v1/chat/completions    streaming or not
     GET  /v1/models              what the language servers serve

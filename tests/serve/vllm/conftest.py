@@ -20,8 +20,8 @@ from starlette.responses import StreamingResponse
 
 from embedwire.serve.media import MediaLimits
 from embedwire.serve.run import AppServer
-from embedwire.serve.vllm_app import VllmSettings, vllm_app
-from embedwire.serve.vllm_dispatch import VllmLimits
+from embedwire.serve.vllm.app import VllmSettings, vllm_app
+from embedwire.serve.vllm.dispatch import VllmLimits
 
 MODEL = "tiny"
 WAIT_S = 20.0

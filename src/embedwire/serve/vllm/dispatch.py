@@ -29,12 +29,12 @@ from embedwire.serve.exchange import Hold
 from embedwire.serve.faults import Fault, FaultError, more_telling, unreachable
 from embedwire.serve.media import MediaFetcher
 from embedwire.serve.metrics import AppMetrics
-from embedwire.serve.vllm_answer import Explain, ItemsPassage, VllmAnswer
-from embedwire.serve.vllm_encoders import Encoders, failed_inside, refused
-from embedwire.serve.vllm_ends import Ends
-from embedwire.serve.vllm_failures import Verdict, judge
-from embedwire.serve.vllm_items import Encoded, Items
-from embedwire.serve.vllm_request import Asked, Item, items_of, language_body
+from embedwire.serve.vllm.answer import Explain, ItemsPassage, VllmAnswer
+from embedwire.serve.vllm.encoders import Encoders, failed_inside, refused
+from embedwire.serve.vllm.ends import Ends
+from embedwire.serve.vllm.failures import Verdict, judge
+from embedwire.serve.vllm.items import Encoded, Items
+from embedwire.serve.vllm.request import Asked, Item, items_of, language_body
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 from msgspec import Struct
 
 from embedwire.serve.faults import Fault, FaultError, fault_of
-from embedwire.serve.vllm_request import Item
+from embedwire.serve.vllm.request import Item
 
 
 class Offered(Struct, frozen=True):

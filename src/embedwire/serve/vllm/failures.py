@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from embedwire.errors import TransferError
 from embedwire.protocol.messages import Cause
 from embedwire.serve.faults import Fault, fault_of
-from embedwire.serve.vllm_ends import End
-from embedwire.serve.vllm_items import Encoded
+from embedwire.serve.vllm.ends import End
+from embedwire.serve.vllm.items import Encoded
 
 UNKNOWN_ITEM = "unknown_item"
 """The encoder has evicted the item: it is asked again, and nobody is to blame."""

@@ -16,8 +16,8 @@ from fastapi import FastAPI, Response
 
 from embedwire.errors import ConfigurationError
 from embedwire.registry import Registry
-from embedwire.serve.vllm_app import VllmSettings
-from embedwire.serve.vllm_dispatch import VllmLimits
+from embedwire.serve.vllm.app import VllmSettings
+from embedwire.serve.vllm.dispatch import VllmLimits
 from embedwire.serve.watch import WatchTimes
 
 WAIT_S = 20.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from embedwire.serve.faults import Fault
-from embedwire.serve.vllm_ends import End
-from embedwire.serve.vllm_failures import Verdict, judge
-from embedwire.serve.vllm_items import Encoded, Offered
+from embedwire.serve.vllm.ends import End
+from embedwire.serve.vllm.failures import Verdict, judge
+from embedwire.serve.vllm.items import Encoded, Offered
 
 SAID = Fault(status=502, type="upstream_error", code="language_failed", message="bare")
 ANSWERS = [

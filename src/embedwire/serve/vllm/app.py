@@ -1,9 +1,9 @@
 """The router in front of stock vLLM servers: encoders (``ec_producer``) and language servers (``ec_consumer``).
 
-Owns what makes :mod:`embedwire.serve.front` a router for them; the way of a request is ``vllm_dispatch.py``. On the event
+Owns what makes :mod:`embedwire.serve.front` a router for them; the way of a request is ``dispatch.py``. On the event
 loop.
 
-    POST /vllm/ends    causes of failed transfers, from the language servers' connectors (``vllm_ends.py``)
+    POST /vllm/ends    causes of failed transfers, from the language servers' connectors (``ends.py``)
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from embedwire.serve.exchange import Hold, read_body
 from embedwire.serve.front import Front, FrontSettings, front_app
 from embedwire.serve.media import MediaFetcher, MediaLimits
 from embedwire.serve.openai import convert, decode_object
-from embedwire.serve.vllm_answer import VllmAnswer
-from embedwire.serve.vllm_dispatch import VllmDispatch, VllmLimits, VllmWay
-from embedwire.serve.vllm_ends import BODY_BYTES_MAX, End
-from embedwire.serve.vllm_request import Asked, parse
+from embedwire.serve.vllm.answer import VllmAnswer
+from embedwire.serve.vllm.dispatch import VllmDispatch, VllmLimits, VllmWay
+from embedwire.serve.vllm.ends import BODY_BYTES_MAX, End
+from embedwire.serve.vllm.request import Asked, parse
 from embedwire.serve.watch import check_vllm_workers, follow_registry
 
 MEDIA_TYPES = "image/*,video/*,audio/*"

@@ -10,7 +10,7 @@ import pytest
 
 from embedwire.serve.faults import Fault
 from embedwire.serve.metrics import AppMetrics
-from embedwire.serve.vllm_answer import ItemsPassage, VllmAnswer
+from embedwire.serve.vllm.answer import ItemsPassage, VllmAnswer
 
 pytestmark = pytest.mark.anyio
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"prompt_token_ids":[1]}\n\n'

@@ -21,8 +21,8 @@ from embedwire.serve.calls import WorkerCalls, named, read_fault
 from embedwire.serve.faults import Fault, FaultError, unreachable
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.openai import Passage
-from embedwire.serve.vllm_items import Encoded, Offered
-from embedwire.serve.vllm_request import Item
+from embedwire.serve.vllm.items import Encoded, Offered
+from embedwire.serve.vllm.request import Item
 
 FIRST_BYTES_A_TOKEN = 256
 """Assumed until the first item of a modality has been encoded."""

@@ -8,8 +8,8 @@ from typing import Any
 import anyio
 import pytest
 
-from embedwire.serve.vllm_items import Encoded, Items, Offered
-from embedwire.serve.vllm_request import Item
+from embedwire.serve.vllm.items import Encoded, Items, Offered
+from embedwire.serve.vllm.request import Item
 
 pytestmark = pytest.mark.anyio
 ITEM = Item(key=b"picture", model="m", modality="image", size_bytes=1, part={}, options={})
