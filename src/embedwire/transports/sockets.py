@@ -1,18 +1,41 @@
-"""What the TCP connections of all wires have in common."""
+"""The greeting that opens every TCP connection of a transport, and the sender's side of it.
+
+All numbers are little-endian. The magic names the transport's family and version; the nonce is the secret of the region's descriptor::
+
+    HELLO    magic: 4 bytes  nonce: 16 bytes  sender_token: u64
+
+The receiver's side is :mod:`embedwire.transports.listener`. What follows the greeting is defined by each transport.
+"""
 
 from __future__ import annotations
 
 import socket
-from typing import Any
+import struct
+import time
 
-from embedwire.errors import TransportError
+from embedwire.errors import ProtocolViolation, TransportError
 
+NONCE_BYTES = 16
+_HELLO = struct.Struct("<4s16sQ")
+HELLO_BYTES = _HELLO.size
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 30, 10, 3
 
 
+def encode_hello(magic: bytes, nonce: bytes, sender_token: int) -> bytes:
+    return _HELLO.pack(magic, nonce, sender_token)
+
+
+def decode_hello(data: bytes, *, magic: bytes) -> tuple[bytes, int]:
+    """(nonce, sender_token). Raises ProtocolViolation for another magic."""
+    found, nonce, sender_token = _HELLO.unpack(data)
+    if found != magic:
+        raise ProtocolViolation(f"a connection began with {found!r}, not with a greeting {magic!r}")
+    return nonce, sender_token
+
+
 def tune(sock: socket.socket) -> None:
-    """Small messages go at once, and a host that vanished without a word is noticed after a minute; a stopped process still answers these
-    probes. Raises OSError for a connection that is gone again."""
+    """Send small messages at once, and detect a vanished host after a minute; a stopped process still answers these probes. Raises
+    OSError for a connection that has already ended."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
@@ -20,28 +43,33 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
 
-def listen(host: str) -> socket.socket:
-    """At a free port, without ever blocking. Raises TransportError when ``host`` can not be bound here."""
+def connect(host: str, port: int, hello: bytes, *, deadline_s: float) -> socket.socket:
+    """A connection on which ``hello`` has been sent, before ``deadline_s`` of the monotonic clock. Raises TransportError."""
     try:
-        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, 0), family=family)
-    except OSError as error:
-        raise TransportError(f"can not listen at {host}: {error}") from error
-    listener.setblocking(False)
-    return listener
-
-
-def accept(listener: socket.socket) -> tuple[socket.socket, Any] | None:
-    """The next connection, tuned, and whose it is; None when it is gone again. Raises OSError when none can be had: out of descriptors,
-    most likely."""
+        sock = socket.create_connection((host, port), timeout=left_s(deadline_s))
+    except (OSError, ValueError) as error:
+        raise TransportError(f"cannot connect to {host}:{port}: {error}") from error
     try:
-        sock, peer = listener.accept()
-    except (BlockingIOError, ConnectionAbortedError):
-        return None
-    try:
-        sock.setblocking(False)
         tune(sock)
-    except OSError:
+        sock.sendall(hello)
+    except OSError as error:
         sock.close()
-        return None
-    return sock, peer
+        raise TransportError(f"cannot send a greeting to {host}:{port}: {error}") from error
+    return sock
+
+
+def receive(sock: socket.socket, nbytes: int, *, deadline_s: float) -> bytes:
+    """Exactly ``nbytes``. Raises EOFError at the end of the stream, OSError when the connection broke or ``deadline_s`` has passed."""
+    data = b""
+    while len(data) < nbytes:
+        sock.settimeout(left_s(deadline_s))
+        more = sock.recv(nbytes - len(data))
+        if not more:
+            raise EOFError("end of stream")
+        data += more
+    return data
+
+
+def left_s(deadline_s: float) -> float:
+    """A time-out for a socket: never 0, which would mean that it does not block."""
+    return max(0.001, deadline_s - time.monotonic())

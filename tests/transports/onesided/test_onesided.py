@@ -18,7 +18,6 @@ from embedwire.testing.wires import PATIENCE_S, eventually, piece, write
 from embedwire.transports.contract import Outcome, Piece
 from embedwire.transports.onesided import OneSidedInbound, OneSidedOutbound, greeting
 from embedwire.transports.onesided.batches import PART_BYTES, PARTS, RUNS_MAX, Registered, Staging, batches
-from embedwire.transports.onesided.door import Door
 from embedwire.transports.onesided.engine import (
     EngineError,
     Flight,
@@ -27,6 +26,7 @@ from embedwire.transports.onesided.engine import (
     SendingEngine,
     State,
 )
+from embedwire.transports.sockets import HELLO_BYTES, encode_hello
 
 
 class Receiving(ReceivingEngine):
@@ -86,9 +86,18 @@ class Sending(SendingEngine):
 
 
 class In(OneSidedInbound):
+    """Makes no engine while ``goes_on`` is not set."""
+
     name: ClassVar[str] = "test"
+    greeting_s: ClassVar[float] = 0.5
+
+    def __init__(self, *, host: str) -> None:
+        super().__init__(host=host)
+        self.goes_on = threading.Event()
+        self.goes_on.set()
 
     def _make_engine(self, address: int, nbytes: int, *, host: str) -> ReceivingEngine:
+        assert self.goes_on.wait(PATIENCE_S)
         return Receiving(address)
 
 
@@ -129,7 +138,7 @@ def connect(outbound: Out, inbound: In) -> Any:
 
 
 @pytest.fixture
-def silent_door() -> Iterator[Callable[[], tuple[bytes, list[socket.socket]]]]:
+def frozen_receiver() -> Iterator[Callable[[], tuple[bytes, list[socket.socket]]]]:
     """A receiver that welcomes each sender and then is frozen: its descriptor and its connections."""
     opened: list[socket.socket] = []
 
@@ -145,7 +154,7 @@ def silent_door() -> Iterator[Callable[[], tuple[bytes, list[socket.socket]]]]:
                     sock, _ = listener.accept()
                 except OSError:
                     return
-                sock.recv(greeting.HELLO_BYTES, socket.MSG_WAITALL)
+                sock.recv(HELLO_BYTES, socket.MSG_WAITALL)
                 sock.sendall(greeting.encode_welcome(str(memory.ctypes.data).encode()))
                 connections.append(sock)
                 opened.append(sock)
@@ -162,60 +171,90 @@ def silent_door() -> Iterator[Callable[[], tuple[bytes, list[socket.socket]]]]:
         sock.close()
 
 
-def test_an_engine_is_destroyed_before_its_sender_is_gone() -> None:
+def greet(inbound: In, sender_token: int = 7) -> socket.socket:
+    """A raw connection with a right greeting."""
+    target = greeting.decode_descriptor(inbound.descriptor(), wire="test")
+    sock = socket.create_connection((target.host, target.port), timeout=PATIENCE_S)
+    sock.sendall(encode_hello(greeting.HELLO, target.nonce, sender_token))
+    return sock
+
+
+def welcomed(sock: socket.socket) -> bool:
+    """Whether an engine's address has come."""
+    nbytes = greeting.decode_welcome(sock.recv(greeting.WELCOME_BYTES, socket.MSG_WAITALL))
+    return len(sock.recv(nbytes, socket.MSG_WAITALL)) == nbytes > 0
+
+
+def test_an_engine_is_destroyed_before_its_sender_is_gone(inbound: In) -> None:
+    inbound.allocate(4096).release()
     seen: list[bool] = []
-    door = Door("127.0.0.1", make_engine=lambda: Receiving(0, on_close=lambda: seen.append(door.is_gone(7))))
-    with socket.create_connection(("127.0.0.1", door.port), timeout=PATIENCE_S) as sock:
-        sock.sendall(greeting.encode_hello(door.nonce, 7))
-        sock.recv(greeting.WELCOME_BYTES, socket.MSG_WAITALL)
-        assert not door.is_gone(7)
+    with greet(inbound) as sock:
+        assert welcomed(sock)
+        Receiving.made[0].on_close = lambda: seen.append(inbound.is_gone(7))
+        assert not inbound.is_gone(7)
         sock.shutdown(socket.SHUT_WR)
-        sock.recv(100)
         assert sock.recv(1) == b""
-        assert door.is_gone(7), "the end of stream came before the proof"
+        assert inbound.is_gone(7), "the end of stream came before the proof"
     assert seen == [False]
-    door.close()
 
 
-def test_a_host_that_vanished_is_noticed() -> None:
-    """After a minute, and not after the two hours that are the system's: so long its blocks would stay in quarantine."""
-    door = Door("127.0.0.1", make_engine=lambda: Receiving(0))
-    with socket.create_connection(("127.0.0.1", door.port)):
-        eventually(lambda: bool(door._sessions))
-        (session,) = door._sessions
-        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
-        assert [session.sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3]
-    door.close()
+def test_a_slow_engine_delays_no_other_sender(inbound: In) -> None:
+    """While engines are being made, or destroyed, other connections are accepted, greeted, dropped in time and ended."""
+    inbound.allocate(4096).release()
+    with greet(inbound, 9) as early:
+        assert welcomed(early)
+        ends = threading.Event()
+        Receiving.made[0].on_close = lambda: ends.wait(PATIENCE_S) and None
+    inbound.goes_on.clear()
+    target = greeting.decode_descriptor(inbound.descriptor(), wire="test")
+    senders = [greet(inbound, sender_token) for sender_token in (1, 2, 3)]
+    eventually(lambda: not any(inbound.is_gone(sender_token) for sender_token in (1, 2, 3)))
+    with socket.create_connection((target.host, target.port), timeout=PATIENCE_S) as silent:
+        assert silent.recv(1) == b"", "it has not greeted in time"
+    with socket.create_connection((target.host, target.port), timeout=PATIENCE_S) as bad:
+        bad.sendall(bytes(HELLO_BYTES))
+        assert bad.recv(1) == b""
+    assert len(Receiving.made) == 1
+    inbound.goes_on.set()
+    for sock in senders:
+        assert welcomed(sock)
+        sock.close()
+    eventually(lambda: all(inbound.is_gone(sender_token) for sender_token in (1, 2, 3)))
+    assert not inbound.is_gone(9), "its engine is being destroyed"
+    ends.set()
+    eventually(lambda: inbound.is_gone(9))
 
 
-@pytest.mark.parametrize(
-    "say",
-    [
-        lambda door: greeting.encode_hello(bytes(16), 7),
-        lambda door: greeting.encode_hello(door.nonce, 0),
-        lambda door: b"GET / HTTP/1.1\r\n\r\n" + bytes(64),
-        lambda door: b"EWo1",
-    ],
-    ids=["nonce", "token", "noise", "half"],
-)
-def test_who_does_not_greet_gets_no_engine(say: Callable[[Door], bytes]) -> None:
-    door = Door("127.0.0.1", make_engine=lambda: Receiving(0), greeting_s=0.05)
-    with socket.create_connection(("127.0.0.1", door.port), timeout=PATIENCE_S) as sock:
-        sock.sendall(say(door))
-        with suppress(ConnectionResetError):  # what it had not read
-            assert sock.recv(1) == b""
-    door.close()
-    assert Receiving.made == []
+def test_close_ends_sessions_at_every_stage(outbound: Out) -> None:
+    """With an engine, and while one is made: each engine is destroyed, then each sender sees the end."""
+    inbound = In(host="127.0.0.1")
+    inbound.allocate(4096).release()
+    ready = greet(inbound, 1)
+    assert welcomed(ready)
+    inbound.goes_on.clear()
+    others = [greet(inbound, 2), greet(inbound, 3)]
+    eventually(lambda: not inbound.is_gone(2) and not inbound.is_gone(3))
+    closing = threading.Thread(target=inbound.close)
+    closing.start()
+    assert ready.recv(1) == b""
+    inbound.goes_on.set()
+    closing.join()
+    assert not any(engine.is_open for engine in Receiving.made)
+    for sock in (ready, *others):
+        with suppress(ConnectionResetError):
+            while sock.recv(100):
+                pass
+        sock.close()
+    assert all(inbound.is_gone(sender_token) for sender_token in (1, 2, 3))
 
 
-def test_a_sender_that_says_more_is_dropped() -> None:
-    door = Door("127.0.0.1", make_engine=lambda: Receiving(0))
-    with socket.create_connection(("127.0.0.1", door.port), timeout=PATIENCE_S) as sock:
-        sock.sendall(greeting.encode_hello(door.nonce, 7) + b"x")
-        while sock.recv(100):
-            pass
+def test_a_sender_that_says_more_is_dropped(inbound: In) -> None:
+    inbound.allocate(4096).release()
+    with greet(inbound) as sock:
+        assert welcomed(sock)
+        sock.sendall(b"x")
+        assert sock.recv(1) == b""
     assert not Receiving.made[0].is_open
-    door.close()
 
 
 def test_a_broken_session_is_lost_when_the_receiver_confirms_its_end(inbound: In, outbound: Out) -> None:
@@ -228,9 +267,9 @@ def test_a_broken_session_is_lost_when_the_receiver_confirms_its_end(inbound: In
     assert len(Receiving.made) == len(Sending.made) == 2
 
 
-def test_a_doubt_ends_when_the_receiver_wakes(silent_door: Any, outbound: Out) -> None:
+def test_a_doubt_ends_when_the_receiver_wakes(frozen_receiver: Any, outbound: Out) -> None:
     """UNKNOWN until its end of stream has come; ``close`` says so whenever it is asked."""
-    descriptor, connections = silent_door()
+    descriptor, connections = frozen_receiver()
     region = outbound.connect(descriptor, sender_token=7, timeout_s=PATIENCE_S)
     Sending.fate += [State.MOVING]
     assert write(region, 1, [[piece(0, 9, seed=1)]], timeout_s=0.05) is Outcome.UNKNOWN

@@ -3,7 +3,6 @@ served."""
 
 from __future__ import annotations
 
-import resource
 import socket
 import struct
 from collections.abc import Iterator
@@ -11,10 +10,9 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from embedwire.errors import ConfigurationError, TransportError
 from embedwire.transports.contract import Outcome, Piece
+from embedwire.transports.sockets import encode_hello
 from embedwire.transports.tcp import TcpInbound, TcpOutbound, frames
-from embedwire.transports.tcp.connection import Connection
 
 REGION_BYTES = 4096
 TICKET, CLOSED_TICKET = 5, 6
@@ -23,8 +21,8 @@ TICKET, CLOSED_TICKET = 5, 6
 class Server:
     """A region of 0xEE bytes whose ticket 5 is open for bytes 1000 to 2000, and raw connections to it."""
 
-    def __init__(self, **options: float) -> None:
-        self.inbound = TcpInbound(host="127.0.0.1", **options)
+    def __init__(self) -> None:
+        self.inbound = TcpInbound(host="127.0.0.1")
         self.memory = self.inbound.allocate(REGION_BYTES)
         self.memory[:] = b"\xee" * REGION_BYTES
         self.inbound.permit(TICKET, [(1000, 1000)])
@@ -40,7 +38,7 @@ class Server:
 
     def greeted(self) -> socket.socket:
         sock = self.connect()
-        sock.sendall(frames.encode_hello(self.target.nonce, 77))
+        sock.sendall(encode_hello(frames.HELLO, self.target.nonce, 77))
         assert read(sock, 4) == frames.WELCOME
         return sock
 
@@ -101,38 +99,6 @@ def frame(
     """A frame head that announces these (offset, length)."""
     head = struct.pack("<4sQII", magic, ticket, 0, len(table) if pieces is None else pieces)
     return head + b"".join(struct.pack("<QQ", *piece) for piece in table)
-
-
-BAD_GREETINGS = {
-    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".ljust(64),
-    "zeros": bytes(64),
-    "ones": b"\xff" * 64,
-    "wrong nonce": frames.encode_hello(bytes(16), 77),
-    "another version": b"EWh2" + bytes(24),
-}
-
-
-@pytest.mark.failure_mode("malformed-message")
-@pytest.mark.invariant("validation")
-@pytest.mark.parametrize("name", BAD_GREETINGS)
-def test_a_bad_greeting_costs_its_connection(server: Server, name: str) -> None:
-    """Garbage instead of a greeting, at once and byte by byte."""
-    at_once, slowly = server.connect(), server.connect()
-    at_once.sendall(BAD_GREETINGS[name])
-    send_in_single_bytes(slowly, BAD_GREETINGS[name])
-    assert is_dropped(at_once)
-    assert is_dropped(slowly)
-    assert server.inbound.is_gone(77)
-    assert server.is_untouched()
-    assert server.serves()
-
-
-@pytest.mark.parametrize("token", [0, 2**62 + 1, 2**64 - 1])
-def test_a_token_out_of_range_costs_its_connection(server: Server, token: int) -> None:
-    sock = server.connect()
-    sock.sendall(frames.encode_hello(server.target.nonce, token))
-    assert is_dropped(sock)
-    assert server.serves()
 
 
 BAD_FRAMES = {
@@ -223,33 +189,6 @@ def test_revoke_neither_waits_for_a_silent_peer_nor_lets_its_rest_in(server: Ser
     assert server.serves()
 
 
-@pytest.mark.failure_mode("malformed-message")
-@pytest.mark.invariant("deadlines")
-def test_a_connection_without_a_greeting_is_dropped() -> None:
-    """Half-open connections, one of them with half a greeting, are closed."""
-    server = Server(greeting_s=1.5)
-    silent, half = server.connect(), server.connect()
-    half.sendall(frames.encode_hello(server.target.nonce, 77)[:-1])
-    assert is_dropped(silent)
-    assert is_dropped(half)
-    assert server.serves()
-    server.close()
-
-
-def test_connections_are_bounded() -> None:
-    server = Server(connections_max=3)
-    kept = [server.greeted() for _ in range(3)]
-    fourth = server.connect()
-    send_in_single_bytes(fourth, frames.encode_hello(server.target.nonce, 77))
-    assert is_dropped(fourth)
-    kept[0].shutdown(socket.SHUT_WR)
-    assert is_dropped(kept[0])
-    kept[1].shutdown(socket.SHUT_WR)
-    assert is_dropped(kept[1])
-    assert server.serves()  # with the two connections of a session
-    server.close()
-
-
 @pytest.mark.failure_mode("exception-ends-thread")
 def test_a_peer_that_does_not_read_its_answers_is_dropped(server: Server) -> None:
     """It must not block the thread that serves all other peers."""
@@ -258,48 +197,7 @@ def test_a_peer_that_does_not_read_its_answers_is_dropped(server: Server) -> Non
     sock.settimeout(20)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect(("127.0.0.1", server.target.port))
-    sock.sendall(frames.encode_hello(server.target.nonce, 77))
+    sock.sendall(encode_hello(frames.HELLO, server.target.nonce, 77))
     with pytest.raises((BrokenPipeError, ConnectionResetError)):
         sock.sendall(frame(ticket=CLOSED_TICKET) * 2_000_000)
     assert server.serves()
-
-
-@pytest.mark.failure_mode("exception-ends-thread")
-def test_a_fault_of_our_own_costs_one_connection(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception in the thread ends one connection, not the thread."""
-    sock = server.connect()
-    with monkeypatch.context() as patch:
-        patch.setattr(Connection, "on_readable", lambda _: 1 / 0)
-        sock.sendall(frames.encode_hello(server.target.nonce, 77))
-        assert is_dropped(sock)
-    assert server.serves()
-
-
-@pytest.mark.failure_mode("exception-ends-thread")
-def test_out_of_descriptors_is_survived(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    """A connection that cannot be accepted now is accepted when descriptors are free again."""
-    sock = socket.socket()
-    sock.settimeout(20)
-    server.sockets.append(sock)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-    try:
-        sock.connect(("127.0.0.1", server.target.port))
-        while "EMFILE" not in caplog.text:
-            pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    sock.sendall(frames.encode_hello(server.target.nonce, 77))
-    assert read(sock, 4) == frames.WELCOME
-    assert server.serves()
-
-
-@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "*"])
-def test_a_wildcard_is_no_address_for_senders(host: str) -> None:
-    with pytest.raises(ConfigurationError, match="no address"):
-        TcpInbound(host=host)
-
-
-def test_a_host_that_is_not_here() -> None:
-    with pytest.raises(TransportError, match="can not listen"):
-        TcpInbound(host="192.0.2.1").allocate(10)

@@ -14,6 +14,7 @@ import pytest
 
 from embedwire.errors import TransportError
 from embedwire.transports.contract import Outcome, Piece, RemoteRegion
+from embedwire.transports.sockets import HELLO_BYTES
 from embedwire.transports.tcp import TcpInbound, TcpOutbound, frames, writing
 
 NONCE = bytes(range(16))
@@ -40,7 +41,7 @@ def receiver(
             sock, _ = listener.accept()
             with sock:
                 sock.settimeout(20)
-                read(sock, frames.HELLO_BYTES)
+                read(sock, HELLO_BYTES)
                 sock.sendall(welcome)
                 behave(sock)
 
@@ -202,7 +203,7 @@ def test_a_receiver_that_never_answers_the_greeting() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         descriptor = msgspec.msgpack.encode(frames.Descriptor("127.0.0.1", port, NONCE, 10))
-        with pytest.raises(TransportError, match="no greeting"):
+        with pytest.raises(TransportError, match="no welcome"):
             TcpOutbound(host="127.0.0.1").connect(descriptor, sender_token=9, timeout_s=0.1)
 
 

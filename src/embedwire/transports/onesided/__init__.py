@@ -5,7 +5,7 @@ So every session has a TCP connection beside it, which the kernel closes when th
 not when it is stopped, and a receiving engine of its own, which is destroyed with it: what has no engine to
 go through can not land.
 
-``engine`` is what an adapter implements, ``greeting`` owns the bytes, ``door`` the receiver's thread, ``inbound`` the receiving half;
+``engine`` is what an adapter implements, ``greeting`` owns the bytes, ``inbound`` the receiving half;
 ``batches`` cuts slices, ``session`` owns one connection and its engine, ``outbound`` the sending half.
 """
 

@@ -1,7 +1,7 @@
 """What an adapter wraps a vendor's library into: an engine that receives, one that sends, and writes under way.
 
-Knows no connection and no region beyond its address. A receiving engine lives on the door's thread. A sending one is used by one
-thread at a time.
+Knows no connection and no region beyond its address. A receiving engine is made and destroyed on its session's thread. A sending one is
+used by one thread at a time.
 """
 
 from __future__ import annotations

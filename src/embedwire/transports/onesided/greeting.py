@@ -1,10 +1,8 @@
-"""The bytes beside a one-sided wire: its descriptor, and the greeting on the connection that proves a sender's presence.
+"""The bytes beside a one-sided transport: its descriptor, and the answer on the connection that proves a sender's presence.
 
-All numbers are little-endian. The sender greets, the receiver answers with the address of an engine made for
-this session, and nothing else is ever sent. The sender's end of stream ends the session; the receiver's says
-that it has ended::
+All numbers are little-endian. The sender greets (``transports.sockets``, magic "EWo1"), the receiver answers with the address of an engine
+made for this session, and nothing else is ever sent. The sender's end of stream ends the session; the receiver's proves that it has ended::
 
-    HELLO    "EWo1"  nonce: 16 bytes  sender_token: u64
     WELCOME  "EWp1"  nbytes: u32      then the engine's address
 
 Used by both halves; nothing here blocks.
@@ -18,17 +16,17 @@ from typing import Annotated
 import msgspec
 
 from embedwire.errors import ProtocolViolation, TransportError
+from embedwire.transports.sockets import NONCE_BYTES
 
-NONCE_BYTES = 16
+HELLO = b"EWo1"
 ADDRESS_BYTES_MAX = 32 * 1024
-_HELLO = struct.Struct("<4s16sQ")
 _WELCOME = struct.Struct("<4sI")
-HELLO_BYTES, WELCOME_BYTES = _HELLO.size, _WELCOME.size
+WELCOME_BYTES = _WELCOME.size
 CPU = "cpu"
 
 
 class Descriptor(msgspec.Struct, array_like=True, frozen=True, tag="onesided/1"):
-    """Where the door is, the secret to show there, and what lies behind it. ``device`` is "cpu", so far."""
+    """Where the session listener is, its nonce, and the region behind it. ``device`` is "cpu", so far."""
 
     wire: str
     host: Annotated[str, msgspec.Meta(max_length=255)]
@@ -49,18 +47,6 @@ def decode_descriptor(data: bytes, *, wire: str) -> Descriptor:
     if found.device != CPU:
         raise TransportError(f"the region is on device {found.device!r}, and only {CPU!r} can be written")
     return found
-
-
-def encode_hello(nonce: bytes, sender_token: int) -> bytes:
-    return _HELLO.pack(b"EWo1", nonce, sender_token)
-
-
-def decode_hello(data: bytes) -> tuple[bytes, int]:
-    """(nonce, sender_token)."""
-    magic, nonce, sender_token = _HELLO.unpack(data)
-    if magic != b"EWo1":
-        raise ProtocolViolation(f"a connection began with {data[:4]!r}, not with a greeting")
-    return nonce, sender_token
 
 
 def encode_welcome(address: bytes) -> bytes:

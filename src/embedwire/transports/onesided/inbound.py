@@ -1,12 +1,12 @@
-"""The receiving half of a one-sided wire: a region, and the door through which senders get an engine for it.
+"""The receiving half of a one-sided transport: every session has an engine of its own, made and destroyed on a thread of its own.
 
-Owns the memory that ``allocate`` made; all else is the door's. The receiver sees no write, so it can enforce
-no ticket. The endpoint's thread.
+So an engine that is slow to make or to destroy delays neither the listener nor other sessions. A session counts from before its engine
+exists until after that was destroyed. The receiver cannot observe writes, so it cannot enforce a ticket.
 """
 
 from __future__ import annotations
 
-import mmap
+import threading
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -14,74 +14,82 @@ from typing import ClassVar
 import msgspec
 import numpy as np
 
-from embedwire.errors import ConfigurationError, UsageError
-from embedwire.transports.contract import Inbound
+from embedwire.errors import ProtocolViolation, TransportError
+from embedwire.transports.listener import Connection, is_served
 from embedwire.transports.onesided import greeting
-from embedwire.transports.onesided.door import Door
-from embedwire.transports.onesided.engine import ReceivingEngine
-from embedwire.transports.pieces import check_sender_token
+from embedwire.transports.onesided.engine import EngineError, ReceivingEngine
+from embedwire.transports.region import ListeningInbound
 
 
-class OneSidedInbound(Inbound):
-    """A region that senders reach through a free port of ``host``. An adapter says how an engine for it is made."""
+class OneSidedInbound(ListeningInbound):
+    """An adapter implements how an engine for the region is made."""
 
     is_fenced: ClassVar[bool] = False
+    magic: ClassVar[bytes] = greeting.HELLO
+    sessions_max: ClassVar[int] = 256
+    """Each has an engine with threads of its own."""
 
     def __init__(self, *, host: str) -> None:
-        if host in ("", "*", "0.0.0.0", "::"):
-            raise ConfigurationError(f"host {host!r} is no address that a sender could connect to")
-        self._host = host
-        self._door: Door | None = None
-        self._descriptor = b""
-        self._closed = False
+        super().__init__(host=host)
+        self._threads: list[threading.Thread] = []
 
     @abstractmethod
     def _make_engine(self, address: int, nbytes: int, *, host: str) -> ReceivingEngine:
-        """A new engine over that memory. Raises EngineError. On the door's thread."""
-
-    def allocate(self, nbytes: int) -> memoryview:
-        """See the contract. Raises TransportError when ``host`` can not be bound here."""
-        if nbytes < 1:
-            raise UsageError(f"allocate({nbytes}): wants at least one byte")
-        region = memoryview(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
-        self.register(region)
-        return region
-
-    def register(self, memory: memoryview) -> None:
-        """See the contract. Raises TransportError when ``host`` can not be bound here."""
-        if self._descriptor or self._closed or memory.readonly:
-            raise UsageError("allocate() or register() is called once, before close(), with writable memory")
-        self._region = memory.cast("B")
-        self._array = np.frombuffer(self._region, np.uint8)
-        address, nbytes = self._array.ctypes.data, self._region.nbytes
-        self._door = Door(self._host, make_engine=lambda: self._make_engine(address, nbytes, host=self._host))
-        self._descriptor = msgspec.msgpack.encode(
-            greeting.Descriptor(
-                self.name, self._host, self._door.port, self._door.nonce, nbytes, greeting.CPU
-            )
-        )
-
-    def descriptor(self) -> bytes:
-        if not self._descriptor:
-            raise UsageError("descriptor() before allocate()")
-        return self._descriptor
+        """A new engine over that memory. Raises EngineError. On the session's thread, at the same time as others."""
 
     def permit(self, ticket: int, spans: Sequence[tuple[int, int]]) -> None:
-        """Nothing to do: this half sees no write."""
+        """Nothing to do: this half cannot observe writes."""
 
     def revoke(self, ticket: int) -> bool:
         return False
 
-    def is_gone(self, sender_token: int) -> bool:
-        check_sender_token(sender_token)
-        return self._closed or self._door is None or self._door.is_gone(sender_token)
+    def _describe(self, port: int, nonce: bytes) -> bytes:
+        return msgspec.msgpack.encode(
+            greeting.Descriptor(self.name, self._host, port, nonce, self._region.nbytes, greeting.CPU)
+        )
 
-    def close(self) -> None:
-        """End all sessions. The caller's views stay readable; the memory is freed with the last of them."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._door is not None:
-            self._door.close()
-            del self._array
-            self._region.release()
+    def _begin_session(self, session: Connection) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        name = f"embedwire-{self.name}-session"
+        thread = threading.Thread(target=self._run_session, args=(session,), name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _end_sessions(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _run_session(self, session: Connection) -> None:
+        assert self._listener is not None
+        engine: ReceivingEngine | None = None
+
+        def serve() -> None:
+            nonlocal engine
+            engine = self._new_engine()
+            _welcome(session, engine)
+            _await_end(session)
+
+        is_served(session, serve)
+        if engine is not None:
+            engine.close()
+        self._listener.release(session)
+
+    def _new_engine(self) -> ReceivingEngine:
+        address = np.frombuffer(self._region, np.uint8).ctypes.data
+        try:
+            return self._make_engine(address, self._region.nbytes, host=self._host)
+        except EngineError as error:
+            raise TransportError(str(error)) from error
+
+
+def _welcome(session: Connection, engine: ReceivingEngine) -> None:
+    answer = greeting.encode_welcome(engine.address())
+    if session.sock.send(answer) < len(answer):  # the empty buffer of a new socket takes it whole
+        raise ProtocolViolation("the sender does not read the answer to its greeting")
+
+
+def _await_end(session: Connection) -> None:
+    """Return when the sender or this half has ended the session. Raises ProtocolViolation when the sender sends anything."""
+    session.sock.setblocking(True)
+    if session.sock.recv(1):
+        raise ProtocolViolation("the sender sent more than its greeting")

@@ -143,7 +143,7 @@ class OneSidedRegion(RemoteRegion):
 
 
 class OneSidedOutbound(Outbound):
-    """Connects to the doors of receivers. An adapter says how an engine is made."""
+    """Connects to the session listeners of receivers. An adapter says how an engine is made."""
 
     def __init__(self, *, host: str) -> None:
         self._host = host

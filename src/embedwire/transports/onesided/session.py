@@ -1,4 +1,4 @@
-"""One session of a sender: its connection to the door, and its engine. Both end together.
+"""One session of a sender: its connection to the receiver, and its engine. Both end together.
 
 The connection shows that the sender is there, and its end of stream from the other side that the receiver has
 destroyed the session's engine. Called by one thread at a time.
@@ -15,7 +15,7 @@ from contextlib import suppress
 from embedwire.errors import ProtocolViolation, TransportError
 from embedwire.transports.onesided import greeting
 from embedwire.transports.onesided.engine import EngineError, SendingEngine
-from embedwire.transports.sockets import tune
+from embedwire.transports.sockets import connect, encode_hello, left_s, receive
 
 CLOSE_WAIT_S = 0.5
 """How long an ending session waits for the receiver's word that nothing can land any more."""
@@ -88,30 +88,14 @@ class Session:
 
 def _greet(target: greeting.Descriptor, sender_token: int, deadline_s: float) -> tuple[socket.socket, bytes]:
     """A greeted connection, and the address of the engine behind it."""
-    place = f"{target.host}:{target.port}"
+    hello = encode_hello(greeting.HELLO, target.nonce, sender_token)
+    sock = connect(target.host, target.port, hello, deadline_s=deadline_s)
     try:
-        sock = socket.create_connection((target.host, target.port), timeout=_left_s(deadline_s))
-    except (OSError, ValueError) as error:
-        raise TransportError(f"can not connect to {place}: {error}") from error
-    try:
-        tune(sock)
-        sock.sendall(greeting.encode_hello(target.nonce, sender_token))
-        nbytes = greeting.decode_welcome(_receive(sock, greeting.WELCOME_BYTES, deadline_s))
-        return sock, _receive(sock, nbytes, deadline_s)
+        nbytes = greeting.decode_welcome(receive(sock, greeting.WELCOME_BYTES, deadline_s=deadline_s))
+        return sock, receive(sock, nbytes, deadline_s=deadline_s)
     except (OSError, EOFError, ProtocolViolation) as error:
         sock.close()
-        raise TransportError(f"no welcome from {place}: {error or 'end of stream'}") from error
-
-
-def _receive(sock: socket.socket, nbytes: int, deadline_s: float) -> bytes:
-    data = b""
-    while len(data) < nbytes:
-        sock.settimeout(_left_s(deadline_s))
-        more = sock.recv(nbytes - len(data))
-        if not more:
-            raise EOFError
-        data += more
-    return data
+        raise TransportError(f"no welcome from {target.host}:{target.port}: {error}") from error
 
 
 def _reach(make_engine: Callable[[], SendingEngine], address: bytes, deadline_s: float) -> SendingEngine:
@@ -137,7 +121,7 @@ def _reach(make_engine: Callable[[], SendingEngine], address: bytes, deadline_s:
 
     thread = threading.Thread(target=reach, name="embedwire-reach", daemon=True)
     thread.start()
-    if not done.wait(_left_s(deadline_s)):
+    if not done.wait(left_s(deadline_s)):
         with lock:
             if not made:
                 is_left.set()
@@ -148,7 +132,3 @@ def _reach(make_engine: Callable[[], SendingEngine], address: bytes, deadline_s:
     if isinstance(failures[0], EngineError):
         raise TransportError(str(failures[0])) from failures[0]
     raise failures[0]
-
-
-def _left_s(deadline_s: float) -> float:
-    return max(0.001, deadline_s - time.monotonic())

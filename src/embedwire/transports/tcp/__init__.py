@@ -1,9 +1,8 @@
 """The wire between hosts: plain TCP. The receiver enforces every grant itself, so ``revoke`` is true fencing
 here.
 
-``frames`` owns the bytes, ``connection`` what one accepted connection may do,
-``inbound`` the receiver's thread, ``outbound`` the sender's streams and sessions, ``writing`` one write over
-them.
+``frames`` owns the bytes, ``reading`` what one session may do, ``inbound`` the receiving half; ``stream`` is one connection of a sender,
+``outbound`` owns its sessions, ``writing`` one write over them.
 """
 
 from embedwire.transports.tcp.inbound import TcpInbound

@@ -1,13 +1,11 @@
 """The bytes of the tcp wire: building them and reading them. Knows no socket, no thread and no region.
 
-All numbers are little-endian. A connection begins with the sender's HELLO, answered by WELCOME. Then the
-sender sends frames, each answered by one ACK in the same order::
+All numbers are little-endian. A connection begins with the sender's greeting (``transports.sockets``, magic "EWh1"), answered by WELCOME.
+Then the sender sends frames, each answered by one ACK in the same order::
 
-    HELLO    "EWh1"  nonce: 16 bytes  sender_token: u64
     WELCOME  "EWw1"
-    frame    "EWf1"  ticket: u64  number: u32  pieces: u32   then per piece  offset: u64  length: u64   then
-    the bytes ACK      "EWa1"  ticket: u64  number: u32  verdict: u8   (1 landed, 2 refused: the ticket is not
-    open)
+    frame    "EWf1"  ticket: u64  number: u32  pieces: u32   then per piece  offset: u64  length: u64   then the bytes
+    ACK      "EWa1"  ticket: u64  number: u32  verdict: u8   (1 landed, 2 refused: the ticket is not open)
 
 Used by both halves of the wire; nothing here blocks.
 """
@@ -23,18 +21,17 @@ import msgspec
 
 from embedwire.errors import ProtocolViolation, TransportError
 from embedwire.transports.contract import Slice
+from embedwire.transports.sockets import NONCE_BYTES
 
-NONCE_BYTES = 16
 PIECES_MAX = 1024
 FRAME_BYTES_MAX = 16 * 2**20
-WELCOME = b"EWw1"
+HELLO, WELCOME = b"EWh1", b"EWw1"
 LANDED, REFUSED = 1, 2
 
-_HELLO = struct.Struct("<4s16sQ")
 _HEADER = struct.Struct("<4sQII")
 _PIECE = struct.Struct("<QQ")
 _ACK = struct.Struct("<4sQIB")
-HELLO_BYTES, HEADER_BYTES, PIECE_BYTES, ACK_BYTES = _HELLO.size, _HEADER.size, _PIECE.size, _ACK.size
+HEADER_BYTES, PIECE_BYTES, ACK_BYTES = _HEADER.size, _PIECE.size, _ACK.size
 
 Run = tuple[memoryview, int]
 """Bytes to send, as a flat view, and the offset in the region where they go."""
@@ -55,18 +52,6 @@ def decode_descriptor(data: bytes) -> Descriptor:
         return msgspec.msgpack.decode(data, type=Descriptor)
     except msgspec.MsgspecError as error:
         raise TransportError(f"not a descriptor of the tcp wire: {error}") from error
-
-
-def encode_hello(nonce: bytes, sender_token: int) -> bytes:
-    return _HELLO.pack(b"EWh1", nonce, sender_token)
-
-
-def decode_hello(data: bytes) -> tuple[bytes, int]:
-    """(nonce, sender_token)."""
-    magic, nonce, sender_token = _HELLO.unpack(data)
-    if magic != b"EWh1":
-        raise ProtocolViolation(f"a connection began with {data[:4]!r}, not with a greeting")
-    return nonce, sender_token
 
 
 def split(pieces: Slice) -> Iterator[list[Run]]:

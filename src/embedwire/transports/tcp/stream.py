@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 
 from embedwire.errors import ProtocolViolation, TransportError
-from embedwire.transports.sockets import tune
+from embedwire.transports.sockets import connect, encode_hello, receive
 from embedwire.transports.tcp import frames
 
 FRAMES_AHEAD = 2
@@ -129,31 +128,13 @@ class Stream:
 
 def open_stream(target: frames.Descriptor, sender_token: int, *, deadline_s: float) -> Stream:
     """Connect and greet until ``deadline_s`` of the monotonic clock. Raises TransportError."""
+    hello = encode_hello(frames.HELLO, target.nonce, sender_token)
+    sock = connect(target.host, target.port, hello, deadline_s=deadline_s)
     try:
-        sock = socket.create_connection((target.host, target.port), timeout=_left_s(deadline_s))
-    except (OSError, ValueError) as error:
-        raise TransportError(f"can not connect to {target.host}:{target.port}: {error}") from error
-    try:
-        tune(sock)
-        sock.sendall(frames.encode_hello(target.nonce, sender_token))
-        answer = b""
-        while len(answer) < len(frames.WELCOME):
-            sock.settimeout(_left_s(deadline_s))
-            data = sock.recv(len(frames.WELCOME) - len(answer))
-            if not data:
-                break
-            answer += data
-        if answer != frames.WELCOME:
-            raise TransportError(f"{target.host}:{target.port} is not the region that was described")
+        if receive(sock, len(frames.WELCOME), deadline_s=deadline_s) != frames.WELCOME:
+            raise ProtocolViolation("it is not the region that was described")
         sock.setblocking(False)
-    except OSError as error:
+    except (OSError, EOFError, ProtocolViolation) as error:
         sock.close()
-        raise TransportError(f"no greeting from {target.host}:{target.port}: {error}") from error
-    except TransportError:
-        sock.close()
-        raise
+        raise TransportError(f"no welcome from {target.host}:{target.port}: {error}") from error
     return Stream(sock)
-
-
-def _left_s(deadline_s: float) -> float:
-    return max(0.001, deadline_s - time.monotonic())
