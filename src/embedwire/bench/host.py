@@ -1,4 +1,5 @@
-"""What a reader of a measurement has to know of the machine that it was made on. Reads; changes nothing. Any thread."""
+"""What a reader of a measurement has to know of the machine that it was made on, transports that cannot run on it included. Reads; changes
+nothing. Any thread."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+
+from embedwire.errors import TransportError
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,13 @@ class Host:
     kernel: str
     python: str
     load_1m: float
+
+
+class UnusableTransport(TransportError):
+    """A transport cannot run on this host; others may. The message names the transport and the remedy."""
+
+    def __init__(self, transport: str, reason: object) -> None:
+        super().__init__(f"{transport} was not measured: {reason}")
 
 
 def this_host() -> Host:

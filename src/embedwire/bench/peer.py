@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+from embedwire.bench.host import UnusableTransport
 from embedwire.bench.payload import Payload, layout
 from embedwire.endpoint import SenderEndpoint
-from embedwire.errors import TransportError
+from embedwire.errors import EmbedwireError, TransportError
 
 HOST = "127.0.0.1"
 ANSWER_WAIT_S = 60.0
@@ -33,10 +34,12 @@ class Ready:
 class Peer:
     """The child as its parent sees it."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Connection, transport: str) -> None:
+        """Raises UnusableTransport when the child cannot send over ``transport``."""
         self._pipe = pipe
         ready = self._answer()
-        assert isinstance(ready, Ready)
+        if not isinstance(ready, Ready):
+            raise UnusableTransport(transport, ready)
         self.control_address = ready.control_address
         self.stream = socket.create_connection((HOST, ready.stream_port))
         self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -65,7 +68,7 @@ def peer(*, tokens: int, token_bytes: int, transport: str) -> Iterator[Peer]:
     process.start()
     theirs.close()
     try:
-        child = Peer(ours)
+        child = Peer(ours, transport)
         with child.stream:
             yield child
     finally:
@@ -76,13 +79,14 @@ def peer(*, tokens: int, token_bytes: int, transport: str) -> Iterator[Peer]:
 
 def _run(pipe: Connection, tokens: int, token_bytes: int, transport: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it is over
-    shape = layout(token_bytes)
-    with (
-        socket.create_server((HOST, 0)) as listener,
-        SenderEndpoint(
-            shape, host=HOST, transports=(transport,), memory_bytes=2 * tokens * token_bytes
-        ) as sender,
-    ):
+    try:
+        endpoint = SenderEndpoint(
+            layout(token_bytes), host=HOST, transports=(transport,), memory_bytes=2 * tokens * token_bytes
+        )
+    except EmbedwireError as error:
+        pipe.send(str(error))
+        return
+    with socket.create_server((HOST, 0)) as listener, endpoint as sender:
         pipe.send(Ready(sender.address, listener.getsockname()[1]))
         stream, _ = listener.accept()
         with stream, suppress(EOFError):

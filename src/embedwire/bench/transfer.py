@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from embedwire.bench.host import UnusableTransport
 from embedwire.bench.payload import WORD_BYTES, Payload, layout
 from embedwire.bench.peer import HOST, Peer, peer
 from embedwire.bench.ranks import Ranks, TimedRank
 from embedwire.endpoint import ReceiverEndpoint
-from embedwire.errors import ConfigurationError, TransferError
+from embedwire.errors import ConfigurationError, TransferError, TransportError
 from embedwire.limits import DEFAULT_LIMITS, RANKS_MAX, Limits
 from embedwire.protocol.topology import ALONE, Delivery, RankGroup
 
@@ -132,7 +133,8 @@ class _Pool:
 def measure(
     subject: Subject, *, repeat: int = 9, on_progress: Callable[[], None] = lambda: None
 ) -> list[Case]:
-    """Measure a subject: a case for one round and one for each smaller pool. Raises TransferError for a wrong byte.
+    """Measure a subject: a case for one round and one for each smaller pool. Raises TransferError for a wrong byte, UnusableTransport when
+    its transport cannot run here.
 
     ``on_progress`` is called after each of the ``steps(subject, repeat=…)`` transfers.
     """
@@ -142,7 +144,10 @@ def measure(
         child = stack.enter_context(
             peer(tokens=subject.tokens, token_bytes=subject.token_bytes, transport=subject.transport)
         )
-        bench = _Bench(subject, child, stack)
+        try:
+            bench = _Bench(subject, child, stack)
+        except TransportError as error:
+            raise UnusableTransport(subject.transport, error) from error
         for turn in range(WARM_UP + repeat):
             # Each turn takes the ways in the other direction, so that none has the warmer memory every time.
             for way in bench.ways[:: 1 if turn % 2 else -1]:

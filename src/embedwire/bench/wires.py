@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from embedwire.errors import ConfigurationError, TransportError
+from embedwire.bench.host import UnusableTransport
+from embedwire.errors import ConfigurationError, EmbedwireError, TransportError
 from embedwire.transports import open_inbound, open_outbound
 from embedwire.transports.contract import Outcome, Piece
 from embedwire.transports.mooncake import MooncakeSendingEngine
@@ -48,7 +49,8 @@ class WireCase:
 
 
 def measure(wire: str, *, nbytes: int, piece_bytes: int, repeat: int) -> WireCase:
-    """Raises ConfigurationError when the wire is no vendor's or its library is missing, TransportError when a write fails."""
+    """Raises ConfigurationError when the wire is no vendor's, UnusableTransport when it cannot run here, TransportError when a write
+    fails."""
     if wire not in WIRES:
         raise ConfigurationError(
             f"transport {wire!r} has no engine to compare with; there are {', '.join(WIRES)}"
@@ -61,8 +63,11 @@ def measure(wire: str, *, nbytes: int, piece_bytes: int, repeat: int) -> WireCas
     with _receiver(wire, nbytes) as (descriptor, other_sum):
         outbound = open_outbound(wire, host=HOST)
         outbound.register(view)
-        region = outbound.connect(descriptor, sender_token=1, timeout_s=WAIT_S)
-        session = _direct_session(wire, descriptor, source)
+        try:
+            region = outbound.connect(descriptor, sender_token=1, timeout_s=WAIT_S)
+            session = _direct_session(wire, descriptor, source)
+        except TransportError as error:
+            raise UnusableTransport(wire, error) from error
 
         def ours() -> None:
             outcome = region.write(
@@ -142,10 +147,10 @@ def _receiver(wire: str, nbytes: int) -> Iterator[tuple[bytes, Callable[[], int]
             return int(stdout.readline())
 
         try:
-            line = stdout.readline()
-            if not line:
-                raise TransportError(f"the receiver over {wire} did not start")
-            yield bytes.fromhex(line), total
+            descriptor, _, reason = stdout.readline().strip().partition(" ")
+            if not descriptor or reason:
+                raise UnusableTransport(wire, reason or "the receiving process has ended")
+            yield bytes.fromhex(descriptor), total
         finally:
             stdin.close()
             try:
@@ -155,8 +160,13 @@ def _receiver(wire: str, nbytes: int) -> Iterator[tuple[bytes, Callable[[], int]
 
 
 def _receive(wire: str, nbytes: int) -> None:
-    inbound = open_inbound(wire, host=HOST)
-    memory = inbound.allocate(nbytes)
+    """Print the descriptor, or "-" and the reason why there is none."""
+    try:
+        inbound = open_inbound(wire, host=HOST)
+        memory = inbound.allocate(nbytes)
+    except EmbedwireError as error:
+        print("-", " ".join(str(error).split()), flush=True)
+        return
     print(inbound.descriptor().hex(), flush=True)
     for _ in sys.stdin:
         print(int(np.frombuffer(memory, np.uint8).sum(dtype=np.uint64)), flush=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.progress import Progress
@@ -15,6 +15,10 @@ from embedwire.protocol.topology import Delivery
 
 if TYPE_CHECKING:
     from embedwire.bench.transfer import Case, Subject
+    from embedwire.bench.wires import WireCase
+
+S = TypeVar("S")
+C = TypeVar("C")
 
 app = typer.Typer(no_args_is_help=True, help="Measure, against a baseline from the same run.")
 
@@ -69,7 +73,8 @@ def transfer(
     up, measured in turns, and checked byte for byte.
 
     Run it on an idle machine with two cores or more: ours overlaps two processes, so whatever else runs costs it more than the
-    baseline. Exit code 0: measured, whatever the numbers; 2: not measured, with the cause.
+    baseline. A transport that cannot run here is named, with the remedy, and the others are measured. Exit code 0: measured, whatever
+    the numbers; 2: one that was named, or none at all, could not be measured, with the cause.
     """
     from embedwire.bench.host import this_host
     from embedwire.bench.transfer import measure, steps
@@ -84,13 +89,17 @@ def transfer(
     out.print(
         f"{host.cpu}, {host.cores} cores, {size(host.memory_bytes)}, load {host.load_1m}, Python {host.python}"
     )
-    cases: list[Case] = []
-    with Progress(console=err, transient=True) as progress:
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task("measuring", total=sum(steps(s, repeat=repeat) for s in wanted))
-        for subject in wanted:
-            cases += measure(subject, repeat=repeat, on_progress=lambda: progress.advance(bar))
-    _show(cases)
-    write_json(json, {"host": asdict(host), "cases": [asdict(case) for case in cases]})
+
+        def one(subject: Subject) -> list[Case]:
+            return measure(subject, repeat=repeat, on_progress=lambda: progress.advance(bar))
+
+        cases, reasons = _what_can_run(wanted, one)
+    if cases:
+        _show(cases)
+        write_json(json, {"host": asdict(host), "cases": [asdict(case) for case in cases]})
+    _report(reasons, is_failure=bool(transport) or not cases)
 
 
 @app.command()
@@ -174,16 +183,46 @@ def wires(
     """What does our contract cost over a vendor's engine?
 
     The same batch of registered memory goes through our wire and, in turns, straight through the engine. ratio is the engine's time over
-    ours: 1 is as fast. Exit code 0: measured, whatever the numbers; 2: not measured, with the cause.
+    ours: 1 is as fast. A wire that cannot run here is named, with the remedy. Exit code 0: measured, whatever the numbers; 2: one that was
+    named, or none at all, could not be measured, with the cause.
     """
     from embedwire.bench.host import this_host
     from embedwire.bench.wires import WIRES, measure
 
     check_writable(json)
-    cases = [
-        measure(wire, nbytes=mebibytes * 2**20, piece_bytes=2**20, repeat=repeat)
-        for wire in transport or WIRES
-    ]
+
+    def one(wire: str) -> list[WireCase]:
+        return [measure(wire, nbytes=mebibytes * 2**20, piece_bytes=2**20, repeat=repeat)]
+
+    cases, reasons = _what_can_run(transport or WIRES, one)
+    if cases:
+        _show_wires(cases)
+        write_json(json, {"host": asdict(this_host()), "cases": [asdict(case) for case in cases]})
+    _report(reasons, is_failure=bool(transport) or not cases)
+
+
+def _what_can_run(subjects: Iterable[S], measure: Callable[[S], list[C]]) -> tuple[list[C], list[str]]:
+    """The cases of all subjects whose transport can run here, and the reasons why others cannot."""
+    from embedwire.bench.host import UnusableTransport
+
+    cases: list[C] = []
+    reasons: dict[str, None] = {}  # each once, in order
+    for subject in subjects:
+        try:
+            cases += measure(subject)
+        except UnusableTransport as error:
+            reasons[str(error)] = None
+    return cases, list(reasons)
+
+
+def _report(reasons: Sequence[str], *, is_failure: bool) -> None:
+    for reason in reasons:
+        err.print(f"embedwire: {reason}", markup=False, soft_wrap=True)
+    if reasons and is_failure:
+        raise typer.Exit(2)
+
+
+def _show_wires(cases: Sequence[WireCase]) -> None:
     numbers = ("size", "median", "direct", "ratio")
     made = table("wire", *numbers, right=numbers)
     for case in cases:
@@ -195,7 +234,6 @@ def wires(
             f"{case.ratio:.2f}",
         )
     out.print(made)
-    write_json(json, {"host": asdict(this_host()), "cases": [asdict(case) for case in cases]})
 
 
 def _subjects(

@@ -65,7 +65,7 @@ def load() -> Any:
             f"transport 'mooncake' needs the package {PACKAGE}, or mooncake-transfer-engine"
             f" (pip install 'embedwire[mooncake]'): {error}"
         ) from error
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise ConfigurationError(
             f"transport 'mooncake' needs libraries of the system (Debian, Ubuntu: apt install {SYSTEM_PACKAGES}): {error}"
         ) from error

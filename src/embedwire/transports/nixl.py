@@ -50,7 +50,7 @@ def load() -> Any:
         raise ConfigurationError(
             f"transport 'nixl' needs the package {PACKAGE} (pip install 'embedwire[nixl]'): {error}"
         ) from error
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise ConfigurationError(
             f"transport 'nixl' needs a shared library that package {PACKAGE} does not bring: {error}"
         ) from error
