@@ -47,6 +47,15 @@ def start(code: str) -> subprocess.Popen[str]:
     )
 
 
+def test_a_size_beyond_every_file_leaves_no_file(inbound: ShmInbound) -> None:
+    before = set(os.listdir("/dev/shm"))
+    with pytest.raises(TransportError, match="no room"):
+        inbound.allocate(2**63)
+    assert {
+        name for name in set(os.listdir("/dev/shm")) - before if os.path.exists(f"/dev/shm/{name}")
+    } == set()
+
+
 @pytest.mark.parametrize("array_begins", [0, 16, 64], ids=["a page", "numpy", "torch"])
 def test_no_copy_goes_to_closely_behind_its_source(inbound: ShmInbound, array_begins: int) -> None:
     """Within the page, which takes some processors twice as long. Rows are multiples of 256 bytes, as widths of models are."""

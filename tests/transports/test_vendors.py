@@ -15,6 +15,7 @@ import pytest
 from embedwire.errors import ConfigurationError
 from embedwire.testing import wires
 from embedwire.transports import built_in, mooncake, names, nixl, open_inbound, open_outbound
+from embedwire.transports.onesided.engine import EngineError
 
 ADAPTERS: dict[str, ModuleType] = {"mooncake": mooncake, "nixl": nixl}
 MOVE = """
@@ -145,6 +146,27 @@ def is_asleep(thread: str) -> bool:
             states.add(stat.read().rpartition(")")[2].split()[0])
         os.sched_yield()
     return "S" in states
+
+
+@pytest.mark.parametrize("address", [b"", b"\xff\xfe", b"127.0.0.1:1", b"127.0.0.1:1 x"])
+def test_an_address_that_is_none_is_the_receivers_fault(address: bytes) -> None:
+    """A hostile receiver answers a greeting with it."""
+    load_or_skip("mooncake")
+    engine = mooncake.MooncakeSendingEngine(host="127.0.0.1")
+    with pytest.raises(EngineError):
+        engine.connect(address)
+    engine.close()
+
+
+def test_a_descriptor_that_is_reused_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads open and close descriptors while Mooncake's listener is searched for: a number may be a socket's no more."""
+    read_end, write_end = os.pipe()
+    monkeypatch.setattr(os, "readlink", lambda _: "socket:[1]")
+    before = len(os.listdir("/proc/self/fd"))
+    mooncake._shorten_destructor("127.0.0.1", 1)
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(read_end)
+    os.close(write_end)
 
 
 @pytest.mark.parametrize("wire", ADAPTERS)

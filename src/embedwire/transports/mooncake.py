@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import stat
 import struct
 from collections import deque
 from collections.abc import Sequence
@@ -94,10 +95,11 @@ def _shorten_destructor(host: str, port: int) -> None:
     """Let the engine's listener at ``port`` look more often whether it should end."""
     for name in os.listdir("/proc/self/fd"):
         try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
             fd = os.dup(int(name))
-        except OSError:  # gone again
+        except OSError:  # closed by another thread meanwhile
+            continue
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            os.close(fd)
             continue
         with socket.socket(fileno=fd) as sock, suppress(OSError):
             is_listener = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -170,8 +172,11 @@ class MooncakeSendingEngine(SendingEngine):
 
     def connect(self, address: bytes) -> None:
         """Opening the segment is done here: within a request it would block, for a minute when the peer is stopped."""
-        segment, _, base = address.decode().partition(" ")
-        self.segment, self.base = segment, int(base)
+        try:
+            segment, _, base = address.decode().partition(" ")
+            self.segment, self.base = segment, int(base)
+        except ValueError as error:
+            raise EngineError(f"the receiver's address is malformed: {error}") from error
         if self.engine.get_first_buffer_address(segment) != self.base:
             raise EngineError(f"Mooncake can not reach segment {segment}")
 

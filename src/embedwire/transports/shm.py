@@ -90,7 +90,7 @@ class ShmInbound(Inbound):
             os.posix_fallocate(self._fd, 0, _DATA_AT + nbytes)
             os.pwrite(self._fd, _HEADER.pack(_MAGIC, nonce, nbytes), 0)
             self._map = mmap.mmap(self._fd, _DATA_AT + nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             self.close()
             raise TransportError(
                 f"{_DIRECTORY} has no room for a region of {nbytes} bytes: {error}"

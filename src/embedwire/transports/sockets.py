@@ -62,6 +62,8 @@ def receive(sock: socket.socket, nbytes: int, *, deadline_s: float) -> bytes:
     """Exactly ``nbytes``. Raises EOFError at the end of the stream, OSError when the connection broke or ``deadline_s`` has passed."""
     data = b""
     while len(data) < nbytes:
+        if time.monotonic() >= deadline_s:  # bytes that trickle in do not extend it
+            raise TimeoutError("timed out")
         sock.settimeout(left_s(deadline_s))
         more = sock.recv(nbytes - len(data))
         if not more:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from embedwire.transports.onesided.engine import (
     SendingEngine,
     State,
 )
+from embedwire.transports.onesided.session import Presence
 from embedwire.transports.sockets import HELLO_BYTES, encode_hello
 
 
@@ -299,6 +301,57 @@ def test_an_engine_that_can_not_connect(inbound: In, outbound: Out) -> None:
     Sending.connects = staticmethod(refuse)
     with pytest.raises(TransportError, match="no way"):
         connect(outbound, inbound)
+
+
+def test_an_engine_that_cannot_register_is_destroyed(
+    inbound: In, outbound: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture ``engines`` shows that no engine is left."""
+    inbound.allocate(4096).release()
+
+    def refuse(engine: Sending, address: int, nbytes: int) -> None:
+        raise EngineError("no memory to register")
+
+    monkeypatch.setattr(Sending, "register", refuse)
+    with pytest.raises(TransportError, match="no memory to register"):
+        connect(outbound, inbound)
+    assert not Sending.made[0].is_open
+
+
+def test_the_callers_exception_is_not_lost_with_the_session(inbound: In, outbound: Out) -> None:
+    """The engine fails while the write waits for what was begun before the exception."""
+    inbound.allocate(4096).release()
+    region = connect(outbound, inbound)
+    Sending.fate += [State.MOVING]
+
+    def slices() -> Iterator[list[Piece]]:
+        yield [piece(0, 9, seed=1)]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write(region, 1, slices(), timeout_s=0.05)
+    assert not Sending.made[0].is_open, "the session has ended"
+    assert write(region, 2, [[piece(0, 9, seed=1)]]) is Outcome.LANDED
+
+
+def test_a_host_out_of_reach_is_not_proof_that_a_session_has_ended() -> None:
+    """The kernel reports the time-out once, and after that the end of the stream, which the receiver never sent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+    presence = Presence(sock)
+    with suppress(BlockingIOError):  # a peer that reads nothing: with this option the kernel gives up on it
+        while True:
+            sock.send(bytes(2**16))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 50)
+    poll = select.poll()
+    poll.register(sock, select.POLLERR)
+    assert poll.poll(PATIENCE_S * 1000)
+    assert not presence.has_ended()
+    assert not presence.has_ended()
+    assert not presence.wait_ended(0.01)
+    presence.close()
+    peer.close()
 
 
 def test_registered_memory_is_read_where_it_lies(inbound: In, outbound: Out) -> None:

@@ -73,7 +73,10 @@ class OneSidedRegion(RemoteRegion):
             try:
                 return write.run(slices, is_permitted=is_permitted)
             except Broken:
-                return Outcome.LOST if self._end_session() else Outcome.UNKNOWN
+                has_ended = self._end_session()
+                if write.error:
+                    raise write.error from None
+                return Outcome.LOST if has_ended else Outcome.UNKNOWN
 
     def close(self) -> bool:
         self._is_closing.set()
@@ -92,7 +95,7 @@ class OneSidedRegion(RemoteRegion):
 
     def _has_session(self, timeout_s: float) -> bool:
         self._confirm()
-        if self._session is not None and self._session.presence.has_ended():
+        if self._session is not None and self._session.presence.is_over():
             self._end_session()
         try:
             if self._session is None:
@@ -107,9 +110,13 @@ class OneSidedRegion(RemoteRegion):
 
         def make_engine() -> SendingEngine:
             engine = self._make_engine()
-            engine.register(self._staging.address, self._staging.nbytes)
-            for start, end in readable:
-                engine.register(start, end - start)
+            try:
+                engine.register(self._staging.address, self._staging.nbytes)
+                for start, end in readable:
+                    engine.register(start, end - start)
+            except BaseException:
+                engine.close()
+                raise
             return engine
 
         self._session = Session(

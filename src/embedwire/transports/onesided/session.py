@@ -6,6 +6,7 @@ destroyed the session's engine. Called by one thread at a time.
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -26,19 +27,24 @@ class Presence:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._has_ended = False
+        self._has_ended = self._is_lost = False
         sock.setblocking(False)
 
     def has_ended(self) -> bool:
         """Whether the receiver has destroyed the session's engine, or its process has ended."""
-        if not self._has_ended:
+        if not self._has_ended and not self._is_lost:
             try:
                 self._has_ended = not self._sock.recv(1)
             except (ConnectionResetError, BrokenPipeError):
                 self._has_ended = True
-            except OSError:  # nothing has come, or the host is out of reach: no proof
-                return False
+            except OSError as error:
+                # A host out of reach is no proof, now or later: the kernel reports it once, and then an end of stream that nobody sent.
+                self._is_lost = error.errno not in (None, errno.EAGAIN, errno.EINTR)
         return self._has_ended
+
+    def is_over(self) -> bool:
+        """Whether the connection is of no more use, proof or not."""
+        return self.has_ended() or self._is_lost
 
     def finish(self) -> None:
         """Say goodbye."""

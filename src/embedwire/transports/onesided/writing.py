@@ -61,7 +61,8 @@ class Write:
         self._is_closing = is_closing
         self._timeout_s = timeout_s
         self._begun: deque[_Begun] = deque()
-        self._error: Exception | None = None  # out of the caller's own code
+        self.error: Exception | None = None
+        """Raised by the caller's own code."""
 
     def run(self, slices: Iterable[Slice], *, is_permitted: Callable[[], bool]) -> Outcome:
         """LANDED or LOST, once nothing is under way. Raises Broken otherwise, or what the caller's code raised."""
@@ -69,18 +70,18 @@ class Write:
         try:
             for number, pieces in enumerate(slices, 1):
                 check_slice(pieces, self._region_bytes)
-                if self._error or not is_permitted():
+                if self.error or not is_permitted():
                     outcome = Outcome.LOST
                     break
                 self._begin_slice(number, pieces)
         except Broken:
             raise
         except Exception as error:  # the caller's: raised again when what was begun has ended
-            self._error = self._error or error
+            self.error = self.error or error
         while self._begun:
             self._await_oldest()
-        if self._error:
-            raise self._error
+        if self.error:
+            raise self.error
         return outcome
 
     def _begin_slice(self, number: int, pieces: Slice) -> None:
@@ -136,8 +137,8 @@ class Write:
         begun = self._begun.popleft()
         if begun.part is not None:
             self._staging.free.append(begun.part)
-        if begun.slice_number and not self._error:
+        if begun.slice_number and not self.error:
             try:
                 self._on_landed(begun.slice_number)
             except Exception as error:
-                self._error = error
+                self.error = error
