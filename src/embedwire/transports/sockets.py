@@ -12,12 +12,15 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 from embedwire.errors import ProtocolViolation, TransportError
 
 NONCE_BYTES = 16
 _HELLO = struct.Struct("<4s16sQ")
 HELLO_BYTES = _HELLO.size
+LOOK_S = 0.1
+"""How often a wait for a receiver checks whether its session is being closed."""
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 30, 10, 3
 
 
@@ -58,14 +61,22 @@ def connect(host: str, port: int, hello: bytes, *, deadline_s: float) -> socket.
     return sock
 
 
-def receive(sock: socket.socket, nbytes: int, *, deadline_s: float) -> bytes:
-    """Exactly ``nbytes``. Raises EOFError at the end of the stream, OSError when the connection broke or ``deadline_s`` has passed."""
+def receive(
+    sock: socket.socket, nbytes: int, *, deadline_s: float, is_closing: Callable[[], bool] = lambda: False
+) -> bytes:
+    """Exactly ``nbytes``. Raises EOFError at the end of the stream, OSError when the connection broke, ``deadline_s`` has passed, or
+    ``is_closing`` returns True, which may come from another thread."""
     data = b""
     while len(data) < nbytes:
-        if time.monotonic() >= deadline_s:  # bytes that trickle in do not extend it
-            raise TimeoutError("timed out")
-        sock.settimeout(left_s(deadline_s))
-        more = sock.recv(nbytes - len(data))
+        if is_closing() or time.monotonic() >= deadline_s:  # bytes that trickle in do not extend it
+            raise TimeoutError("closed" if is_closing() else "timed out")
+        sock.settimeout(min(LOOK_S, left_s(deadline_s)))
+        try:
+            more = sock.recv(nbytes - len(data))
+        except TimeoutError as error:
+            if error.errno is not None:  # the kernel's: the host is out of reach
+                raise
+            continue
         if not more:
             raise EOFError("end of stream")
         data += more

@@ -120,7 +120,11 @@ class OneSidedRegion(RemoteRegion):
             return engine
 
         self._session = Session(
-            self._target, sender_token=self._sender_token, make_engine=make_engine, timeout_s=timeout_s
+            self._target,
+            sender_token=self._sender_token,
+            make_engine=make_engine,
+            timeout_s=timeout_s,
+            is_closing=self._is_closing.is_set,
         )
         self._readable = readable
 

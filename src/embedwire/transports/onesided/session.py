@@ -16,7 +16,7 @@ from contextlib import suppress
 from embedwire.errors import ProtocolViolation, TransportError
 from embedwire.transports.onesided import greeting
 from embedwire.transports.onesided.engine import EngineError, SendingEngine
-from embedwire.transports.sockets import connect, encode_hello, left_s, receive
+from embedwire.transports.sockets import LOOK_S, connect, encode_hello, left_s, receive
 
 CLOSE_WAIT_S = 0.5
 """How long an ending session waits for the receiver's word that nothing can land any more."""
@@ -74,12 +74,13 @@ class Session:
         sender_token: int,
         make_engine: Callable[[], SendingEngine],
         timeout_s: float,
+        is_closing: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Raises TransportError when that is not possible within ``timeout_s``."""
+        """Raises TransportError when that is not possible within ``timeout_s``, or before ``is_closing``."""
         deadline_s = time.monotonic() + timeout_s
-        sock, address = _greet(target, sender_token, deadline_s)
+        sock, address = _greet(target, sender_token, deadline_s, is_closing)
         try:
-            self.engine = _reach(make_engine, address, deadline_s)
+            self.engine = _reach(make_engine, address, deadline_s, is_closing)
         except BaseException:
             sock.close()
             raise
@@ -92,19 +93,27 @@ class Session:
         return self.presence.wait_ended(CLOSE_WAIT_S)
 
 
-def _greet(target: greeting.Descriptor, sender_token: int, deadline_s: float) -> tuple[socket.socket, bytes]:
+def _greet(
+    target: greeting.Descriptor, sender_token: int, deadline_s: float, is_closing: Callable[[], bool]
+) -> tuple[socket.socket, bytes]:
     """A greeted connection, and the address of the engine behind it."""
     hello = encode_hello(greeting.HELLO, target.nonce, sender_token)
     sock = connect(target.host, target.port, hello, deadline_s=deadline_s)
     try:
-        nbytes = greeting.decode_welcome(receive(sock, greeting.WELCOME_BYTES, deadline_s=deadline_s))
-        return sock, receive(sock, nbytes, deadline_s=deadline_s)
+        head = receive(sock, greeting.WELCOME_BYTES, deadline_s=deadline_s, is_closing=is_closing)
+        nbytes = greeting.decode_welcome(head)
+        return sock, receive(sock, nbytes, deadline_s=deadline_s, is_closing=is_closing)
     except (OSError, EOFError, ProtocolViolation) as error:
         sock.close()
         raise TransportError(f"no welcome from {target.host}:{target.port}: {error}") from error
 
 
-def _reach(make_engine: Callable[[], SendingEngine], address: bytes, deadline_s: float) -> SendingEngine:
+def _reach(
+    make_engine: Callable[[], SendingEngine],
+    address: bytes,
+    deadline_s: float,
+    is_closing: Callable[[], bool],
+) -> SendingEngine:
     """An engine that has reached ``address``. The library may block in there for long, when the receiver has just stopped, so it
     does so on a thread that can be left behind; that one then cleans up by itself."""
     made: list[SendingEngine] = []
@@ -127,7 +136,9 @@ def _reach(make_engine: Callable[[], SendingEngine], address: bytes, deadline_s:
 
     thread = threading.Thread(target=reach, name="embedwire-reach", daemon=True)
     thread.start()
-    if not done.wait(left_s(deadline_s)):
+    while not done.wait(min(LOOK_S, left_s(deadline_s))):
+        if not is_closing() and time.monotonic() < deadline_s:
+            continue
         with lock:
             if not made:
                 is_left.set()

@@ -103,7 +103,13 @@ class TcpRegion(RemoteRegion):
         deadline_s = time.monotonic() + timeout_s
         try:
             for _ in range(self._streams_wanted):
-                self._streams.append(open_stream(self._target, self._sender_token, deadline_s=deadline_s))
+                stream = open_stream(
+                    self._target,
+                    self._sender_token,
+                    deadline_s=deadline_s,
+                    is_closing=self._closing.locked,
+                )
+                self._streams.append(stream)
         except BaseException:
             self._drop()
             raise

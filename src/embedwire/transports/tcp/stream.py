@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 
@@ -126,12 +126,15 @@ class Stream:
         self.sock.close()
 
 
-def open_stream(target: frames.Descriptor, sender_token: int, *, deadline_s: float) -> Stream:
-    """Connect and greet until ``deadline_s`` of the monotonic clock. Raises TransportError."""
+def open_stream(
+    target: frames.Descriptor, sender_token: int, *, deadline_s: float, is_closing: Callable[[], bool]
+) -> Stream:
+    """Connect and greet until ``deadline_s`` of the monotonic clock, or until ``is_closing``. Raises TransportError."""
     hello = encode_hello(frames.HELLO, target.nonce, sender_token)
     sock = connect(target.host, target.port, hello, deadline_s=deadline_s)
     try:
-        if receive(sock, len(frames.WELCOME), deadline_s=deadline_s) != frames.WELCOME:
+        welcome = receive(sock, len(frames.WELCOME), deadline_s=deadline_s, is_closing=is_closing)
+        if welcome != frames.WELCOME:
             raise ProtocolViolation("it is not the region that was described")
         sock.setblocking(False)
     except (OSError, EOFError, ProtocolViolation) as error:
