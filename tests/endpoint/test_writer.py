@@ -107,7 +107,7 @@ def test_a_write_that_is_always_lost(stage: Any, monkeypatch: Any) -> None:
 
 
 def test_callbacks_run_on_the_drivers_thread(stage: Any, monkeypatch: Any) -> None:
-    """Also where it is a writer's step that ends a room."""
+    """Also where a write ends the room, which its writer's thread reports."""
     script(monkeypatch, REGIONS[stage.wire], "write", [lambda: Outcome.UNKNOWN])
     ran_on: list[threading.Thread] = []
     sender = stage.sender()

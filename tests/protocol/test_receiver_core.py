@@ -30,7 +30,6 @@ from embedwire.protocol.messages import (
     Cause,
     Done,
     Ended,
-    Grant,
     Hello,
     Init,
     Kept,
@@ -96,8 +95,8 @@ class Bench:
         } | other
         return self.hear(Announce(**FROM, room=key[0], attempt=key[1], **content))
 
-    def status(self, landed: int, number: int = 0) -> list[ReceiverAction]:
-        return self.hear(Status(**FROM, room=7, poll=Poll.TRANSFERRING, round=number, sent_tokens=landed))
+    def status(self, landed: int, number: int = 0, *, poll: Poll = Poll.TRANSFERRING) -> list[ReceiverAction]:
+        return self.hear(Status(**FROM, room=7, poll=poll, round=number, sent_tokens=landed))
 
     def drained(self, to: int, digests: tuple[int, ...] | None = None) -> list[ReceiverAction]:
         return self.core.on_drained(KEY, to, aux=None, digests=digests, now=1.0)
@@ -302,22 +301,6 @@ def test_a_window_finishes_with_its_last_round() -> None:
     assert not any(isinstance(a, Finished) for a in bench.drained(256))
     assert any(isinstance(a, Finished) for a in bench.drained(300, (9,)))
     assert bench.blocks.blocks_free == 4
-
-
-def test_a_grant_tells_which_it_follows() -> None:
-    """Where it is new: one that is said again is said to whoever did not look."""
-    bench = Bench(window_rounds=2)
-    bench.open()
-    actions = bench.announce(total=1000)
-    bench.status(256)
-    actions += bench.drained(256)
-    sends = [a for a in actions if isinstance(a, Send)]
-    tickets = [a.message.ticket for a in sends if isinstance(a.message, Grant)]
-    assert [a.after for a in sends] == [None, *tickets[:-1]]
-    again = [a for a in bench.core.on_tick(1.9) if isinstance(a, Send)]
-    assert [(a.message.ticket, a.after) for a in again if isinstance(a.message, Grant)] == [
-        (ticket, None) for ticket in tickets[1:]
-    ]
 
 
 def test_wrong_sums_end_the_room_as_corrupt() -> None:

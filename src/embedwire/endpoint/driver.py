@@ -1,6 +1,6 @@
-"""The thread that drives one protocol core: it alone touches the sockets, and the core but for a step that comes while it sleeps.
+"""The thread that drives one protocol core: it alone touches the core and the sockets.
 
-Others hand it tasks (``post``, ``call``, ``run``); it sleeps in one poll over its sockets, a wake-up descriptor and the core's next due
+Other threads hand it tasks (``post``, ``call``); it sleeps in one poll over its sockets, a wake-up descriptor and the core's next due
 time, so nothing is polled by sleeping. A task or message that raises is logged and does not end the thread.
 """
 
@@ -75,9 +75,6 @@ class Driver(ABC):
         self._tasks: deque[Callable[[], None]] = deque()
         self._gate = threading.RLock()  # the collector may run a finalizer that posts in the midst of a post
         self._closing = threading.Lock()
-        self._at_work = threading.Lock()
-        """Held by whoever takes a step of the core: the driver but for its sleep."""
-        self._sleeps_until = math.inf
         self._is_open = True
         self._is_running = True
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -101,23 +98,6 @@ class Driver(ABC):
                 self._tasks.append(task)
                 os.eventfd_write(self._wake, 1)
             return self._is_open
-
-    def run(self, task: Callable[[], None]) -> None:
-        """Run a task at once, on this thread, when the driver sleeps and nothing waits for it: to wake it takes longer than many a task.
-        Otherwise :meth:`post` it. The task has to leave sockets and the callbacks of users to the driver's thread."""
-        if not self._at_work.acquire(blocking=False):
-            self.post(task)
-            return
-        try:
-            if self._tasks or not self._is_running:
-                self.post(task)
-                return
-            self._guard(task)
-            due = self._next_due()
-            if due is not None and due < self._sleeps_until:
-                self.post(lambda: None)
-        finally:
-            self._at_work.release()
 
     @property
     def is_driving(self) -> bool:
@@ -173,23 +153,17 @@ class Driver(ABC):
             os.close(self._wake)
 
     def _turn(self) -> None:
-        with self._at_work:
-            due = self._next_due()
-            timeout_ms = None if due is None else math.ceil(max(0.0, due - time.monotonic()) * 1000)
-            if self._tasks:
-                timeout_ms = 0
-            self._sleeps_until = math.inf if due is None else due
-        awake = self._poller.poll(timeout_ms)
-        with self._at_work:
-            for readable, _ in awake:
-                if readable == self._wake:
-                    os.eventfd_read(self._wake)
-                else:
-                    frames = self._read_all(readable)
-                    self._run_tasks()  # what was posted before a message came in is known before that is
-                    self._guard(partial(self._on_frames, readable, frames))
-            self._run_tasks()
-            self._guard(lambda: self._on_time(time.monotonic()))
+        due = self._next_due()
+        timeout_ms = None if due is None else math.ceil(max(0.0, due - time.monotonic()) * 1000)
+        for readable, _ in self._poller.poll(timeout_ms):
+            if readable == self._wake:
+                os.eventfd_read(self._wake)
+            else:
+                frames = self._read_all(readable)
+                self._run_tasks()  # what was posted before a message came in is known before that is
+                self._guard(partial(self._on_frames, readable, frames))
+        self._run_tasks()
+        self._guard(lambda: self._on_time(time.monotonic()))
 
     def _run_tasks(self) -> None:
         for _ in range(len(self._tasks)):

@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -19,7 +19,6 @@ import zmq
 from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
 from embedwire.endpoint.landing import Landing
 from embedwire.endpoint.member import GroupMember, OnLost, OnRoom
-from embedwire.endpoint.notes import Notes
 from embedwire.endpoint.reception import MakeAssembly, Reception, Receptions
 from embedwire.endpoint.stats import ReceiverStats
 from embedwire.endpoint.turns import Seat
@@ -59,7 +58,6 @@ from embedwire.protocol.actions import (
     Send,
 )
 from embedwire.protocol.messages import Cause, RoomKey
-from embedwire.protocol.receiver import ReceiverTransfer
 from embedwire.protocol.receiver_core import ReceiverCore, Room
 from embedwire.protocol.topology import ALONE
 from embedwire.transports.contract import Inbound
@@ -129,7 +127,6 @@ class ReceiverEndpoint(Driver):
         self._proof_at = 0.0
         self._member: GroupMember | None = None
         self._watch = Watch()
-        self._notes = Notes()
         self._is_ending = False
         self._thread.start()
         if seat is not None and seat.group.size > 1:
@@ -310,13 +307,12 @@ class ReceiverEndpoint(Driver):
         if self._watch:
             return 0.0
         proof_at = self._proof_at if self._core.suspects else None
-        dues = (self._core.next_due(), self._notes.next_due, proof_at)
+        dues = (self._core.next_due(), proof_at)
         return min((due for due in dues if due is not None), default=None)
 
     def _on_time(self, now: float) -> None:
         self.carry_out(self._core.on_tick(now))
         self._look(now)
-        self._say_left(self._notes.take_due(now))
         while self._silent:
             self._connect_again(self._silent.pop())
         if now >= self._proof_at and (suspects := self._core.suspects):
@@ -334,13 +330,14 @@ class ReceiverEndpoint(Driver):
                 self._watch.end(key)
             elif actions := self._core.on_landed(key, self._watch.landed(room, inbound), now=now):
                 was_news = True
-                self._notes.saw(key, now)
                 self.carry_out(actions)
         if self._watch and not was_news:
             self._watch.nap()
 
-    def _begin_watch(self, room: ReceiverTransfer) -> None:
-        self._watch.begin(room.key, self._inbound_from(room.address))
+    def _begin_watch(self, key: RoomKey) -> None:
+        room = self._core.lanes.rooms.get(key)
+        if room is not None:
+            self._watch.begin(key, self._inbound_from(room.address))
 
     def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
         address = next(a for a, s in self._sockets.items() if s is socket)
@@ -367,8 +364,9 @@ class ReceiverEndpoint(Driver):
         match action:
             case Send(_, messages.Done()) if any(isinstance(later, Finished) for later in self._pending):
                 self._pending.append(action)  # who waits for the embedding comes before the sender's memory
-            case Send(address, messages.Grant() as grant, after):
-                self._grant(grant, address, after)
+            case Send(address, messages.Grant() as grant):
+                self._say(address, grant)
+                self._begin_watch(grant.key)
             case Send(address, message):
                 self._say(address, message)
             case Permit(_, granted):
@@ -400,26 +398,6 @@ class ReceiverEndpoint(Driver):
                 self._silent.add(address)
             case Hangup(address):
                 self._hang_up(address)
-
-    def _grant(self, grant: messages.Grant, address: Address, after: int | None) -> None:
-        """Leave a grant where its sender looks, or say it, and before it those of its room that still lie there: a sender keeps none that
-        comes before its predecessor."""
-        inbound, now = self._inbound_from(address), time.monotonic()
-        if after is None or not self._notes.leave(grant, address, inbound, after=after, now=now):
-            self._say_left(self._notes.take(grant.key))
-            self._say(address, grant)
-        if grant.key in self._core.lanes.rooms:
-            self._begin_watch(self._core.lanes.rooms[grant.key])
-
-    def _say_left(self, left: Iterable[tuple[Address, messages.Grant]]) -> None:
-        """Say those of the grants that were left whose rounds have not begun."""
-        for address, grant in left:
-            room, inbound = self._core.lanes.rooms.get(grant.key), self._inbound_from(address)
-            if room is None or not room.is_live:
-                continue
-            landed = room.landed_tokens if inbound is None else self._watch.landed(room, inbound)
-            if landed <= grant.start_token:
-                self._say(address, grant)
 
     def _inbound_from(self, address: Address) -> Inbound | None:
         """The receiving half of the wire that the sender at ``address`` writes over."""
@@ -458,7 +436,7 @@ class ReceiverEndpoint(Driver):
         actions = self._core.on_drained(drain.key, drain.to_token, aux=aux, digests=digests, now=now)
         self._pending.extendleft(reversed(actions))  # a grant goes out before the next drain: both sides work
         if room.open_rounds:
-            self._begin_watch(room)
+            self._begin_watch(drain.key)
 
     def _finish(self, room: Room) -> None:
         if self._member is not None:

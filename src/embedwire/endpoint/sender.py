@@ -323,20 +323,9 @@ class SenderEndpoint(Driver):
             )
 
     def _carry_out(self, actions: list[SenderAction]) -> None:
-        """In order; one that fails does not take the others with it. A writer that takes a step of the core does what goes on from there,
-        and leaves the rest to the driver."""
+        """In order; an action that fails does not stop those behind it."""
         for action in actions:
-            do = partial(self._do, action)
-            if self.is_driving or isinstance(action, Write) or self._is_to_hold(action):
-                self._guard(do)
-            else:
-                self.post(do)
-
-    def _is_to_hold(self, action: SenderAction) -> bool:
-        """Whether it is a message that most often need not be said."""
-        if not isinstance(action, Reply) or not isinstance(action.message, messages.Status):
-            return False
-        return self._has_marks(action.peer)
+            self._guard(partial(self._do, action))
 
     def _has_marks(self, peer: Peer) -> bool:
         writer = self._writers.get(peer)
@@ -344,7 +333,7 @@ class SenderEndpoint(Driver):
 
     def _do(self, action: SenderAction) -> None:
         match action:
-            case Reply(peer, messages.Status() as status) if self._is_to_hold(action):
+            case Reply(peer, messages.Status() as status) if self._has_marks(peer):
                 is_watched = self._writers[peer].is_watched(status.key)
                 self._held.hold(peer, status, is_watched=is_watched, now=time.monotonic())
             case Reply(peer, message):
@@ -408,7 +397,6 @@ class SenderEndpoint(Driver):
                 aux=pack_aux(offer.aux),
                 is_permitted=lambda: write.key not in offer.withdrawn,
                 geometry=writer.geometry,
-                goes_on=self._core.goes_on_alone(write.key),
             )
         )
 
@@ -472,9 +460,8 @@ class SenderEndpoint(Driver):
         self._carry_out(self._core.on_landed(key, number, landed_tokens, now=time.monotonic()))
 
     def written(self, write: Write, outcome: Outcome) -> None:
-        """A write has returned. Where no mark shows it, it is said at once, which the driver does."""
-        take = self.run if self._has_marks(write.peer) else self.post
-        take(partial(self._on_written, write, outcome))
+        """A write has returned."""
+        self.post(partial(self._on_written, write, outcome))
 
     def _on_written(self, write: Write, outcome: Outcome) -> None:
         key, number, now = write.key, write.round.number, time.monotonic()
@@ -486,21 +473,6 @@ class SenderEndpoint(Driver):
             self._carry_out(self._core.on_write_lost(key, number, "the write was lost", now=now))
         else:
             self._carry_out(self._core.on_write_unknown(key, number, "the write may still land", now=now))
-
-    def noted(self, writer: SessionWriter, note: bytes) -> None:
-        """A message that a writer has found where its receiver left it."""
-        self.run(partial(self._on_note, writer.peer, note))
-
-    def _on_note(self, peer: Peer, note: bytes) -> None:
-        try:
-            message = messages.decode_for_sender(note)
-            if message.source != peer:
-                raise ProtocolViolation("a note under another receiver's name")
-        except ProtocolViolation as violation:
-            self._frames_refused += 1
-            logger.warning("! refused a note of %x: %s", peer, violation)
-        else:
-            self._carry_out(self._core.on_message(message, now=time.monotonic()))
 
     def doubt_ended(self, write: Write) -> None:
         """A write that was reported as unknown can not land any more."""

@@ -1,6 +1,6 @@
-"""Statuses that a sender holds back for a moment: over a wire with marks the receiver has most often seen by then what they tell.
+"""Statuses that a sender delays: over a wire with marks the receiver has most often read the same progress from the wire by then.
 
-Each message takes the processors from those who copy. Owns what is held, one a room; says nothing itself. Under the driver's lock.
+Each message takes processor time from the threads that copy. Owns the delayed statuses, one a room. Driver's thread.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from embedwire.endpoint.notes import Awaited
-from embedwire.endpoint.watch import NAP_S, WATCH_S
+from embedwire.endpoint.watch import WATCH_S
 from embedwire.errors import TransportError
 from embedwire.limits import SLICE_BYTES, Limits
 from embedwire.memory.geometry import PoolGeometry
@@ -45,20 +44,17 @@ class WriterEvents(Protocol):
     def landed(self, write: Write, landed_tokens: int) -> None: ...
     def written(self, write: Write, outcome: Outcome) -> None: ...
     def doubt_ended(self, write: Write) -> None: ...
-    def noted(self, writer: SessionWriter, note: bytes) -> None: ...
 
 
 @dataclass(slots=True)
 class WriteJob:
-    """One round to write. ``is_permitted`` turns False when the room has ended meanwhile; with ``goes_on`` the room's next grant may come
-    as a note."""
+    """One round to write. ``is_permitted`` turns False when the room has ended meanwhile."""
 
     write: Write
     source: Source
     aux: bytes
     is_permitted: Callable[[], bool]
     geometry: PoolGeometry
-    goes_on: bool
     slice_ends: list[int] = field(default_factory=list)
 
     def slices(self) -> Iterator[Slice]:
@@ -109,7 +105,6 @@ class SessionWriter:
         ] = []  # writes that may still land; the writer's thread alone
         self._marked: tuple[RoomKey | None, float] = (None, -math.inf)  # the last one, and when
         self._watched: RoomKey | None = None
-        self._awaited = Awaited()
         self._ending: list[RemoteRegion] = []  # sessions whose end was asked for; the writer's thread alone
         self._closer: threading.Thread | None = None
         self._is_closed = False
@@ -127,7 +122,7 @@ class SessionWriter:
         """Whether the receiver has seen the last slice of a room come soon after the one before it, and so looks for the next."""
         return self._watched == key
 
-    def _note_mark(self, key: RoomKey) -> None:
+    def _remember_mark(self, key: RoomKey) -> None:
         last_key, last_at = self._marked
         self._marked = (key, time.monotonic())
         is_soon = last_key == key and self._marked[1] - last_at <= ASLEEP_AFTER_S
@@ -186,22 +181,12 @@ class SessionWriter:
                 return
 
     def _next_job(self) -> WriteJob | None:
-        """None comes last, from ``close``, and it comes in any case. While it waits it looks for a note, and whether a doubt has ended."""
+        """None comes last, from ``close``, and it comes in any case. While the queue is empty, doubts that have ended are reported."""
         while True:
             try:
-                if self._awaited:  # no get with so short a timeout: in CPython 3.11 it may never return
-                    return self._jobs.get_nowait()
                 return self._jobs.get(timeout=self._limits.retry_s if self._doubts else None)
             except Empty:
                 self._settle_doubts()
-            if self._awaited and not self._look_for_note():
-                time.sleep(NAP_S)
-
-    def _look_for_note(self) -> bool:
-        note = self._awaited.find(self._region)
-        if note:
-            self._events.noted(self, note)
-        return bool(note)
 
     def _settle_doubts(self) -> None:
         """Report the writes of which it is known by now that nothing can land."""
@@ -269,7 +254,7 @@ class SessionWriter:
                 return
             if region.has_marks:
                 region.set_mark(ticket, landed)
-                self._note_mark(job.write.key)
+                self._remember_mark(job.write.key)
                 is_due = not self.is_watched(job.write.key)
                 os.sched_yield()  # to threads of messages that were put on this core, however idle the others are
             else:
@@ -291,11 +276,9 @@ class SessionWriter:
             outcome = Outcome.UNKNOWN
         has_mark = outcome is Outcome.LANDED and region.has_marks
         if has_mark:
-            self._note_mark(job.write.key)
+            self._remember_mark(job.write.key)
         self._events.written(job.write, outcome)
         if has_mark:
             # not sooner: what the receiver answers to it must find that our own core knows
             region.set_mark(ticket, total)
-            if job.goes_on:
-                self._awaited.begin(ticket)
         return outcome is not Outcome.UNKNOWN or self._renew(job.write)

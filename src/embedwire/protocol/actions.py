@@ -97,12 +97,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send ``message`` to the sender at ``address``. One that follows a grant under the ticket ``after`` may be left where the sender
-    looks for it."""
+    """Send ``message`` to the sender at ``address``."""
 
     address: Address
     message: Message
-    after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,6 @@ class ReceiverTransfer:
         self.machine: Machine[ReceiverState, ReceiverEvent] = Machine(RECEIVER_TABLE, ReceiverState.OPENING)
         self.announced: Announce | None = None
         self.granted_tokens = 0
-        self.last_ticket: int | None = None
         self.landed_tokens = 0
         self.draining_tokens = 0
         self.drained_tokens = 0
@@ -103,11 +102,6 @@ class ReceiverTransfer:
         """Tokens that no grant covers yet."""
         return self.total_tokens - self.granted_tokens
 
-    @property
-    def wants_grants(self) -> bool:
-        """Whether there are such tokens, or may be: as long as it was not announced."""
-        return self.announced is None or self.remaining_tokens > 0
-
     def on_announce(self, announce: Announce) -> bool:
         """The room's facts. True when they are new, or the source has become ready. Raises ProtocolViolation when they changed."""
         known = self.announced
@@ -141,7 +135,6 @@ class ReceiverTransfer:
         self.open_rounds.append(new)
         self.round_sizes.append(tokens)
         self.granted_tokens = new.end_token
-        self.last_ticket = ticket
         return new
 
     def on_progress(self, sent_tokens: int) -> bool:

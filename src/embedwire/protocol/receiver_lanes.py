@@ -326,17 +326,11 @@ class ReceiverLanes:
             self._tickets += 1
             room.granted_at = room.granted_at if room.round_sizes else now
             room.wire = self.sessions[room.address].wire or room.wire
-            before = room.last_ticket if self._goes_on_alone(room) else None
             granted = room.grant(blocks, block_size=self.offered.block_size, ticket=self._tickets)
             self.admission.want_more(room)
             self._actions.append(Permit(room.address, granted))
-            self._send_grant(room, granted, after=before)
+            self._send_grant(room, granted)
             self._await(room, self.limits.round_s, now)
-
-    def _goes_on_alone(self, room: ReceiverTransfer) -> bool:
-        """Whether no other room of its sender waits for grants, as the sender sees it in :meth:`SenderCore.goes_on_alone`."""
-        others = (self.rooms.get(key) for key in self.sessions[room.address].rooms if key != room.key)
-        return not any(other and other.is_live and other.wants_grants for other in others)
 
     # ------------------------------------------------------------------ ends
 
@@ -506,12 +500,12 @@ class ReceiverLanes:
         wait_s = self.limits.retry_s if is_urgent else self.limits.peer_silence_s / 4
         self._timers.set(address, now + wait_s)
 
-    def _send_grant(self, room: ReceiverTransfer, granted: Round, *, after: int | None = None) -> None:
+    def _send_grant(self, room: ReceiverTransfer, granted: Round) -> None:
         target = self.sessions[room.address].incarnation
         message = room.grant_message(
             granted, block_size=self.offered.block_size, source=self.incarnation, target=target
         )
-        self._actions.append(Send(room.address, message, after))
+        self._actions.append(Send(room.address, message))
 
     def _rooms_of(self, session: ReceiverSession) -> list[ReceiverTransfer]:
         return [

@@ -138,16 +138,6 @@ class SenderCore:
                 self._say(peer, kept)
         return self._take()
 
-    def goes_on_alone(self, key: RoomKey) -> bool:
-        """Whether a room is the only one of its receiver that waits for grants. Among several, blocks that one gives back are most often
-        another's next."""
-        room = self.rooms[key]
-        session = self.sessions.get(room.peer) if room.peer is not None else None
-        if session is None or room.granted_tokens == room.total_tokens:
-            return False
-        others = (self.rooms[other] for other in session.rooms if other != key)
-        return all(other.granted_tokens == other.total_tokens for other in others)
-
     # ------------------------------------------------------------------ what receivers say
 
     def on_message(self, message: ToSender, *, now: float) -> list[SenderAction]:

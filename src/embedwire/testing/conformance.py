@@ -265,66 +265,6 @@ class Conformance:
             raise NotApplicable("this wire has no marks")
         return receiver, region
 
-    # Notes
-
-    def check_notes_show_what_the_receiver_left(self) -> None:
-        receiver, region = self._pair_with_notes()
-        for note in (b"a", b"longer than that", bytes(range(256)), b"b"):
-            assert receiver.inbound.set_note(2, note)
-            assert region.note(2) == note == region.note(2)
-            assert region.note(3) == b""
-        assert not receiver.inbound.set_note(2, bytes(64 * KIB))
-        assert region.note(2) == b"b"
-        receiver.check()
-
-    def check_a_note_is_never_that_of_another_ticket(self) -> None:
-        receiver, region = self._pair_with_notes()
-        tickets = [*range(1, 500), 2**63 - 1]
-        for ticket in tickets:
-            assert receiver.inbound.set_note(ticket, b"%d" % ticket)
-            assert region.note(ticket) == b"%d" % ticket
-        for ticket in tickets:
-            assert region.note(ticket) in (b"", b"%d" % ticket)
-        assert region.note(500) == b""
-
-    def check_a_note_is_never_read_by_halves(self) -> None:
-        """While others are put in its place."""
-        receiver, region = self._pair_with_notes()
-        notes = [bytes([n]) * (1 + 40 * n) for n in range(1, 11)]
-        is_over = threading.Event()
-
-        def put() -> None:
-            while not is_over.is_set():
-                for note in notes:
-                    receiver.inbound.set_note(1, note)
-
-        thread, interval_s = threading.Thread(target=put), sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        thread.start()
-        try:
-            read = {region.note(1) for _ in range(20_000)}
-        finally:
-            sys.setswitchinterval(interval_s)
-            is_over.set()
-            thread.join(PATIENCE_S)
-        assert read <= {b"", *notes}
-
-    def check_notes_end_with_the_session(self) -> None:
-        receiver, region = self._pair_with_notes()
-        region.close()
-        assert region.note(1) == b""
-        receiver.memory.release()
-        receiver.inbound.close()
-        assert not receiver.inbound.set_note(1, b"late")
-
-    def _pair_with_notes(self) -> tuple[Receiver, RemoteRegion]:
-        receiver, region = self._pair(KIB)
-        assert region.note(1) == b""
-        if not receiver.inbound.set_note(1, b"here"):
-            assert region.note(1) == b""
-            raise NotApplicable("this wire has no notes")
-        return receiver, region
-
     # Sessions
 
     def check_two_senders_share_a_region(self) -> None:

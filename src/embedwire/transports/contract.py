@@ -87,12 +87,6 @@ class Inbound(ABC):
         wire has no marks, so nobody may wait for one. Tickets have to differ in their lower 32 bits."""
         return 0
 
-    def set_note(self, ticket: int, note: bytes) -> bool:
-        """Leave a few bytes where a sender that looks under ``ticket`` finds them (:meth:`RemoteRegion.note`), until another ticket's take
-        their place: no message tells of them, and nobody may wait for one. False: this wire has no notes, or none so long. Tickets
-        have to differ in their lower 32 bits."""
-        return False
-
     @abstractmethod
     def is_gone(self, sender_token: int) -> bool:
         """Proof that no write of the sender which called ``Outbound.connect(…, sender_token=…)`` can land any
@@ -137,11 +131,6 @@ class RemoteRegion(ABC):
         every byte that had landed before this call. On the thread of :meth:`write`, in its callbacks too;
         does nothing once the session has ended. Called only where ``has_marks`` is True."""
         raise UsageError("this wire has no marks")
-
-    def note(self, ticket: int) -> bytes:
-        """What the receiver has left under ``ticket`` with :meth:`Inbound.set_note`, whole; empty when there is nothing, or the session
-        has ended. On the thread of :meth:`write`, in its callbacks too."""
-        return b""
 
     @abstractmethod
     def close(self) -> bool:

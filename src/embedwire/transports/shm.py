@@ -37,13 +37,10 @@ _PREFIX = "embedwire-"
 _NAME = _PREFIX + "[0-9a-f]" * 32
 """Of a segment: as a regular expression, and as a pattern for files."""
 _NONCE_BYTES = 16
-_MAGIC = b"EWshm\x00\x00\x03"
+_MAGIC = b"EWshm\x00\x00\x04"
 _HEADER = struct.Struct("<8s16sQ")
 """Start of the segment's first page: magic and version, nonce, bytes of the region."""
-_NOTES, _NOTE_BYTES, _NOTES_AT = 64, 2048, mmap.PAGESIZE
-"""In the pages behind it: notes, each at the place that its ticket modulo _NOTES names. The word in front of one has the lower half of the
-ticket, and its length."""
-_DATA_AT = _NOTES_AT + _NOTES * _NOTE_BYTES + 128
+_DATA_AT = mmap.PAGESIZE + 128
 """Where the region begins: a little into a page. Arrays of numpy and torch begin 16 or 64 bytes into one, and where the target of
 a copy lies closely behind its source within the page, ``rep movsb``, by which glibc 2.36 copies less than a megabyte, was seen to take
 twice as long on AMD Zen."""
@@ -59,7 +56,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 """struct flock of Linux on 64 bits: type, whence, start, length, pid (0 for locks of an open file)."""
 
 
-class _Descriptor(msgspec.Struct, array_like=True, frozen=True, tag="shm/3"):
+class _Descriptor(msgspec.Struct, array_like=True, frozen=True, tag="shm/4"):
     name: Annotated[str, msgspec.Meta(pattern=rf"^{_NAME}\Z")]
     nonce: Annotated[bytes, msgspec.Meta(min_length=_NONCE_BYTES, max_length=_NONCE_BYTES)]
     nbytes: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
@@ -95,7 +92,7 @@ class ShmInbound(Inbound):
             raise TransportError(
                 f"{_DIRECTORY} has no room for a region of {nbytes} bytes: {error}"
             ) from error
-        self._marks, self._notes = _marks(self._map), _Notes(self._map)
+        self._marks = _marks(self._map)
         self._descriptor = msgspec.msgpack.encode(_Descriptor(os.path.basename(self._path), nonce, nbytes))
         return memoryview(self._map)[_DATA_AT:]
 
@@ -114,9 +111,6 @@ class ShmInbound(Inbound):
         word = self._marks[ticket % _MARKS]
         return word % 2**_MARK_BITS if word >> _MARK_BITS == ticket % 2**_MARK_BITS else 0
 
-    def set_note(self, ticket: int, note: bytes) -> bool:
-        return _HAS_MARKS and not self._closed and self._notes.put(ticket, note)
-
     def is_gone(self, sender_token: int) -> bool:
         check_sender_token(sender_token)
         return self._closed or not _is_locked(self._fd, sender_token % 2**62)
@@ -133,7 +127,6 @@ class ShmInbound(Inbound):
             os.close(self._fd)
         if self._descriptor:
             self._marks = memoryview(bytes(8 * _MARKS)).cast("Q")
-            self._notes.release()
             with suppress(BufferError):
                 self._map.close()
 
@@ -148,7 +141,7 @@ class ShmRegion(RemoteRegion):
         self._on_close = on_close
         self._map = mmap.mmap(fd, _DATA_AT + nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._bytes = np.frombuffer(self._map, np.uint8, offset=_DATA_AT)
-        self._marks, self._notes = _marks(self._map), _Notes(self._map)
+        self._marks = _marks(self._map)
         self._nbytes = nbytes
         self._closed = False
         self._copying = threading.Lock()  # close() waits for the slice that is being copied
@@ -182,10 +175,6 @@ class ShmRegion(RemoteRegion):
             if _HAS_MARKS and not self._closed:
                 self._marks[ticket % _MARKS] = (ticket % 2**_MARK_BITS) << _MARK_BITS | mark
 
-    def note(self, ticket: int) -> bytes:
-        with self._copying:
-            return b"" if self._closed or not _HAS_MARKS else self._notes.get(ticket)
-
     def close(self) -> bool:
         with self._copying:
             if self._closed:
@@ -193,7 +182,6 @@ class ShmRegion(RemoteRegion):
             self._closed = True
             self._bytes = np.empty(0, np.uint8)
             self._marks.release()
-            self._notes.release()
             self._map.close()
             os.close(self._fd)  # and with it the lock: the mapping went before
         self._on_close(self)
@@ -249,44 +237,6 @@ def _attach(target: _Descriptor, sender_token: int, *, on_close: Callable[[ShmRe
 
 def _marks(segment: mmap.mmap) -> memoryview:
     return memoryview(segment)[_MARKS_AT : _MARKS_AT + 8 * _MARKS].cast("Q")
-
-
-class _Notes:
-    """The notes of a mapped segment: the receiver puts them, senders get them."""
-
-    def __init__(self, segment: mmap.mmap) -> None:
-        self._bytes = memoryview(segment)[_NOTES_AT : _NOTES_AT + _NOTES * _NOTE_BYTES]
-        self._words = self._bytes.cast("Q")
-
-    def put(self, ticket: int, note: bytes) -> bool:
-        """False: it is too long."""
-        word, begin, space = self._place(ticket)
-        if len(note) > space:
-            return False
-        self._words[word] = 0  # nobody takes half of one for a whole one
-        self._bytes[begin : begin + len(note)] = note
-        self._words[word] = (ticket % 2**_MARK_BITS) << _MARK_BITS | len(note)
-        return True
-
-    def get(self, ticket: int) -> bytes:
-        """Empty where there is none, or another is just being put there."""
-        word, begin, space = self._place(ticket)
-        before = self._words[word]
-        if before >> _MARK_BITS != ticket % 2**_MARK_BITS:
-            return b""
-        note = bytes(self._bytes[begin : begin + min(before % 2**_MARK_BITS, space)])
-        return note if self._words[word] == before else b""
-
-    def release(self) -> None:
-        """Let go of the mapping."""
-        self._words.release()
-        self._bytes.release()
-
-    @staticmethod
-    def _place(ticket: int) -> tuple[int, int, int]:
-        """The index of a note's word, and where its bytes begin, and how many there may be."""
-        at = ticket % _NOTES * _NOTE_BYTES
-        return at // 8, at + 8, _NOTE_BYTES - 8
 
 
 def _create() -> tuple[str, int]:
