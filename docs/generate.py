@@ -404,8 +404,8 @@ def errors_table() -> str:
         if kind is errors.TransferError:
             status = "by its cause"
         name = "&nbsp;" * 4 * depth + f"`{kind.__name__}`"
-        rows.append((name, one_line(kind.__doc__), yes(kind.may_retry), yes(kind.memory_is_free), status))
-    return table(("error", "meaning", "may be tried again", "memory is free", "HTTP"), rows)
+        rows.append((name, one_line(kind.__doc__), yes(kind.may_retry), status))
+    return table(("error", "meaning", "may be tried again", "HTTP"), rows)
 
 
 def walk(

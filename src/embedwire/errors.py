@@ -1,7 +1,6 @@
 """Every error that Embedwire raises, as one tree.
 
-Each class answers two questions for whoever caught it: may the same call be tried again
-(``may_retry``), and may the memory that took part be used again at once (``memory_is_free``).
+Each class says whether the same call may be tried again (``may_retry``).
 
     EmbedwireError
     ├── UsageError                 you called it wrongly; nothing has changed
@@ -12,8 +11,7 @@ Each class answers two questions for whoever caught it: may the same call be tri
     │   ├── OverloadedError        no room now; try again later; HTTP 503
     │   └── NeverFitsError         larger than all there is; trying again is of no use
     ├── RemoteError                the peer is at fault
-    │   ├── ProtocolViolation      it sent what the protocol does not allow
-    │   └── HandshakeError         it is another version, or has another layout
+    │   └── ProtocolViolation      it sent what the protocol does not allow
     ├── TransferError              a room ended without its embedding; ``cause`` says why
     ├── TransportError             a wire could not be set up or used
     └── RankError                  a tensor-parallel group has lost a rank; its answers end; HTTP 502
@@ -28,7 +26,6 @@ class EmbedwireError(Exception):
     """Root of all errors of this package."""
 
     may_retry: ClassVar[bool] = False
-    memory_is_free: ClassVar[bool] = True
 
 
 class UsageError(EmbedwireError):
@@ -85,10 +82,6 @@ class ProtocolViolation(RemoteError):
     """A peer sent something that the protocol does not allow."""
 
 
-class HandshakeError(RemoteError):
-    """The peer speaks another version or moves another layout. The message names the difference."""
-
-
 class TransferError(EmbedwireError):
     """A room ended without its embedding.
 
@@ -107,7 +100,6 @@ class TransportError(EmbedwireError):
     """A wire could not be set up or used. Memory it wrote into may still be written to."""
 
     may_retry = True
-    memory_is_free = False
 
 
 class RankError(EmbedwireError):

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from embedwire.errors import UsageError
 from embedwire.memory.checksum import FieldDigests
-from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import Layout, item, multimodal
-from embedwire.memory.pool import BlockPool
 from embedwire.testing.payload import cut, payload
+from embedwire.testing.region import Region
 
 LAYOUT = multimodal(3, deepstack_levels=2)
 
@@ -38,15 +37,12 @@ def test_sums_depend_neither_on_cuts_nor_on_block_sizes(data: st.DataObject) -> 
         sender.update(cut(sent, start, stop))
 
     block_size = data.draw(st.integers(1, 9))
-    geometry = PoolGeometry(LAYOUT, block_size, 40)
-    pool = BlockPool(geometry, memoryview(bytearray(geometry.region_bytes)))
+    pool = Region(LAYOUT, block_size, 40)
     blocks = data.draw(st.permutations(range(40)))
-    pool.set_buf(blocks, sent)
+    pool.write(blocks, sent)
     cuts = [0, *sorted(data.draw(places)), tokens]
     for start, stop in itertools.pairwise(cuts):
-        out = LAYOUT.empty(stop - start)
-        pool.get_buf(blocks, out, start=start, tokens=stop - start)
-        receiver.update(out)
+        receiver.update(pool.read(blocks, stop - start, start=start))
     assert sender.digest() == receiver.digest() == whole(LAYOUT, sent)
 
 

@@ -1,11 +1,9 @@
-"""Tokens in and out of blocks: scattered, cut anywhere, between pools of other block sizes, beside other
-rooms.
-"""
+"""Tokens in and out of blocks: scattered, split anywhere, beside other rooms."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,9 +15,10 @@ from embedwire.errors import ConfigurationError, UsageError
 from embedwire.limits import AUX_WORDS
 from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.geometry import PoolGeometry
-from embedwire.memory.layout import Field, Layout, item, multimodal
+from embedwire.memory.layout import Field, Layout, Rows, item, multimodal
 from embedwire.memory.pool import BlockPool, pack_aux
 from embedwire.testing.payload import cut, differing, payload
+from embedwire.testing.region import Region
 
 LAYOUT = multimodal(6, deepstack_levels=3)
 SCATTERED = [
@@ -29,73 +28,36 @@ SCATTERED = [
 ]
 
 
-def make_pool(layout: Layout, block_size: int, num_blocks: int) -> BlockPool:
-    geometry = PoolGeometry(layout, block_size, num_blocks)
-    return BlockPool(geometry, memoryview(bytearray(geometry.region_bytes)))
-
-
 def make_aux(total: int, delta: int = 0) -> tuple[int, ...]:
     return (total, delta) + (0,) * (AUX_WORDS - 2)
-
-
-def read(pool: BlockPool, blocks: Sequence[int], tokens: int, *, start: int = 0) -> dict[str, np.ndarray]:
-    out = pool.geometry.layout.empty(tokens)
-    pool.get_buf(blocks, out, start=start, tokens=tokens)
-    return out
 
 
 @pytest.mark.failure_mode("scattered-blocks")
 @pytest.mark.parametrize(("blocks", "tokens"), SCATTERED)
 def test_blocks_that_are_neither_adjacent_nor_sorted(blocks: list[int], tokens: int) -> None:
     """B = 128: every byte is right in these blocks, and no other block changes."""
-    pool = make_pool(LAYOUT, 128, 20)
+    pool = Region(LAYOUT, 128, 20)
     others = [i for i in range(20) if i not in blocks]
     neighbour = payload(LAYOUT, len(others) * 128, room=1)
-    pool.set_buf(others, neighbour, aux=make_aux(1, 1))
+    pool.write(others, neighbour, aux=make_aux(1, 1))
     sent = payload(LAYOUT, tokens, room=2)
-    pool.set_buf(blocks, sent, aux=make_aux(tokens, -756))
-    assert differing(LAYOUT, sent, read(pool, blocks, tokens)) == []
-    assert differing(LAYOUT, neighbour, read(pool, others, len(others) * 128)) == []
-    assert pool.read_aux(blocks[0])[:2] == (tokens, -756)
-    assert pool.read_aux(others[0])[:2] == (1, 1)
+    pool.write(blocks, sent, aux=make_aux(tokens, -756))
+    assert differing(LAYOUT, sent, pool.read(blocks, tokens)) == []
+    assert differing(LAYOUT, neighbour, pool.read(others, len(others) * 128)) == []
+    assert pool.pool.read_aux(blocks[0])[:2] == (tokens, -756)
+    assert pool.pool.read_aux(others[0])[:2] == (1, 1)
 
 
 @pytest.mark.failure_mode("scattered-blocks")
 @pytest.mark.parametrize(("blocks", "tokens"), SCATTERED)
 def test_a_block_lies_where_its_index_says(blocks: list[int], tokens: int) -> None:
     """Writing and reading could be wrong in the same way, so each block is read on its own."""
-    pool = make_pool(LAYOUT, 128, 20)
+    pool = Region(LAYOUT, 128, 20)
     sent = payload(LAYOUT, tokens)
-    pool.set_buf(blocks, sent)
+    pool.write(blocks, sent)
     for place, block in enumerate(blocks):
         part = cut(sent, place * 128, min((place + 1) * 128, tokens))
-        assert differing(LAYOUT, part, read(pool, [block], len(part["fill_ids"]))) == []
-
-
-@pytest.mark.failure_mode("block-sizes-differ")
-@pytest.mark.parametrize(
-    ("source_size", "target_size", "tokens"),
-    [(128, 96, 1000), (96, 128, 1000), (8192, 128, 9168), (128, 8192, 9168)],
-)
-def test_the_two_sides_have_other_block_sizes(source_size: int, target_size: int, tokens: int) -> None:
-    """128 to 96, 8192 to 128, and back."""
-    layout = multimodal(2)
-    source, target = (make_pool(layout, size, -(-tokens // size) + 2) for size in (source_size, target_size))
-    source_blocks = tuple(reversed(range(1, source.geometry.num_blocks)))
-    blocks = (*range(2, target.geometry.num_blocks), 0)
-    sent = payload(layout, tokens)
-    source.set_buf(source_blocks, sent)
-    target.copy_from(blocks, source, source_blocks=source_blocks, tokens=tokens)
-    assert differing(layout, sent, read(target, blocks, tokens)) == []
-    target.copy_from(blocks, source, source_blocks=source_blocks, tokens=300, start=7, source_start=501)
-    assert differing(layout, cut(sent, 501, 801), read(target, blocks, 300, start=7)) == []
-    assert differing(layout, cut(sent, 307, tokens), read(target, blocks, tokens - 307, start=307)) == []
-    assert differing(layout, cut(sent, 0, 7), read(target, blocks, 7)) == []
-
-
-def test_another_layout_is_not_copied_from() -> None:
-    with pytest.raises(UsageError, match="deepstack"):
-        make_pool(multimodal(6), 4, 4).copy_from([0], make_pool(LAYOUT, 4, 4), source_blocks=[0], tokens=1)
+        assert differing(LAYOUT, part, pool.read([block], len(part["fill_ids"]))) == []
 
 
 @pytest.mark.failure_mode("cut-inside-block")
@@ -104,17 +66,17 @@ def test_another_layout_is_not_copied_from() -> None:
 def test_any_cut_inside_a_block_is_legal(data: st.DataObject) -> None:
     """Written with one division and read with another, both at any token."""
     block_size = data.draw(st.integers(1, 7))
-    pool = make_pool(LAYOUT, block_size, 10)
+    pool = Region(LAYOUT, block_size, 10)
     blocks = data.draw(st.permutations(range(10)))[: data.draw(st.integers(1, 10))]
     tokens = data.draw(st.integers(1, len(blocks) * block_size))
     sent = payload(LAYOUT, tokens)
     places = st.sets(st.integers(1, max(1, tokens - 1)), max_size=5)
     writes, reads = ([0, *sorted(data.draw(places)), tokens] for _ in range(2))
     for start, stop in itertools.pairwise(writes):
-        pool.set_buf(blocks, cut(sent, start, stop), start=start)
+        pool.write(blocks, cut(sent, start, stop), start=start)
     out = LAYOUT.empty(tokens)
     for start, stop in itertools.pairwise(reads):
-        pool.get_buf(blocks, cut(out, start, stop), start=start, tokens=max(0, stop - start))
+        pool.pool.get_rows(blocks, LAYOUT.rows(out), row=start, start=start, tokens=max(0, stop - start))
     assert differing(LAYOUT, sent, out) == []
 
 
@@ -122,107 +84,102 @@ def test_any_cut_inside_a_block_is_legal(data: st.DataObject) -> None:
 @pytest.mark.invariant("aux-once")
 def test_aux_belongs_to_the_first_block_of_the_first_round() -> None:
     """8192 tokens in blocks 0–63, 976 in 64–71: block 64 has no total, and the room's total stays 9168."""
-    pool = make_pool(multimodal(2), 128, 72)
-    sent = payload(pool.geometry.layout, 9168)
-    pool.set_buf(range(64), cut(sent, 0, 8192), aux=make_aux(9168, -756))
-    remembered = pool.read_aux(0)
-    pool.set_buf(range(64, 72), cut(sent, 8192, 9168))
-    assert pool.read_aux(64) == make_aux(0)
+    pool = Region(multimodal(2), 128, 72)
+    sent = payload(pool.layout, 9168)
+    pool.write(range(64), cut(sent, 0, 8192), aux=make_aux(9168, -756))
+    remembered = pool.pool.read_aux(0)
+    pool.write(range(64, 72), cut(sent, 8192, 9168))
+    assert pool.pool.read_aux(64) == make_aux(0)
     assert remembered == make_aux(9168, -756)
-    assembly = pool.geometry.layout.empty(remembered[0])
-    pool.get_buf(range(64), cut(assembly, 0, 8192), tokens=8192)
-    pool.get_buf(range(64, 72), cut(assembly, 8192, 9168), tokens=976)
+    assembly = pool.layout.empty(remembered[0])
+    rows = pool.layout.rows(assembly)
+    pool.pool.get_rows(range(64), rows, tokens=8192)
+    pool.pool.get_rows(range(64, 72), rows, row=8192, tokens=976)
     assert assembly["mrope_positions"].shape == (9168, 3)
-    assert differing(pool.geometry.layout, sent, assembly) == []
+    assert differing(pool.layout, sent, assembly) == []
 
 
 @pytest.mark.failure_mode("aux-view-of-freed-block")
 @pytest.mark.invariant("aux-once")
 def test_remembered_aux_outlives_its_block() -> None:
     """The block is freed and written by another room; the aux row read before does not change."""
-    pool, allocator = make_pool(item(4), 8, 1), BlockAllocator(1, 8)
-    blocks = allocator.alloc(8)
+    pool, allocator = Region(item(4), 8, 1), BlockAllocator(1, 8)
+    blocks = allocator.alloc_blocks(1)
     assert blocks is not None
-    pool.set_buf(blocks, payload(item(4), 8), aux=make_aux(2000, -3))
-    remembered = pool.read_aux(blocks[0])
+    pool.write(blocks, payload(item(4), 8), aux=make_aux(2000, -3))
+    remembered = pool.pool.read_aux(blocks[0])
     allocator.free(blocks)
-    again = allocator.alloc(5)
+    again = allocator.alloc_blocks(1)
     assert again == blocks
-    pool.set_buf(again, payload(item(4), 5, room=1), aux=make_aux(5, 9))
+    pool.write(again, payload(item(4), 5, room=1), aux=make_aux(5, 9))
     assert remembered == make_aux(2000, -3)
-    assert pool.read_aux(blocks[0]) == make_aux(5, 9)
+    assert pool.pool.read_aux(blocks[0]) == make_aux(5, 9)
 
 
 @pytest.mark.failure_mode("no-media")
 @pytest.mark.parametrize("layout", [multimodal(6), multimodal(6, mrope=False), item(6), LAYOUT])
 def test_every_layout_and_no_tokens_at_all(layout: Layout) -> None:
     """A layout without deepstack; a write of zero tokens changes nothing."""
-    pool = make_pool(layout, 4, 3)
+    pool = Region(layout, 4, 3)
     sent = payload(layout, 11)
-    pool.set_buf((2, 0, 1), sent)
-    pool.set_buf((2, 0, 1), layout.empty(0), start=3)
-    pool.set_buf((), layout.empty(0))
-    assert differing(layout, sent, read(pool, (2, 0, 1), 11)) == []
-    assert set(read(pool, (), 0)) == {f.name for f in layout}
+    pool.write((2, 0, 1), sent)
+    pool.write((2, 0, 1), layout.empty(0), start=3)
+    pool.write((), layout.empty(0))
+    assert differing(layout, sent, pool.read((2, 0, 1), 11)) == []
+    assert set(pool.read((), 0)) == {f.name for f in layout}
 
 
 @pytest.mark.failure_mode("no-media")
 def test_rooms_with_and_without_media_share_a_pool() -> None:
     """The deepstack of text rooms is zero and stays zero beside rooms with media."""
-    pool, allocator = make_pool(LAYOUT, 4, 12), BlockAllocator(12, 4)
+    pool, allocator = Region(LAYOUT, 4, 12), BlockAllocator(12, 4)
     rooms = []
     for room, tokens in enumerate((9, 3, 14, 8)):
         sent = payload(LAYOUT, tokens, room=room)
         if room % 2:
             sent["deepstack_embeddings"][:] = 0
-        blocks = allocator.alloc(tokens)
+        blocks = allocator.alloc_blocks(allocator.blocks_for(tokens))
         assert blocks is not None
         rooms.append((blocks, sent))
     for start in (0, 5):
         for blocks, sent in rooms:
             part = cut(sent, start, start + 5 if start == 0 else 99)
-            pool.set_buf(blocks, part, start=min(start, len(sent["fill_ids"])))
+            pool.write(blocks, part, start=min(start, len(sent["fill_ids"])))
     for blocks, sent in rooms:
-        assert differing(LAYOUT, sent, read(pool, blocks, len(sent["fill_ids"]))) == []
+        assert differing(LAYOUT, sent, pool.read(blocks, len(sent["fill_ids"]))) == []
 
 
 def test_rows_beyond_the_tokens_read_stay_as_they_are() -> None:
-    pool = make_pool(item(4), 4, 2)
-    pool.set_buf([1, 0], payload(item(4), 8))
+    pool = Region(item(4), 4, 2)
+    pool.write([1, 0], payload(item(4), 8))
     out = payload(item(4), 6, room=1)
-    pool.get_buf([1, 0], out, start=3, tokens=2)
+    pool.pool.get_rows([1, 0], item(4).rows(out), start=3, tokens=2)
     assert differing(item(4), cut(payload(item(4), 8), 3, 5), cut(out, 0, 2)) == []
     assert differing(item(4), cut(payload(item(4), 6, room=1), 2, 6), cut(out, 2, 6)) == []
 
 
-WRONG: list[tuple[str, Callable[[BlockPool], object]]] = [
-    ("not in the pool", lambda p: p.set_buf([0, 9], p.geometry.layout.empty(5))),
-    ("named 2 times", lambda p: p.set_buf([1, 1], p.geometry.layout.empty(5))),
-    ("not inside the grant", lambda p: p.set_buf([1], p.geometry.layout.empty(5))),
-    ("not inside the grant", lambda p: p.set_buf([1], p.geometry.layout.empty(1), start=-1)),
-    ("int32", lambda p: p.set_buf([1], p.geometry.layout.empty(1), aux=(2**31,) * AUX_WORDS)),
-    ("int32", lambda p: p.set_buf([1], p.geometry.layout.empty(1), aux=(1, 2))),
-    ("needs a block", lambda p: p.set_buf([], p.geometry.layout.empty(0), aux=make_aux(1))),
-    ("not in the pool", lambda p: p.write_aux(3, make_aux(1))),
-    ("not in the pool", lambda p: p.read_aux(-1)),
-    ("do not fit into arrays", lambda p: p.get_buf([1], p.geometry.layout.empty(1), tokens=2)),
-    ("not inside the grant", lambda p: p.get_buf([1], p.geometry.layout.empty(9), tokens=5)),
-    ("read-only", lambda p: p.get_buf([1], {"embeddings": np.frombuffer(b"1" * 8, "i4")[:, None]}, tokens=1)),
-    ("not inside the grant", lambda p: p.copy_from([1], p, source_blocks=[0, 2], tokens=5)),
-    ("not inside the grant", lambda p: p.copy_from([1, 2], p, source_blocks=[0], tokens=5)),
-    ("not in the pool", lambda p: p.copy_from([1, 9], p, source_blocks=[0, 2], tokens=5)),
+WRONG: list[tuple[str, Callable[[BlockPool, Rows], object]]] = [
+    ("not in the pool", lambda p, out: p.get_rows([0, 9], [out], tokens=5)),
+    ("named 2 times", lambda p, out: p.get_rows([1, 1], [out], tokens=5)),
+    ("not inside the grant", lambda p, out: p.get_rows([1], [out], tokens=5)),
+    ("not inside the grant", lambda p, out: p.get_rows([1], [out], start=-1, tokens=1)),
+    ("not in the pool", lambda p, out: p.read_aux(-1)),
+    ("not in the pool", lambda p, out: p.read_aux(3)),
 ]
 
 
 @pytest.mark.parametrize(("words", "call"), WRONG)
-def test_a_wrong_call_touches_no_byte(words: str, call: Callable[[BlockPool], object]) -> None:
-    layout = item(1, dtype="int32")
-    geometry = PoolGeometry(layout, 4, 3)
-    before = np.random.default_rng(0).bytes(geometry.region_bytes)
-    memory = bytearray(before)
+def test_a_wrong_call_touches_no_byte(words: str, call: Callable[[BlockPool, Rows], object]) -> None:
+    pool, out = Region(item(1, dtype="int32"), 4, 3), np.full((9, 4), 7, np.uint8)
     with pytest.raises(UsageError, match=words):
-        call(BlockPool(geometry, memoryview(memory)))
-    assert memory == before
+        call(pool.pool, out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("aux", [(2**31,) * AUX_WORDS, (1, 2)])
+def test_an_aux_row_that_does_not_fit_is_refused(aux: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="int32"):
+        pack_aux(aux)
 
 
 def test_a_buffer_that_can_not_be_a_pool_is_refused() -> None:
@@ -237,7 +194,7 @@ def test_a_dropped_pool_lets_go_of_its_memory() -> None:
     geometry = PoolGeometry(item(4), 4, 3)
     memory = bytearray(geometry.region_bytes)
     pool = BlockPool(geometry, memoryview(memory))
-    pool.set_buf([0], payload(item(4), 4))
+    assert pool.read_aux(0) == make_aux(0)
     with pytest.raises(BufferError):
         memory.clear()
     del pool
@@ -252,15 +209,12 @@ TINY = Layout("TINY", (Field("a", "bfloat16", (3,)), Field("b", "uint8")))
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Rooms that come, write anywhere, move over from another pool, and go, against a dictionary of (grant,
-    token).
-    """
+    """Rooms that begin, write anywhere and end, against a dictionary of (grant, token)."""
 
-    @initialize(block_size=st.integers(1, 4), other_size=st.integers(1, 5))
-    def create(self, block_size: int, other_size: int) -> None:
+    @initialize(block_size=st.integers(1, 4))
+    def create(self, block_size: int) -> None:
         self.allocator = BlockAllocator(8, block_size)
-        self.pool = make_pool(TINY, block_size, 8)
-        self.other = make_pool(TINY, other_size, -(-8 * block_size // other_size))
+        self.pool = Region(TINY, block_size, 8)
         self.model: dict[tuple[tuple[int, ...], int], bytes] = {}
         self.aux: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.rooms = 0
@@ -277,11 +231,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(1, 12))
     def grant(self, tokens: int) -> None:
-        blocks = self.allocator.alloc(tokens)
+        blocks = self.allocator.alloc_blocks(self.allocator.blocks_for(tokens))
         if blocks is not None:
             self.rooms += 1
             self.aux[blocks] = make_aux(self.rooms, -self.rooms)
-            self.pool.set_buf(blocks, TINY.empty(0), aux=self.aux[blocks])
+            self.pool.write(blocks, TINY.empty(0), aux=self.aux[blocks])
 
     @precondition(lambda self: self.aux)
     @rule(data=st.data())
@@ -289,22 +243,8 @@ class PoolMachine(RuleBasedStateMachine):
         grant, start, tokens = self.draw_range(data)
         self.rooms += 1
         arrays = payload(TINY, tokens, room=self.rooms)
-        self.pool.set_buf(grant, arrays, start=start)
+        self.pool.write(grant, arrays, start=start)
         self.remember(grant, start, arrays)
-
-    @precondition(lambda self: self.aux)
-    @rule(data=st.data())
-    def copy_in(self, data: st.DataObject) -> None:
-        grant, start, tokens = self.draw_range(data)
-        blocks = data.draw(st.permutations(range(self.other.geometry.num_blocks)))
-        at = data.draw(st.integers(0, self.other.geometry.slots - tokens))
-        self.rooms += 1
-        arrays = payload(TINY, self.other.geometry.slots, room=self.rooms)
-        self.other.set_buf(blocks, arrays)
-        self.pool.copy_from(
-            grant, self.other, source_blocks=blocks, tokens=tokens, start=start, source_start=at
-        )
-        self.remember(grant, start, cut(arrays, at, at + tokens))
 
     @precondition(lambda self: self.aux)
     @rule(data=st.data(), quarantine=st.booleans())
@@ -321,8 +261,8 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def every_room_reads_what_it_wrote(self) -> None:
         for grant, aux in getattr(self, "aux", {}).items():
-            assert self.pool.read_aux(grant[0]) == aux
-            found = np.hstack(TINY.rows(read(self.pool, grant, len(grant) * self.pool.geometry.block_size)))
+            assert self.pool.pool.read_aux(grant[0]) == aux
+            found = np.hstack(TINY.rows(self.pool.read(grant, len(grant) * self.pool.geometry.block_size)))
             for token, row in enumerate(found):
                 assert self.model.get((grant, token), row.tobytes()) == row.tobytes()
 

@@ -11,7 +11,7 @@ from embedwire.memory.geometry import PoolGeometry
 from embedwire.memory.layout import item, multimodal
 from embedwire.memory.pool import BlockPool, pack_aux
 from embedwire.memory.source import Source
-from embedwire.testing.payload import cut, differing, payload
+from embedwire.testing.payload import differing, payload
 
 LAYOUT = multimodal(6, deepstack_levels=3)
 AUX = pack_aux((2000, -756) + (0,) * (AUX_WORDS - 2))
@@ -44,7 +44,7 @@ def test_two_rounds_in_slices(block_size: int, slice_tokens: int) -> None:
                 memory,
                 source.pieces(geometry, blocks, start_token=start, token=token, tokens=tokens, aux=aux),
             )
-        pool.get_buf(blocks, cut(found, start, stop), tokens=stop - start)
+        pool.get_rows(blocks, LAYOUT.rows(found), row=start, tokens=stop - start)
         total = pool.read_aux(blocks[0])[0]
         assert total == (2000 if start == 0 else 0)
     assert differing(LAYOUT, sent, found) == []

@@ -55,23 +55,11 @@ class BlockAllocator:
     def blocks_quarantined(self) -> int:
         return self._quarantined
 
-    def quarantined_by(self, peer: int) -> tuple[int, ...]:
-        """The blocks that are in quarantine for ``peer``, in ascending order."""
-        return tuple(i for i, state in enumerate(self._states) if state == peer >= 0)
-
     def blocks_for(self, tokens: int) -> int:
         """How many blocks ``tokens`` tokens take: rounded up, since a grant announces whole blocks only."""
         if tokens < 0:
             raise UsageError(f"tokens is {tokens}; it has to be at least 0")
         return -(-tokens // self.block_size)
-
-    def can_alloc(self, tokens: int) -> bool:
-        """Whether :meth:`alloc` would succeed now."""
-        return self.blocks_for(tokens) <= len(self._free)
-
-    def alloc(self, tokens: int) -> tuple[int, ...] | None:
-        """Blocks for ``tokens`` (at least 1), or None when too few are free; then nothing has changed."""
-        return self.alloc_blocks(self.blocks_for(tokens))
 
     def alloc_blocks(self, n: int) -> tuple[int, ...] | None:
         """``n`` blocks (at least 1), or None when fewer are free; then nothing has changed."""

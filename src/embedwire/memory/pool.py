@@ -1,14 +1,13 @@
-"""The bytes of a pool: writes tokens into blocks and reads them out. Owns views over a region it was given.
+"""The bytes of a pool: reads tokens out of blocks, which a wire has written. Owns views over a region it was given.
 
-It must not know which block is granted to whom (:mod:`embedwire.memory.allocator` does) nor who writes, and
-why. Calls that touch different blocks may run on different threads: numpy copies big runs with the GIL
-released.
+It does not depend on which block is granted to which room (:mod:`embedwire.memory.allocator`) nor on the wire. Calls that touch
+different blocks may run on different threads: numpy copies big runs with the GIL released.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -41,7 +40,7 @@ class BlockPool:
     keeps for as long as the pool lives; drop the pool before that memory is unmapped. ``start`` and
     ``tokens`` count from a grant's first token, whatever its blocks and wherever the cut. All methods raise
     UsageError before a byte is touched: for a range outside the grant, a block outside the pool or named
-    twice, arrays that do not match the layout.
+    twice.
     """
 
     def __init__(self, geometry: PoolGeometry, buffer: memoryview) -> None:
@@ -58,42 +57,6 @@ class BlockPool:
             for area, nbytes in zip(geometry.area_offsets, geometry.token_bytes, strict=False)
         )
 
-    def set_buf(
-        self,
-        block_indices: Sequence[int],
-        arrays: Mapping[str, np.ndarray],
-        *,
-        start: int = 0,
-        aux: Sequence[int] | None = None,
-    ) -> None:
-        """Write all rows of ``arrays`` from token ``start`` on, and ``aux`` into the grant's first block."""
-        rows = self.geometry.layout.rows(arrays)
-        runs = self.geometry.runs(block_indices, start=start, tokens=len(rows[0]))
-        if aux is not None:
-            if not block_indices:
-                raise UsageError("aux needs a block to lie in, and the grant has none")
-            self.write_aux(block_indices[0], aux)
-        for field, source in zip(self._fields, rows, strict=True):
-            for token, slot, count in runs:
-                np.copyto(field[slot : slot + count], source[token : token + count])
-
-    def get_buf(
-        self,
-        block_indices: Sequence[int],
-        out: Mapping[str, np.ndarray],
-        *,
-        start: int = 0,
-        tokens: int,
-    ) -> None:
-        """Read [start, start + tokens) into the first ``tokens`` rows of ``out``; others stay as they are."""
-        rows = self.geometry.layout.rows(out)
-        if tokens > len(rows[0]):
-            raise UsageError(f"{tokens} tokens do not fit into arrays of {len(rows[0])} rows")
-        for name, array in out.items():
-            if not array.flags.writeable:
-                raise UsageError(f"field {name}: the array to read into is read-only")
-        self.get_rows(block_indices, rows, start=start, tokens=tokens)
-
     def get_rows(
         self,
         block_indices: Sequence[int],
@@ -105,9 +68,9 @@ class BlockPool:
         sums: FieldDigests | None = None,
         on_piece: Callable[[], object] = lambda: None,
     ) -> None:
-        """The same for who has checked once: ``out`` are writable rows as :meth:`Layout.rows` gives them, one a field, and the tokens go
-        to those from ``row`` on. ``sums`` grow by what has come to lie there. It goes on in pieces of SLICE_BYTES, and calls ``on_piece``
-        after each."""
+        """Copy the tokens [start, start + tokens) of a grant into ``out``, from ``row`` on: writable rows as :meth:`Layout.rows` returns
+        them, one array a field, with room for the tokens. ``sums`` are updated with what was copied. Copies pieces of SLICE_BYTES, and
+        calls ``on_piece`` after each."""
         runs = self.geometry.runs(block_indices, start=start, tokens=tokens)
         for index, (field, target) in enumerate(zip(self._fields, out, strict=True)):
             step = max(1, SLICE_BYTES // target.shape[1])
@@ -120,37 +83,6 @@ class BlockPool:
                         sums.add(index, piece)
                     on_piece()
 
-    def copy_from(
-        self,
-        block_indices: Sequence[int],
-        source: BlockPool,
-        *,
-        source_blocks: Sequence[int],
-        tokens: int,
-        start: int = 0,
-        source_start: int = 0,
-    ) -> None:
-        """Copy tokens (not aux) of another pool of the same layout, whose block size may be any other.
-
-        The tokens [source_start, source_start + tokens) of its grant become [start, start + tokens) of this
-        one. Blocks of one memory must not overlap.
-        """
-        mine, other = self.geometry.layout, source.geometry.layout
-        if mine.fields != other.fields:
-            raise UsageError(f"the layouts differ: {mine.describe()} against {other.describe()}")
-        source_runs = source.geometry.runs(source_blocks, start=source_start, tokens=tokens)
-        self.geometry.runs(block_indices, start=start, tokens=tokens)  # all is checked before a byte moves
-        for token, source_slot, count in source_runs:
-            for piece in self.geometry.runs(block_indices, start=start + token, tokens=count):
-                a, b = piece.slot, source_slot + piece.token
-                for field, rows in zip(self._fields, source._fields, strict=True):
-                    np.copyto(field[a : a + piece.tokens], rows[b : b + piece.tokens])
-
     def read_aux(self, block_index: int) -> tuple[int, ...]:
         """The AUX_WORDS int32 of a block's aux row: always a copy, so that it outlives the block."""
         return _AUX.unpack_from(self._buffer, self.geometry.aux_offset(block_index))
-
-    def write_aux(self, block_index: int, aux: Sequence[int]) -> None:
-        """Set the aux row of a block."""
-        row, offset = pack_aux(aux), self.geometry.aux_offset(block_index)
-        self._buffer[offset : offset + len(row)] = row
