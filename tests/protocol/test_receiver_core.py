@@ -332,6 +332,64 @@ def test_a_violation_ends_its_own_room(bad: str) -> None:
     assert bench.core.lanes.rooms[RoomKey(8)].is_live
 
 
+@pytest.mark.failure_mode("lying-peer")
+@pytest.mark.invariant("validation")
+@pytest.mark.parametrize(
+    ("poll", "number", "landed"),
+    [
+        (Poll.FAILED, 0, 0),  # an end is reported by `ended`
+        (Poll.SUCCESS, 0, 256),
+        (Poll.TRANSFERRING, 1, 256),  # round 1 was never granted
+        (Poll.WAITING_FOR_INPUT, 1, 0),
+        (Poll.BOOTSTRAPPING, 1, 0),
+        (Poll.WAITING_FOR_INPUT, 0, 128),  # nothing lands before the sender writes
+        (Poll.BOOTSTRAPPING, 0, 128),
+    ],
+)
+def test_a_status_that_no_sender_can_report_ends_its_room(poll: Poll, number: int, landed: int) -> None:
+    """A room with one granted round of 256 tokens fails; the other room of the same sender goes on."""
+    bench = Bench()
+    bench.fill()
+    bench.core.open(RoomKey(8), ADDRESS, now=1.0)
+    (failed,) = (a for a in bench.status(landed, number, poll=poll) if isinstance(a, Failed))
+    assert (failed.key, failed.cause) == (KEY, Cause.VIOLATION)
+    assert bench.core.lanes.rooms[RoomKey(8)].is_live
+
+
+@pytest.mark.failure_mode("lying-peer")
+@pytest.mark.invariant("validation")
+@pytest.mark.parametrize("poll", [Poll.TRANSFERRING, Poll.WAITING_FOR_INPUT])
+def test_a_status_before_any_grant_ends_its_room(poll: Poll) -> None:
+    """Only BOOTSTRAPPING is legal there, the answer to an early `open`."""
+    bench = Bench()
+    bench.open()
+    assert bench.status(0, poll=Poll.BOOTSTRAPPING) == []
+    (failed,) = (a for a in bench.status(0, poll=poll) if isinstance(a, Failed))
+    assert failed.cause is Cause.VIOLATION
+
+
+@pytest.mark.failure_mode("message-repeated-or-late")
+@pytest.mark.invariant("validation")
+def test_late_and_repeated_statuses_change_nothing() -> None:
+    """Of an earlier round, of an earlier poll, or the same again."""
+    bench = Bench()
+    bench.open()
+    bench.announce(total=300)
+    bench.status(256)
+    bench.drained(256)
+    lane = bench.core.lanes.rooms[KEY]
+    assert len(lane.round_sizes) == 2
+    late = [
+        (256, 0, Poll.TRANSFERRING),
+        (100, 0, Poll.TRANSFERRING),
+        (0, 0, Poll.WAITING_FOR_INPUT),
+        (0, 0, Poll.BOOTSTRAPPING),
+    ]
+    for landed, number, poll in late:
+        assert bench.status(landed, number, poll=poll) == []
+    assert (lane.landed_tokens, lane.state) == (256, ReceiverState.FILLING)
+
+
 @pytest.mark.failure_mode("message-from-earlier-life", "lying-peer")
 @pytest.mark.invariant("validation")
 def test_what_is_not_for_us_or_not_from_our_sender_is_nothing() -> None:

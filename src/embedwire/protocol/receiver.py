@@ -21,11 +21,13 @@ from embedwire.protocol.messages import (
     ResumeTransfer,
     RoomKey,
     RoomMessage,
+    Status,
 )
 from embedwire.protocol.states import (
     LIVE,
     POLL_OF,
     RECEIVER_TABLE,
+    STATUS_POLLS,
     Machine,
     Poll,
     ReceiverEvent,
@@ -136,6 +138,21 @@ class ReceiverTransfer:
         self.round_sizes.append(tokens)
         self.granted_tokens = new.end_token
         return new
+
+    def check_status(self, status: Status) -> None:
+        """Raise ProtocolViolation for a poll or round that no sender of this room can report. What is merely late passes.
+
+        A status is sent in answer to an early ``open`` (BOOTSTRAPPING), or at an event of a granted round."""
+        poll, number = status.poll, status.round
+        if poll not in STATUS_POLLS:
+            raise ProtocolViolation(
+                f"status with poll {poll.name}; legal are {', '.join(p.name for p in STATUS_POLLS)}"
+            )
+        if poll is not Poll.TRANSFERRING and status.sent_tokens:
+            raise ProtocolViolation(f"status with poll {poll.name} and {status.sent_tokens} tokens sent")
+        rounds = len(self.round_sizes)
+        if number >= rounds and (poll is not Poll.BOOTSTRAPPING or number):
+            raise ProtocolViolation(f"status of round {number}; {rounds} rounds were granted")
 
     def on_progress(self, sent_tokens: int) -> bool:
         """How far the sender has got. True when that is news."""

@@ -214,6 +214,7 @@ class ReceiverLanes:
                 if isinstance(message, Announce):
                     self._on_announce(room, message, now)
                 elif isinstance(message, Status):
+                    room.check_status(message)
                     self._on_progress(room, message.sent_tokens, now)
             except ProtocolViolation as violation:
                 self._fail(room, Cause.VIOLATION, str(violation), now)

@@ -131,6 +131,8 @@ POLL_OF: Mapping[SenderState | ReceiverState, Poll] = {
     _R.FAILED: Poll.FAILED,
 }
 
+STATUS_POLLS = (Poll.BOOTSTRAPPING, Poll.WAITING_FOR_INPUT, Poll.TRANSFERRING)
+"""What a status may report. The end of a room, good or bad, is reported by ``ended`` alone."""
 SENDER_TERMINAL = frozenset({_S.FAILED, _S.DONE})
 RECEIVER_TERMINAL = frozenset({_R.DONE, _R.FAILED})
 HOLDS_SOURCE = frozenset(_S) - SENDER_TERMINAL
