@@ -46,6 +46,7 @@ check: setup
 	$(VENV)/bin/ruff check src tests docs examples
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(PY) -m pytest -q tests/test_structure.py
 
 format: setup
 	$(VENV)/bin/ruff format src tests docs examples

@@ -80,7 +80,7 @@ class Stage:
     def check(self, reception: Reception, tokens: int) -> Received:
         """Wait for a room and check every byte of it against its payload."""
         received = reception.result(PATIENCE_S)
-        layout = reception._endpoint.layout
+        layout = reception.layout
         assert differing(layout, payload(layout, tokens, room=received.room), received.arrays) == []
         assert received.aux[0] == received.report.total_tokens == tokens
         return received

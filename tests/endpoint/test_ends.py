@@ -96,7 +96,7 @@ def test_ending_it_after_the_end_is_harmless(stage: Any) -> None:
     offer.fill({name: array.copy() for name, array in received.arrays.items()})
     assert reception.result(0) is received
     assert sender.stats().ended == receiver.stats().ended == {"done": 1}
-    assert not offer.sources  # what came late is not kept
+    assert offer.source is None  # what came late is not kept
 
 
 @pytest.mark.invariant("deadlines")

@@ -140,11 +140,11 @@ def test_a_lane_that_was_done_long_before_the_other(stage: Any, monkeypatch: pyt
     monkeypatch.setattr(receiver_lanes, "IDLE_S", 0.1)
     senders = [stage.sender(rank=rank, ranks=2) for rank in range(2)]
     offers = [stage.offer(sender, 1, TOKENS) for sender in senders]
-    stage.until(lambda: offers[1].sources)
-    late, go_on, real = set(offers[1].sources.values()), threading.Event(), Source.pieces
+    stage.until(lambda: offers[1].source)
+    late, go_on, real = offers[1].source, threading.Event(), Source.pieces
 
     def pieces(source: Source, *args: Any, **more: Any) -> Any:
-        assert source not in late or go_on.wait(20)
+        assert source is not late or go_on.wait(20)
         return real(source, *args, **more)
 
     monkeypatch.setattr(Source, "pieces", pieces)

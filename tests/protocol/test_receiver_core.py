@@ -105,7 +105,7 @@ class Bench:
         """The room is granted its first round."""
         self.open()
         self.announce()
-        assert self.core.lanes.rooms[KEY].state is ReceiverState.FILLING
+        assert self.core.lanes.transfers[KEY].state is ReceiverState.FILLING
 
 
 def test_hello_then_open() -> None:
@@ -173,11 +173,11 @@ def test_a_whole_room() -> None:
     assert isinstance(sent(last)[0], Done)
     assert bench.blocks.blocks_free == 4
     assert bench.hear(Ended(**FROM, room=7, cause=Cause.DONE)) == []
-    assert not bench.core.lanes.rooms
+    assert not bench.core.lanes.transfers
     assert bench.memory.used_bytes == 300
     assert isinstance(last[-1], Finished)
     for _ in range(2):
-        bench.core.on_assembly_released(last[-1].room, now=2.0)
+        bench.core.on_assembly_released(last[-1].reservation, now=2.0)
     assert bench.memory.used_bytes == 0
 
 
@@ -212,7 +212,7 @@ def test_an_answer_to_an_earlier_hello_is_none(kind: str) -> None:
     bench.hear(Stranger(**FROM))
     assert bench.hear(late) == [], "another hello is on its way, with another nonce"
     assert bench.core.lanes.sessions[ADDRESS].incarnation == SENDER
-    assert bench.core.lanes.rooms[KEY].is_live
+    assert bench.core.lanes.transfers[KEY].is_live
 
 
 @pytest.mark.failure_mode("message-from-earlier-life")
@@ -223,7 +223,7 @@ def test_a_stranger_is_a_question_not_an_answer() -> None:
     (hello,) = sent(bench.hear(Stranger(source=99, target=ME)))
     assert isinstance(hello, Hello)
     assert bench.hear(Stranger(source=99, target=ME)) == []
-    assert bench.core.lanes.rooms[KEY].is_live
+    assert bench.core.lanes.transfers[KEY].is_live
     again = sent(bench.hear(bench.welcome()))
     assert [type(m) for m in again] == [Init]
 
@@ -242,7 +242,7 @@ def test_another_life_of_the_sender(wire: str, free: int) -> None:
     assert (failed.key, failed.cause) == (KEY, Cause.PEER_LOST)
     assert {type(m) for m in sent(actions)} == {Abort, Open}
     assert bench.blocks.blocks_free == free
-    assert bench.core.suspects == ({SENDER} if wire == "shm" else set())
+    assert bench.core.suspects() == ({SENDER} if wire == "shm" else set())
     unknown = Ended(source=99, target=ME, room=7, cause=Cause.UNKNOWN_ROOM)
     bench.hear(unknown)
     assert bench.blocks.blocks_free == free, "the new life can not speak for the old one"
@@ -270,7 +270,7 @@ def test_blocks_in_doubt_are_kept_until_the_end_is_certain() -> None:
     assert bench.memory.used_bytes == 0
     assert bench.blocks.blocks_quarantined == 2
     bench.hear(Ended(**FROM, room=7, cause=Cause.ABORTED, certain=False))
-    assert not bench.core.lanes.rooms
+    assert not bench.core.lanes.transfers
     assert bench.blocks.blocks_quarantined == 2
     with pytest.raises(UsageError):
         bench.core.open(KEY, ADDRESS, now=1.0)
@@ -295,7 +295,7 @@ def test_a_window_finishes_with_its_last_round() -> None:
     """Two rounds are open; the room is whole when both are drained, and the blocks of both come back."""
     bench = Bench(window_rounds=2)
     bench.fill()
-    room = bench.core.lanes.rooms[KEY]
+    room = bench.core.lanes.transfers[KEY]
     assert len(room.open_rounds) == 2
     bench.status(300)
     assert not any(isinstance(a, Finished) for a in bench.drained(256))
@@ -329,7 +329,7 @@ def test_a_violation_ends_its_own_room(bad: str) -> None:
     actions = bench.announce(total=301) if bad == "announce" else bench.status(257)
     (failed,) = (a for a in actions if isinstance(a, Failed))
     assert (failed.key, failed.cause) == (KEY, Cause.VIOLATION)
-    assert bench.core.lanes.rooms[RoomKey(8)].is_live
+    assert bench.core.lanes.transfers[RoomKey(8)].is_live
 
 
 @pytest.mark.failure_mode("lying-peer")
@@ -353,7 +353,7 @@ def test_a_status_that_no_sender_can_report_ends_its_room(poll: Poll, number: in
     bench.core.open(RoomKey(8), ADDRESS, now=1.0)
     (failed,) = (a for a in bench.status(landed, number, poll=poll) if isinstance(a, Failed))
     assert (failed.key, failed.cause) == (KEY, Cause.VIOLATION)
-    assert bench.core.lanes.rooms[RoomKey(8)].is_live
+    assert bench.core.lanes.transfers[RoomKey(8)].is_live
 
 
 @pytest.mark.failure_mode("lying-peer")
@@ -377,7 +377,7 @@ def test_late_and_repeated_statuses_change_nothing() -> None:
     bench.announce(total=300)
     bench.status(256)
     bench.drained(256)
-    lane = bench.core.lanes.rooms[KEY]
+    lane = bench.core.lanes.transfers[KEY]
     assert len(lane.round_sizes) == 2
     late = [
         (256, 0, Poll.TRANSFERRING),
@@ -400,7 +400,7 @@ def test_what_is_not_for_us_or_not_from_our_sender_is_nothing() -> None:
     assert bench.hear(Ended(source=SENDER, target=99, **ended)) == []
     assert bench.hear(Ended(source=99, target=ME, **ended)) == []
     assert bench.core.on_message(Ended(**FROM, **ended), "tcp://other:1", now=1.0) == []
-    assert bench.core.lanes.rooms[KEY].is_live
+    assert bench.core.lanes.transfers[KEY].is_live
 
 
 @pytest.mark.failure_mode("abort-not-propagated")

@@ -36,7 +36,7 @@ def land_all(ranks: Ranks, room: int) -> None:
     """Everything arrives everywhere."""
     for rank in range(ranks.group.size):
         while lanes := [
-            k for k in ranks.lanes_of(rank, room) if ranks.cores[rank].lanes.rooms[k].open_rounds
+            k for k in ranks.lanes_of(rank, room) if ranks.cores[rank].lanes.transfers[k].open_rounds
         ]:
             for lane in lanes:
                 ranks.land(rank, lane)
@@ -156,7 +156,7 @@ def test_no_grant_for_a_lane_whose_room_is_over() -> None:
     """The blocks of the failed part are not granted to the other part, which ends with it."""
     ranks = Ranks(ALONE, senders=2, blocks=1)
     ready(ranks, 1, total=600)
-    second = ranks.cores[0].lanes.rooms[key(1, 1)]
+    second = ranks.cores[0].lanes.transfers[key(1, 1)]
     assert not second.round_sizes
     ranks.abort(0, 1)
     assert not second.round_sizes
@@ -171,8 +171,8 @@ def test_the_end_of_a_room_is_not_overtaken_by_its_grant() -> None:
     ready(ranks, 1, total=600)
     ranks.end(0, key(1, 0), Cause.ENCODER_FAILED)
     orders = ranks.orders[0]
-    permit = next(i for i, a in enumerate(orders) if isinstance(a, Permit) and a.address == "encoder/1")
-    revoke = next(i for i, a in enumerate(orders) if isinstance(a, Revoke) and a.address == "encoder/1")
+    permit = next(i for i, a in enumerate(orders) if isinstance(a, Permit) and a.key == key(1, 1))
+    revoke = next(i for i, a in enumerate(orders) if isinstance(a, Revoke) and a.key == key(1, 1))
     assert permit < revoke
     told = [type(a.message) for a in orders if isinstance(a, Send) and a.address == "encoder/1"]
     assert told[-2:] == [Init, Abort]
@@ -217,8 +217,8 @@ def test_two_lanes_become_whole() -> None:
     ranks.land(0, key(1, 1))
     assert causes(ranks) == [[(1, Cause.DONE)]]
     (finished,) = ranks.finished[0]
-    assert finished.room is not None
-    assert (finished.room.total_tokens, len(finished.room.lanes)) == (300, 2)
+    assert finished.report.total_tokens == finished.report.lane_tokens == 300
+    assert finished.report.rounds == (150, 150)
 
 
 @pytest.mark.failure_mode("part-taken-for-whole-room")
@@ -380,7 +380,7 @@ def test_a_lost_group_ends_every_room() -> None:
     assert ranks.ends[0] == [(1, Cause.RANK_LOST, "rank 1 is gone"), (2, Cause.RANK_LOST, "rank 1 is gone")]
     assert not ranks.cores[0].rooms
     assert not ranks.cores[0].for_assembly
-    assert not ranks.cores[0].wants_turn
+    assert not ranks.cores[0].wants_turn()
     assert ranks.budgets[0].used_bytes == 0
     assert ranks.pools[0].blocks_free == 4
 

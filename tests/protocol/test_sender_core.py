@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from embedwire.protocol.actions import (
     Attach,
     CancelWrites,
     Detach,
+    LaneReport,
     Release,
     Reply,
     SenderAction,
@@ -44,6 +46,7 @@ from embedwire.protocol.sender_core import SenderCore
 from embedwire.protocol.states import Poll
 
 SENDER, PEER, KEY = 11, 5, RoomKey(7)
+DIGESTS = {KEY: (9,)}
 TO = {"source": PEER, "target": SENDER}
 
 
@@ -87,7 +90,11 @@ class Bench:
         return self.core.on_message(message, now=now)
 
     def offer(
-        self, key: RoomKey = KEY, total: int = 300, now: float = 1.0, digests: tuple[int, ...] = ()
+        self,
+        key: RoomKey = KEY,
+        total: int = 300,
+        now: float = 1.0,
+        digests: Mapping[RoomKey, tuple[int, ...]] | None = None,
     ) -> list[SenderAction]:
         aux = (total, *[0] * (AUX_WORDS - 1))
         return self.core.offer(key, total_tokens=total, aux=aux, content_hash=b"", now=now, digests=digests)
@@ -96,7 +103,7 @@ class Bench:
         """A room in the middle of its first write."""
         self.offer()
         self.say(Open(**TO, room=7))
-        self.core.ready(KEY, source_ms=1.0, digests=(9,), now=1.0)
+        self.core.ready(KEY, source_ms=1.0, digests=DIGESTS, now=1.0)
         (write,) = (a for a in self.say(grant()) if isinstance(a, Write))
         return write
 
@@ -153,10 +160,10 @@ def test_a_wire_that_does_not_reach() -> None:
     """The session is over, and the receiver hears it; a late result of an attach harms nobody."""
     core = SenderCore(incarnation=SENDER, fields=("a",))
     core.on_message(hello(nonce=8), now=0.0)
-    (refused,) = said(core.on_attach_failed(PEER, "other host"))
+    (refused,) = said(core.on_attach_failed(PEER, "other host", now=1.0))
     assert isinstance(refused, Refused)
     assert (refused.cause, refused.nonce) == (Cause.WIRE_FAILED, 8)
-    assert core.on_attach_failed(PEER, "again") == []
+    assert core.on_attach_failed(PEER, "again", now=1.0) == []
     assert core.on_attached(PEER, "shm") == [Detach(PEER)]
 
 
@@ -185,12 +192,12 @@ def test_offer_then_open_then_ready() -> None:
     (early,) = said(bench.say(Open(**TO, room=7)))
     assert isinstance(early, Announce)
     assert not early.ready
-    (ready,) = said(bench.core.ready(KEY, source_ms=2.0, digests=(9,), now=1.0))
+    (ready,) = said(bench.core.ready(KEY, source_ms=2.0, digests=DIGESTS, now=1.0))
     assert isinstance(ready, Announce)
     assert ready.ready
-    assert bench.core.ready(KEY, source_ms=2.0, digests=(9,), now=1.0) == []
+    assert bench.core.ready(KEY, source_ms=2.0, digests=DIGESTS, now=1.0) == []
     bench.say(grant())
-    assert bench.core.ready(KEY, source_ms=2.0, digests=(9,), now=1.0) == [], (
+    assert bench.core.ready(KEY, source_ms=2.0, digests=DIGESTS, now=1.0) == [], (
         "no second write of the open round"
     )
 
@@ -262,7 +269,7 @@ def test_a_whole_room() -> None:
     bench.say(grant(1, 256, (1,)))
     bench.core.on_written(KEY, 1, now=3.0)
     actions = bench.say(Done(**TO, room=7))
-    assert actions[-1] == Release(KEY, Cause.DONE, "", (256, 44))
+    assert actions[-1] == Release(KEY, Cause.DONE, "", (LaneReport(KEY, (256, 44)),))
     (ended,) = said(actions)
     assert isinstance(ended, Ended)
     assert ended.cause is Cause.DONE
@@ -434,8 +441,8 @@ def test_every_state_has_a_deadline(step: str, deadline_s: float) -> None:
     if step in ("not ready", "ready"):
         bench.say(Open(**TO, room=7))
     if step == "ready":
-        bench.core.ready(KEY, source_ms=1.0, digests=(9,), now=1.0)
-    now, room = 1.0, bench.core.rooms[KEY]
+        bench.core.ready(KEY, source_ms=1.0, digests=DIGESTS, now=1.0)
+    now, room = 1.0, bench.core.transfers[KEY]
     while now < 1.0 + deadline_s - 1.0:
         bench.say(Ping(**TO), now)
         bench.core.on_tick(now)
@@ -491,10 +498,10 @@ def test_an_item_is_wanted_once_and_then_offered() -> None:
 def test_what_is_ready_when_it_is_offered_is_announced_once() -> None:
     bench = Bench()
     bench.say(Open(**TO, room=7, item=b"hash"))
-    (announced,) = said(bench.offer(digests=(9,)))
+    (announced,) = said(bench.offer(digests=DIGESTS))
     assert isinstance(announced, Announce)
     assert (announced.ready, announced.digests) == (True, (9,))
-    assert bench.core.ready(KEY, source_ms=5.0, digests=(9,), now=1.0) == []
+    assert bench.core.ready(KEY, source_ms=5.0, digests=DIGESTS, now=1.0) == []
 
 
 def test_an_item_that_is_not_kept_ends_at_once() -> None:

@@ -66,7 +66,7 @@ def test_rooms_larger_than_the_memory_for_assemblies() -> None:
 
 def landed(receiver: ReceiverNode, transfer: Transfer) -> int:
     """Tokens of a room that its receiver knows to have landed."""
-    room = receiver.core.lanes.rooms.get(transfer.key)
+    room = receiver.core.lanes.transfers.get(transfer.key)
     return room.landed_tokens if room is not None else 0
 
 
@@ -93,7 +93,7 @@ def run_partial(rule: Rule | None) -> tuple[bool, float, float]:
     transfer = world.request(7, 2000, source_s=0.01)
     world.run_until(lambda: transfer.receiver_end is not None)
     received_at = world.now
-    world.run_until(lambda: not sender.core.rooms and not receiver.core.lanes.rooms)
+    world.run_until(lambda: not sender.core.rooms and not receiver.core.lanes.transfers)
     ended_at = world.now
     world.settle()
     return transfer.is_done and transfer.rounds == (1024, 976), received_at, ended_at
@@ -250,7 +250,7 @@ def test_no_peer_gets_more_while_its_blocks_are_in_doubt() -> None:
     receiver = world.add_receiver(num_blocks=8, default_allocate_tokens=128, wire=ONE_SIDED)
     transfers = [world.request(room, 5000, sender=frozen) for room in range(1, 20)]
     other = world.request(100, 50_000, sender=healthy)
-    world.run_until(lambda: sum(r.landed_tokens for r in receiver.core.lanes.rooms.values()) > 2000)
+    world.run_until(lambda: sum(r.landed_tokens for r in receiver.core.lanes.transfers.values()) > 2000)
     frozen.process.freeze()
     world.run(for_s=7.0)
     assert other.is_done

@@ -43,21 +43,21 @@ class State:
                 yield "open", room
                 break
         is_idle = not (self.is_told or ranks.said or 0 in ranks.agreed)
-        if is_idle and any(core.wants_turn for core in ranks.cores):
+        if is_idle and any(core.wants_turn() for core in ranks.cores):
             yield ("start",)
         if self.is_told and 1 not in ranks.agreed:
             yield ("say",)
         for rank in ranks.agreed:
             yield "conclude", rank
         for rank, core in enumerate(ranks.cores):
-            for key, lane in core.lanes.rooms.items():
+            for key, lane in core.lanes.transfers.items():
                 if lane.is_live and not lane.is_ready:
                     yield "announce", rank, key.room
                 if lane.is_live and lane.open_rounds:
                     yield "land", rank, key.room
         for rank, finished in enumerate(ranks.finished):
             for end in finished:
-                if end.room in ranks.budgets[rank]._reserved:
+                if end.reservation in ranks.budgets[rank]._reserved:
                     yield "release", rank, end.key.room
         for fault in sorted(self.faults):
             if fault == "abort" and RoomKey(1) in ranks.cores[0].rooms:
@@ -131,7 +131,7 @@ class State:
         return (
             tuple(_core(core) for core in ranks.cores),
             tuple(tuple((room, cause) for room, cause, _ in ends) for ends in ranks.ends),
-            tuple(tuple(sorted(room.key for room in budget._reserved)) for budget in ranks.budgets),
+            tuple(tuple(sorted(budget._reserved)) for budget in ranks.budgets),
             tuple((rank, facts.free_bytes, facts.rooms) for rank, facts in sorted(ranks.said.items())),
             tuple((rank, facts.free_bytes, facts.rooms) for rank, facts in sorted(ranks.agreed.items())),
             tuple(self.opened) if self.is_told else (),
@@ -145,12 +145,14 @@ def _core(core: ReceiverCore) -> tuple[object, ...]:
         (room.key, room.facts(), room.is_queued, room.is_admitted, room.is_committed, room.deferred, room.end)
         for room in core.rooms.values()
     )
-    lanes = tuple((k, lane.state, lane.is_ready, lane.granted_tokens) for k, lane in core.lanes.rooms.items())
+    lanes = tuple(
+        (k, lane.state, lane.is_ready, lane.granted_tokens) for k, lane in core.lanes.transfers.items()
+    )
     queues = (
         tuple(room.key for room in core.for_assembly),
         tuple(lane.key for lane in core.admission.for_blocks),
     )
-    return rooms, lanes, queues, core.wants_turn, tuple(room.key for room in core._told)
+    return rooms, lanes, queues, core.wants_turn(), tuple(room.key for room in core._told)
 
 
 def explore(first: State, *, states_max: int) -> tuple[int, set[tuple[Cause, ...]]]:

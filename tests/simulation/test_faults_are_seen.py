@@ -387,14 +387,14 @@ def quarantine_is_for_nobody(patch: Patch) -> None:
     patch.setattr(
         Admission, "quarantine", lambda self, room, *, incarnation: whole(self, room, incarnation=0)
     )
-    patch.setattr(ReceiverLanes, "suspects", {0})
+    patch.setattr(ReceiverLanes, "suspects", lambda self: frozenset({0}))
 
 
 def a_refusal_is_kept_secret(patch: Patch) -> None:
     whole = SenderCore.fail
 
-    def fail(self: SenderCore, key: Any, cause: Cause, detail: str, *, now: float) -> Any:
-        return whole(self, key, cause, detail, now=now) if key in self.rooms else []
+    def fail(self: SenderCore, key: Any, *more: Any, **named: Any) -> Any:
+        return whole(self, key, *more, **named) if key in self.rooms else []
 
     patch.setattr(SenderCore, "fail", fail)
 

@@ -33,7 +33,7 @@ def is_in(transfer: Transfer, state: ReceiverState | SenderState) -> Callable[[]
     node = transfer.receiver if isinstance(state, ReceiverState) else transfer.sender
 
     def condition() -> bool:
-        rooms = node.core.lanes.rooms if isinstance(node, ReceiverNode) else node.core.rooms
+        rooms = node.core.lanes.transfers if isinstance(node, ReceiverNode) else node.core.transfers
         room = rooms.get(transfer.key)
         return room is not None and room.state is state
 

@@ -20,7 +20,7 @@ def test_a_pool_held_by_partials() -> None:
     world.add_sender()
     receiver = world.add_receiver(num_blocks=64, default_allocate_tokens=128)
     transfers = [world.request(room, 1000) for room in range(1, 65)]
-    world.run_until(lambda: sum(len(r.open_rounds) for r in receiver.core.lanes.rooms.values()) == 64)
+    world.run_until(lambda: sum(len(r.open_rounds) for r in receiver.core.lanes.transfers.values()) == 64)
     assert receiver.blocks.blocks_free == 0
     world.settle()
     assert all(t.is_done and t.rounds[0] == 128 for t in transfers)
@@ -73,7 +73,7 @@ def test_a_room_that_waits_for_blocks_does_so_before_a_deadline() -> None:
     waiting = world.request(2, 100, sender=quick)
     world.run_until(lambda: waiting.receiver_end is not None)
     assert waiting.receiver_end is Cause.DEADLINE
-    assert receiver.core.lanes.rooms[held.key].state is ReceiverState.FILLING
+    assert receiver.core.lanes.transfers[held.key].state is ReceiverState.FILLING
     world.settle()
     assert waiting.sender_end is Cause.DEADLINE
     assert held.is_done

@@ -90,7 +90,7 @@ def test_a_turn_in_between_agrees_on_what_has_landed(delivery: Delivery) -> None
     group = world.add_group(size=4, delivery=delivery, hosts="aabb", default_allocate_tokens=1024)
     world.link.rules += [late_at(node.address, ResumeTransfer, 1.0) for node in group.nodes]
     transfer = world.request(7, 2000)
-    lanes = [lane for node in group.readers for lane in node.core.lanes.rooms.values()]
+    lanes = [lane for node in group.readers for lane in node.core.lanes.transfers.values()]
     world.run_until(lambda: bool(world.link.count()["ResumeTransfer"]))
     world.run(for_s=0.1)
     other = world.request(8, 500)
@@ -135,12 +135,9 @@ def test_the_position_delta_is_told_never_reduced() -> None:
     transfer = world.request(756, 2000)
     world.settle()
     stories = [node.ends[transfer.key] for node in group.nodes]
-    rooms = [end.room for end in stories if isinstance(end, Finished) and end.room is not None]
-    assert [room.total_tokens for room in rooms] == [2000] * 4
-    deltas = [
-        lane.announced.aux[AUX_POSITION_DELTA] for r in rooms for lane in r.lanes.values() if lane.announced
-    ]
-    assert deltas == [-756] * 3
+    reports = [end.report for end in stories if isinstance(end, Finished)]
+    assert [report.total_tokens for report in reports] == [2000] * 4
+    assert [report.aux[AUX_POSITION_DELTA] for report in reports if report.aux] == [-756] * 3
 
 
 @pytest.mark.failure_mode("one-rank-cannot-allocate")

@@ -137,7 +137,7 @@ def test_aux_outlives_its_block() -> None:
     receiver = world.add_receiver(num_blocks=1)
     first, second = world.request(7, 300), world.request(9, 301)
     world.run_until(lambda: receiver.memory.aux[0] == aux_of(RoomKey(9), 301))
-    announced = receiver.core.lanes.rooms[RoomKey(7)].announced
+    announced = receiver.core.lanes.transfers[RoomKey(7)].announced
     assert announced is not None
     assert announced.aux == aux_of(RoomKey(7), 300)
     world.settle()
@@ -169,7 +169,7 @@ def test_failed_is_final_even_if_success_comes_late() -> None:
                 now=world.now,
             )
         )
-        assert receiver.core.lanes.rooms[RoomKey(7)].poll is Poll.FAILED
+        assert receiver.core.lanes.transfers[RoomKey(7)].poll is Poll.FAILED
     world.settle()
     assert transfer.receiver_end is transfer.sender_end is Cause.ABORTED
 
@@ -215,7 +215,7 @@ def test_a_window_keeps_several_grants_open() -> None:
     transfer = world.request(7, 128 * 12)
     most_open: list[int] = []
     while world.step():
-        room = receiver.core.lanes.rooms.get(transfer.key)
+        room = receiver.core.lanes.transfers.get(transfer.key)
         most_open.append(len(room.open_rounds) if room is not None else 0)
     world.settle()
     assert transfer.is_done

@@ -38,6 +38,7 @@ class Landing:
             self._close_wires()
             raise
         self._pool: BlockPool | None = BlockPool(self._geometry, region)
+        self._permitted: set[int] = set()
 
     def offered(self) -> Offered:
         """What senders are told of it."""
@@ -55,6 +56,7 @@ class Landing:
 
     def permit(self, granted: Round) -> None:
         """Let writes under the round's ticket reach its blocks, over the wires that hold others back."""
+        self._permitted.add(granted.ticket)
         fenced = [inbound for inbound in self._inbounds.values() if inbound.is_fenced]
         spans = self._geometry.grant_spans(granted.block_indices) if fenced else []
         for inbound in fenced:
@@ -62,6 +64,7 @@ class Landing:
 
     def revoke(self, ticket: int) -> None:
         """End a permission."""
+        self._permitted.discard(ticket)
         for inbound in self._inbounds.values():
             inbound.revoke(ticket)
 
@@ -69,17 +72,19 @@ class Landing:
         """Proof, on every wire, that no write of that sender can land any more."""
         return all(inbound.is_gone(incarnation) for inbound in self._inbounds.values())
 
-    def drain(
-        self, drain: Drain, assembly: Sequence[Rows], sums: FieldDigests, *, row: int
-    ) -> tuple[int, ...] | None:
-        """Copy what has landed of a round into the assembly's rows, where its room's first token is ``row``, and add it to the sums.
-        Returns a copy of the aux row with the first tokens."""
+    def is_permitted(self, granted: Round) -> bool:
+        """Whether the round's blocks are still its own."""
+        return granted.ticket in self._permitted
+
+    def drain(self, drain: Drain, assembly: Sequence[Rows], sums: FieldDigests) -> tuple[int, ...] | None:
+        """Copy what has landed of a round into the assembly's rows, and update the checksums with it. Returns a copy of the aux row with
+        the first tokens."""
         assert self._pool is not None
         blocks, start = drain.round.block_indices, drain.round.start_token
         self._pool.get_rows(
             blocks,
             assembly,
-            row=row + drain.from_token,
+            row=drain.first_row + drain.from_token,
             start=drain.from_token - start,
             tokens=drain.to_token - drain.from_token,
             sums=sums,

@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 from embedwire.endpoint.reception import Arrays, Reception, Receptions
 from embedwire.endpoint.turn_messages import Aside, Left, Mapped, Opened
 from embedwire.endpoint.turns import Seat, Turns
 from embedwire.errors import EmbedwireError, TransferError, UsageError
+from embedwire.memory.layout import Layout
 from embedwire.memory.shared import Handle, Segment, SpareSegments, attach
+from embedwire.protocol.actions import Finished, ReceiverAction
 from embedwire.protocol.agreement import Facts
 from embedwire.protocol.messages import Cause, RoomKey
-from embedwire.protocol.receiver_core import ReceiverCore, Room
-
-if TYPE_CHECKING:
-    from embedwire.endpoint.receiver import ReceiverEndpoint
+from embedwire.protocol.receiver_core import ReceiverCore
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -30,12 +29,25 @@ OnRoom = Callable[[Reception], None]
 OnLost = Callable[[str], None]
 
 
+class Host(Protocol):
+    """The receiver that a member belongs to. All but ``post`` and ``call`` on the driver's thread."""
+
+    layout: Layout
+
+    @property
+    def memory_free_bytes(self) -> int: ...
+    def open_now(self, key: RoomKey, addresses: Sequence[str]) -> None: ...
+    def carry_out(self, actions: list[ReceiverAction]) -> None: ...
+    def post(self, task: Callable[[], None]) -> bool: ...
+    def call(self, task: Callable[[], T]) -> T: ...
+
+
 class GroupMember:
     """One rank's rooms, between its driver and its turns."""
 
     def __init__(
         self,
-        endpoint: ReceiverEndpoint,
+        endpoint: Host,
         core: ReceiverCore,
         receptions: Receptions,
         seat: Seat,
@@ -57,6 +69,9 @@ class GroupMember:
         self._spares = SpareSegments()
         self._unsaid = Aside()
         self._handles: dict[RoomKey, Handle] = {}
+        self._is_dummy = seat.group.is_dummy(seat.rank)
+        self.turn = 0
+        """The last turn that this rank has contributed its facts to."""
         self.turns_total = 0
         self._here = {rank for rank in range(seat.group.size) if seat.group.source_of(rank) == seat.rank}
         self.shares = len(self._here) > 1
@@ -87,38 +102,38 @@ class GroupMember:
         """See whether there is something that no turn has heard."""
         if self._is_turn_asked or self._ended_as is not None:
             return
-        if self._core.wants_turn or self._asked:
+        if self._core.wants_turn() or self._asked:
             self._is_turn_asked = True  # until the next turn, which may come for another reason
             self._turns.want()
 
-    def assemble(self, key: RoomKey, total_tokens: int) -> Arrays:
+    def assemble(self, key: RoomKey, aux: tuple[int, ...], total_tokens: int) -> Arrays:
         """An assembly that other ranks of this host will read, too."""
-        announced = next(iter(self._core.rooms[key].lanes.values())).announced
-        assert announced is not None
         if key in self._segments:
             raise UsageError("another rank still reads this room from the last time that it was received")
         layout = self._endpoint.layout
         segment = self._spares.take(layout, total_tokens, spare_bytes=self._endpoint.memory_free_bytes)
         self._segments[key] = segment
-        arrays, handle = segment.assemble(layout, total_tokens, aux=announced.aux)
+        arrays, handle = segment.assemble(layout, total_tokens, aux=aux)
         self._unsaid += Aside(made=(Mapped(key.room, key.attempt, self._seat.rank, handle),))
         return arrays
 
-    def finish(self, room: Room) -> None:
-        """A room is whole on every rank."""
-        if room.key in self._segments:
-            self._readers[room.key] = set(self._here)
-        if room.is_dummy:
+    def finish(self, finished: Finished) -> bool:
+        """A room is whole on every rank. True: this rank is a dummy rank, and the room is delivered from another rank's assembly."""
+        key = finished.key
+        if key in self._segments:
+            self._readers[key] = set(self._here)
+        if self._is_dummy:
             try:
-                arrays, aux = attach(self._handles.pop(room.key), self._endpoint.layout)
-            except EmbedwireError as error:  # the others have it: this rank can not go on with them
-                self._receptions.give_up(room.key, Cause.RANK_LOST, str(error))
+                arrays, aux = attach(self._handles.pop(key), self._endpoint.layout)
+            except EmbedwireError as error:  # the others have it: this rank cannot go on with them
+                self._receptions.give_up(key, Cause.RANK_LOST, str(error))
                 raise
-            self._receptions.deliver(room, arrays=arrays, aux=aux)
+            self._receptions.deliver(finished, arrays=arrays, aux=aux)
+        return self._is_dummy
 
     def left(self, key: RoomKey) -> None:
         """There is no array of a room here any more. Those who share its memory hear so in the next turn, whatever that is for."""
-        if self.shares or self._core.is_dummy:
+        if self.shares or self._is_dummy:
             self._unsaid += Aside(left=(Left(key.room, key.attempt, self._seat.rank),))
 
     def _has_left(self, key: RoomKey, rank: int) -> None:
@@ -148,20 +163,15 @@ class GroupMember:
         self._on_driver(lambda: self._open_told(opened))
 
     @property
-    def turn(self) -> int:
-        """The last turn that this rank has said its facts in."""
-        return self._core.turn
-
-    @property
     def has_rooms(self) -> bool:
         """Whether rooms are open that turns will decide on."""
-        return bool(self._core.rooms)
+        return self._core.has_rooms()
 
     def aside(self) -> Aside:
         return self._on_driver(self._aside)
 
     def silence(self) -> Facts | None:
-        return self._on_driver(lambda: self._facts() if self._core.is_silent else None)
+        return self._on_driver(lambda: self._facts() if self._core.is_silent() else None)
 
     def facts(self) -> Facts:
         return self._on_driver(self._facts)
@@ -196,7 +206,9 @@ class GroupMember:
 
     def _facts(self) -> Facts:
         self._is_turn_asked = False
-        return self._core.facts()
+        facts = self._core.facts()
+        self.turn = facts.turn
+        return facts
 
     def _conclude(self, agreed: Facts, aside: Aside) -> None:
         self.turns_total += 1

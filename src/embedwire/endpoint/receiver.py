@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -58,9 +58,8 @@ from embedwire.protocol.actions import (
     Send,
 )
 from embedwire.protocol.messages import Cause, RoomKey
-from embedwire.protocol.receiver_core import ReceiverCore, Room
+from embedwire.protocol.receiver_core import ReceiverCore
 from embedwire.protocol.topology import ALONE
-from embedwire.transports.contract import Inbound
 
 logger = logging.getLogger(__name__)
 
@@ -106,19 +105,27 @@ class ReceiverEndpoint(Driver):
         self._landing = Landing(
             layout, num_blocks=num_blocks, block_size=block_size, transports=chosen(transports), host=host
         )
+        self._incarnation = secrets.randbelow(2**62 - 1) + 1
+        self._group = seat.group if seat is not None else ALONE
         self._core = ReceiverCore(
-            incarnation=secrets.randbelow(2**62 - 1) + 1,
+            incarnation=self._incarnation,
             offered=self._landing.offered(),
             blocks=self._landing.blocks,
             memory=self._budget,
             token_bytes=layout.token_bytes,
             default_allocate_tokens=default_allocate_tokens,
             limits=limits,
-            group=seat.group if seat is not None else ALONE,
+            group=self._group,
             rank=seat.rank if seat is not None else 0,
         )
         super().__init__("embedwire-receiver")
-        self._receptions = Receptions(self, self._core, on_released=self._released, on_left=self._left)
+        self._receptions = Receptions(
+            layout,
+            readers=len(self._group.readers),
+            on_cancel=self._cancel,
+            on_released=self._released,
+            on_left=self._left,
+        )
         self._sockets: dict[Address, zmq.Socket[bytes]] = {}
         self._subscriptions: dict[Address, OnKept] = {}
         self._silent: set[Address] = set()
@@ -163,7 +170,7 @@ class ReceiverEndpoint(Driver):
         check_key(room, attempt)
         if isinstance(addresses, str):
             addresses = (addresses,)
-        if self._core.group.size > 1 and (make_assembly is not None or item):
+        if self._group.size > 1 and (make_assembly is not None or item):
             raise UsageError("a group of ranks makes its assemblies itself, and asks for rooms by number")
         if len(item) > CONTENT_HASH_BYTES_MAX:
             raise UsageError(f"item has {len(item)} bytes; at most {CONTENT_HASH_BYTES_MAX}")
@@ -235,12 +242,12 @@ class ReceiverEndpoint(Driver):
         return self.call(self._stats)
 
     def _stats(self) -> ReceiverStats:
-        admission, blocks = self._core.admission, self._landing.blocks
+        counts, blocks = self._core.snapshot(), self._landing.blocks
         return ReceiverStats(
-            rooms=Counter(room.state.value for room in self._core.lanes.rooms.values()),
+            rooms=counts.lanes,
             ended=dict(self._receptions.ended),
-            waiting={"assembly": len(self._core.for_assembly), "blocks": len(admission.for_blocks)},
-            sessions=len(self._core.lanes.sessions),
+            waiting={"assembly": counts.for_assembly, "blocks": counts.for_blocks},
+            sessions=counts.sessions,
             rounds_total=self._rounds_total,
             bytes_total=self._bytes_total,
             blocks_total=blocks.blocks_total,
@@ -278,7 +285,7 @@ class ReceiverEndpoint(Driver):
     def _connect(self, address: Address) -> None:
         socket = self._context.socket(zmq.DEALER)
         try:
-            socket.setsockopt(zmq.IDENTITY, identity_of(self._core.incarnation, address))
+            socket.setsockopt(zmq.IDENTITY, identity_of(self._incarnation, address))
             socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
             socket.setsockopt(zmq.LINGER, 200)
             socket.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -306,7 +313,7 @@ class ReceiverEndpoint(Driver):
     def _next_due(self) -> float | None:
         if self._watch:
             return 0.0
-        proof_at = self._proof_at if self._core.suspects else None
+        proof_at = self._proof_at if self._core.suspects() else None
         dues = (self._core.next_due(), proof_at)
         return min((due for due in dues if due is not None), default=None)
 
@@ -315,29 +322,21 @@ class ReceiverEndpoint(Driver):
         self._look(now)
         while self._silent:
             self._connect_again(self._silent.pop())
-        if now >= self._proof_at and (suspects := self._core.suspects):
+        if now >= self._proof_at and (suspects := self._core.suspects()):
             self._proof_at = now + PROOF_POLL_S
             for incarnation in suspects:
                 if self._landing.is_gone(incarnation):
                     self.carry_out(self._core.on_peer_gone(incarnation, now=now))
 
     def _look(self, now: float) -> None:
-        """Take from the wire's marks what has landed in the rooms that are watched."""
+        """Take from the wire's marks what has landed in the lanes that are watched."""
         was_news = False
-        for key, inbound in self._watch.due(now):
-            room = self._core.lanes.rooms.get(key)
-            if room is None or not room.open_rounds:
-                self._watch.end(key)
-            elif actions := self._core.on_landed(key, self._watch.landed(room, inbound), now=now):
+        for key, landed_tokens in self._watch.look(now):
+            if actions := self._core.on_landed(key, landed_tokens, now=now):
                 was_news = True
                 self.carry_out(actions)
         if self._watch and not was_news:
             self._watch.nap()
-
-    def _begin_watch(self, key: RoomKey) -> None:
-        room = self._core.lanes.rooms.get(key)
-        if room is not None:
-            self._watch.begin(key, self._inbound_from(room.address))
 
     def _on_frames(self, socket: zmq.Socket[bytes], frames: list[list[bytes]]) -> None:
         address = next(a for a, s in self._sockets.items() if s is socket)
@@ -366,15 +365,17 @@ class ReceiverEndpoint(Driver):
                 self._pending.append(action)  # who waits for the embedding comes before the sender's memory
             case Send(address, messages.Grant() as grant):
                 self._say(address, grant)
-                self._begin_watch(grant.key)
+                self._watch.begin(grant.key)
             case Send(address, message):
                 self._say(address, message)
-            case Permit(_, granted):
+            case Permit(key, wire, granted):
                 self._landing.permit(granted)
-            case Revoke(_, ticket):
+                self._watch.add(key, granted, self._landing.wire(wire))
+            case Revoke(key, ticket):
                 self._landing.revoke(ticket)
-            case Assemble(key, total_tokens):
-                self._assemble(key, total_tokens)
+                self._watch.remove(key, ticket)
+            case Assemble():
+                self._assemble(action)
             case Drain():
                 try:
                     self._drain(action)
@@ -385,9 +386,8 @@ class ReceiverEndpoint(Driver):
                         self._core.abort(failed, Cause.WIRE_FAILED, detail, now=time.monotonic())
                     )
                     raise
-            case Finished(key, room):
-                assert room is not None
-                self._finish(room)
+            case Finished():
+                self._finish(action)
             case Failed(key, cause, detail):
                 if self._member is not None:
                     self._member.fail(key)
@@ -399,11 +399,6 @@ class ReceiverEndpoint(Driver):
             case Hangup(address):
                 self._hang_up(address)
 
-    def _inbound_from(self, address: Address) -> Inbound | None:
-        """The receiving half of the wire that the sender at ``address`` writes over."""
-        session = self._core.lanes.sessions.get(address)
-        return None if session is None else self._landing.wire(session.wire)
-
     def _say(self, address: Address, message: messages.Message) -> None:
         logger.debug("> %s %s", address, message)
         try:
@@ -411,55 +406,52 @@ class ReceiverEndpoint(Driver):
         except zmq.ZMQError as error:  # its queue is full; it is asked again
             logger.debug("! not sent to %s: %s", address, error)
 
-    def _assemble(self, key: RoomKey, total_tokens: int) -> None:
+    def _assemble(self, order: Assemble) -> None:
+        key, member = order.key, self._member
         if key not in self._receptions:
             return
-        member = self._member
-        make_assembly = partial(member.assemble, key) if member is not None and member.shares else None
+        shared = member is not None and member.shares
+        make_assembly = partial(member.assemble, key, order.aux) if member is not None and shared else None
         try:
-            self._receptions.assemble(key, total_tokens, make_assembly=make_assembly)
+            self._receptions.assemble(key, order.total_tokens, make_assembly=make_assembly)
         except Exception as error:
             detail = f"no assembly: {type(error).__name__}: {error}"
             self._pending.extend(self._core.abort(key, Cause.OVERLOADED, detail, now=time.monotonic()))
 
     def _drain(self, drain: Drain) -> None:
-        room = self._core.lanes.rooms.get(drain.key)
-        if room is None or not room.is_live:
-            return  # it failed meanwhile; its blocks may be somebody else's
+        if not self._landing.is_permitted(drain.round):
+            return  # its lane failed meanwhile, and its blocks may be another's
         reception = self._receptions[drain.key.of_room]
         sums = reception.sums[drain.key]
-        aux = self._landing.drain(drain, reception.rows, sums, row=room.first_row)
-        digests = sums.digest() if drain.to_token == room.total_tokens else None
+        aux = self._landing.drain(drain, reception.rows, sums)
+        digests = sums.digest() if drain.is_last else None
         self._rounds_total += drain.to_token == drain.round.end_token
         self._bytes_total += (drain.to_token - drain.from_token) * self.layout.token_bytes
         now = time.monotonic()
         actions = self._core.on_drained(drain.key, drain.to_token, aux=aux, digests=digests, now=now)
         self._pending.extendleft(reversed(actions))  # a grant goes out before the next drain: both sides work
-        if room.open_rounds:
-            self._begin_watch(drain.key)
+        self._watch.begin(drain.key)
 
-    def _finish(self, room: Room) -> None:
-        if self._member is not None:
-            self._member.finish(room)
-        if not room.is_dummy:
-            self._receptions.deliver(room)
+    def _finish(self, finished: Finished) -> None:
+        if self._member is None or not self._member.finish(finished):
+            self._receptions.deliver(finished)
 
-    def _released(self, room: Room) -> None:
-        """Nobody needs the arrays of a room. Any thread."""
-        self.post(partial(self._let_go, room))
+    def _released(self, reservation: int) -> None:
+        """The arrays of a room are no longer needed. Any thread."""
+        self.post(partial(self._let_go, reservation))
 
-    def _left(self, room: Room) -> None:
-        """The last array of a room is gone. Any thread."""
+    def _left(self, key: RoomKey, reservation: int) -> None:
+        """The last array of a room is collected. Any thread."""
 
         def left() -> None:
             if self._member is not None:
-                self._member.left(room.key)
-            self._let_go(room)
+                self._member.left(key)
+            self._let_go(reservation)
 
         self.post(left)
 
-    def _let_go(self, room: Room) -> None:
-        self.carry_out(self._core.on_assembly_released(room, now=time.monotonic()))
+    def _let_go(self, reservation: int) -> None:
+        self.carry_out(self._core.on_assembly_released(reservation, now=time.monotonic()))
 
     @property
     def memory_free_bytes(self) -> int:

@@ -9,23 +9,20 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from embedwire.endpoint.stats import ReceiveReport
 from embedwire.errors import TransferError, UsageError
 from embedwire.memory.checksum import FieldDigests
-from embedwire.memory.layout import Rows
+from embedwire.memory.layout import Layout, Rows
+from embedwire.protocol.actions import Finished, RoomReport
 from embedwire.protocol.messages import Cause, RoomKey
-from embedwire.protocol.receiver_core import ReceiverCore, Room
-
-if TYPE_CHECKING:
-    from embedwire.endpoint.receiver import ReceiverEndpoint
 
 Arrays = Mapping[str, np.ndarray]
 MakeAssembly = Callable[[int], Arrays]
 """Called with total_tokens, on the driver's thread: one C-contiguous array (total_tokens, *field.shape) a field."""
+OnCancel = Callable[[RoomKey, str], None]
 
 
 @dataclass(frozen=True)
@@ -54,40 +51,47 @@ class Reception(Future[Received]):
     Callbacks run on the driver's thread, where they must not block.
     """
 
-    def __init__(self, endpoint: ReceiverEndpoint, key: RoomKey, make_assembly: MakeAssembly) -> None:
+    def __init__(
+        self, layout: Layout, key: RoomKey, make_assembly: MakeAssembly, *, on_cancel: OnCancel
+    ) -> None:
         super().__init__()
         self.set_running_or_notify_cancel()
         self.key = key
-        self._endpoint = endpoint
+        self.layout = layout
+        self._on_cancel = on_cancel
         self.make_assembly = make_assembly
         self.arrays: Arrays = {}
         self.rows: tuple[Rows, ...] = ()  # the same as bytes, checked
-        self.sums: defaultdict[RoomKey, FieldDigests] = defaultdict(partial(FieldDigests, endpoint.layout))
+        self.sums: defaultdict[RoomKey, FieldDigests] = defaultdict(partial(FieldDigests, layout))
 
     def cancel(self, detail: str = "the client no longer wants it") -> bool:
         """End the room on both sides, with cause ``aborted``; False when it has ended already."""
         if self.done():
             return False
-        self._endpoint._cancel(self.key, detail)
+        self._on_cancel(self.key, detail)
         return True
 
 
 class Receptions:
     """Those of one endpoint, by room, until they end. Owns the count of how they did. The driver's thread, but for ``bool``.
 
-    ``on_released`` and ``on_left`` are called on any thread: for a room whose arrays nobody needs, and for one whose arrays are gone.
+    ``readers`` are the ranks of the group that receive from the wire. ``on_cancel``, ``on_released`` and ``on_left`` are called on any
+    thread: for a room that is cancelled, one whose arrays are no longer needed, and one whose arrays are collected. The last two name the
+    room's reservation, since its key may recur.
     """
 
     def __init__(
         self,
-        endpoint: ReceiverEndpoint,
-        core: ReceiverCore,
+        layout: Layout,
         *,
-        on_released: Callable[[Room], None],
-        on_left: Callable[[Room], None],
+        readers: int,
+        on_cancel: OnCancel,
+        on_released: Callable[[int], None],
+        on_left: Callable[[RoomKey, int], None],
     ) -> None:
-        self._endpoint = endpoint
-        self._core = core
+        self._layout = layout
+        self._readers = readers
+        self._on_cancel = on_cancel
         self._on_released = on_released
         self._on_left = on_left
         self._open: dict[RoomKey, Reception] = {}
@@ -105,35 +109,32 @@ class Receptions:
 
     def expect(self, key: RoomKey, make_assembly: MakeAssembly | None = None) -> Reception:
         """That of a room that is about to be opened."""
-        make_assembly = make_assembly or self._endpoint.layout.empty
-        reception = self._open[key] = Reception(self._endpoint, key, make_assembly)
+        make_assembly = make_assembly or self._layout.empty
+        reception = self._open[key] = Reception(self._layout, key, make_assembly, on_cancel=self._on_cancel)
         return reception
 
     def assemble(self, key: RoomKey, total_tokens: int, *, make_assembly: MakeAssembly | None) -> None:
         """Make the arrays that a room lands in, as told or as its owner wants them. Raises UsageError where they do not fit."""
         reception = self._open[key]
         reception.arrays = (make_assembly or reception.make_assembly)(total_tokens)
-        reception.rows = self._endpoint.layout.rows(reception.arrays)
+        reception.rows = self._layout.rows(reception.arrays)
         if len(reception.rows[0]) != total_tokens:
             raise UsageError(f"an assembly of {len(reception.rows[0])} rows for {total_tokens} tokens")
         if not all(array.flags.writeable for array in reception.arrays.values()):
             raise UsageError("an assembly that can not be written to")
 
     def deliver(
-        self, room: Room, *, arrays: Arrays | None = None, aux: tuple[int, ...] | None = None
+        self, finished: Finished, *, arrays: Arrays | None = None, aux: tuple[int, ...] | None = None
     ) -> None:
         """A room is where it is read: where it landed, or in ``arrays``, with ``aux``, that another rank has filled."""
-        key = room.key
-        report = _report(
-            room, readers=len(self._core.group.readers), token_bytes=self._endpoint.layout.token_bytes
-        )
+        key, reservation = finished.key, finished.reservation
+        report = _report(finished.report, readers=self._readers, token_bytes=self._layout.token_bytes)
         reception = self._open.pop(key)
         if arrays is None or aux is None:
-            announced = next(iter(room.lanes.values())).announced
-            assert announced is not None
-            arrays, aux = reception.arrays, announced.aux
-        received = Received(key.room, key.attempt, arrays, aux, report, partial(self._on_released, room))
-        _when_gone(arrays, partial(self._on_left, room))
+            arrays, aux = reception.arrays, finished.report.aux
+        release = partial(self._on_released, reservation)
+        received = Received(key.room, key.attempt, arrays, aux, report, release)
+        _when_gone(arrays, partial(self._on_left, key, reservation))
         self.ended[Cause.DONE.value] += 1
         reception.arrays, reception.rows = {}, ()
         reception.set_result(received)
@@ -144,22 +145,18 @@ class Receptions:
         self._open.pop(key).set_exception(TransferError(cause.value, detail))
 
 
-def _report(room: Room, *, readers: int, token_bytes: int) -> ReceiveReport:
-    lanes, now = list(room.lanes.values()), time.monotonic()
-    if not lanes:
+def _report(room: RoomReport, *, readers: int, token_bytes: int) -> ReceiveReport:
+    if not room.lane_tokens:
         return ReceiveReport(total_tokens=room.total_tokens, readers=readers)
-    announced = lanes[0].announced
-    assert announced is not None
-    granted_at = min(lane.granted_at for lane in lanes)
     return ReceiveReport(
         total_tokens=room.total_tokens,
-        rounds=tuple(tokens for lane in lanes for tokens in lane.round_sizes),
-        bytes=sum(lane.total_tokens for lane in lanes) * token_bytes,
-        transport=lanes[0].wire,
-        source_ms=announced.source_ms,
-        wait_ms=(granted_at - max(lane.ready_at for lane in lanes)) * 1000,
-        transfer_ms=(now - granted_at) * 1000,
-        content_hash=announced.content_hash,
+        rounds=room.rounds,
+        bytes=room.lane_tokens * token_bytes,
+        transport=room.wire,
+        source_ms=room.source_ms,
+        wait_ms=(room.granted_at - room.ready_at) * 1000,
+        transfer_ms=(time.monotonic() - room.granted_at) * 1000,
+        content_hash=room.content_hash,
         readers=readers,
     )
 

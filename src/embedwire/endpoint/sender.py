@@ -18,7 +18,7 @@ from types import TracebackType
 import zmq
 
 from embedwire.endpoint.driver import Driver, check_key, chosen, is_of
-from embedwire.endpoint.offer import Filling, Offer
+from embedwire.endpoint.offer import Digests, Filling, Offer
 from embedwire.endpoint.stats import SenderStats
 from embedwire.endpoint.statuses import HeldStatuses
 from embedwire.endpoint.writer import SessionWriter, WriteJob
@@ -43,6 +43,7 @@ from embedwire.limits import (
 from embedwire.memory.budget import Budget
 from embedwire.memory.layout import Layout
 from embedwire.memory.pool import pack_aux
+from embedwire.memory.source import Source
 from embedwire.protocol import messages
 from embedwire.protocol.actions import (
     Attach,
@@ -57,7 +58,6 @@ from embedwire.protocol.actions import (
 )
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.sender_core import SenderCore
-from embedwire.protocol.topology import lanes_of_sender
 from embedwire.transports import open_outbound
 from embedwire.transports.contract import Outcome
 
@@ -94,11 +94,11 @@ class SenderEndpoint(Driver):
             raise ConfigurationError(f"rank {rank} of {ranks}; ranks count from 0")
         self.layout = layout
         self.limits = limits
-        self._rank, self._ranks = rank, ranks
         self._on_wanted = on_wanted
         self._outbounds = {name: open_outbound(name, host=host) for name in chosen(transports)}
+        self._incarnation = secrets.randbelow(2**62 - 1) + 1
         self._core = SenderCore(
-            incarnation=secrets.randbelow(2**62 - 1) + 1, fields=layout.describe(), limits=limits
+            incarnation=self._incarnation, fields=layout.describe(), limits=limits, rank=rank, ranks=ranks
         )
         self._budget = Budget(memory_bytes)
         super().__init__("embedwire-sender")
@@ -158,24 +158,29 @@ class SenderEndpoint(Driver):
             raise UsageError(f"content_hash has {len(content_hash)} bytes; at most {CONTENT_HASH_BYTES_MAX}")
         row = (total_tokens, *aux, *([0] * (AUX_WORDS - 1 - len(aux))))
         pack_aux(row)
-        lanes = lanes_of_sender(self._rank, senders=self._ranks, readers=readers)
-        offer = Offer(self, RoomKey(room, attempt), total_tokens, row, lanes)
-        self.call(partial(self._reserve_and_offer, offer, content_hash))
+        offer = self._new_offer(RoomKey(room, attempt), total_tokens, row, readers=readers)
+        self.call(partial(self._reserve_and_offer, offer, content_hash, readers))
         return offer
+
+    def _new_offer(self, key: RoomKey, total_tokens: int, aux: tuple[int, ...], *, readers: int = 1) -> Offer:
+        shares = self._core.shares(key, total_tokens, readers=readers)
+        return Offer(
+            self.layout, key, total_tokens, aux, shares=shares, on_filled=self._fill, on_end=self._end
+        )
 
     def lend(self, key: RoomKey, filling: Filling, *, content_hash: bytes) -> Offer:
         """Answer a receiver that wants something by its hash: a room whose memory is its owner's, who keeps it until the offer has
         ended. Raises OverloadedError and UsageError as :meth:`offer` does."""
         total_tokens = filling.source.tokens
         row = (total_tokens, *([0] * (AUX_WORDS - 1)))
-        offer = Offer(self, key, total_tokens, row, lanes_of_sender(0, senders=1, readers=1))
+        offer = self._new_offer(key, total_tokens, row)
 
         def lend() -> None:
             if self._is_ending:
                 raise OverloadedError("the sender is shutting down")
             self._core.check_offer([key])
             offer.filled_with(filling)
-            self._announce(offer, content_hash, digests=filling.digests)
+            self._announce(offer, content_hash, digests={key: filling.digests})
 
         self.call(lend)
         return offer
@@ -186,67 +191,74 @@ class SenderEndpoint(Driver):
 
     def refuse(self, key: RoomKey, cause: Cause, detail: str) -> None:
         """Answer a receiver that wants something by its hash: it can not have it."""
-        self.post(lambda: self._fail([key], cause, detail))
+        self.post(lambda: self._fail(key, cause, detail))
 
-    def _reserve_and_offer(self, offer: Offer, content_hash: bytes) -> None:
+    def _reserve_and_offer(self, offer: Offer, content_hash: bytes, readers: int) -> None:
         self._check_open()
-        self._core.check_known(list(offer.shares))
+        self._core.check_known(offer.shares)
         need = offer.total_tokens * self.layout.token_bytes
         if not self._budget.can_ever(need):
             limit = self._budget.limit_bytes
             detail = f"{offer.total_tokens} tokens need {need} bytes of source memory; there are {limit}"
-            # whoever has opened the room already hears at once
-            self._fail(list(offer.shares), Cause.NEVER_FITS, detail)
+            # a receiver that has opened the room already gets the cause at once
+            self._fail(offer.key, Cause.NEVER_FITS, detail, readers=readers)
             raise NeverFitsError(detail)
-        self._core.check_offer(list(offer.shares))
+        self._core.check_offer(offer.shares)
         if not self._budget.try_reserve(offer.key, need):
             raise OverloadedError(f"{need} bytes of source memory are not free now")
-        self._announce(offer, content_hash)
+        self._announce(offer, content_hash, readers=readers)
 
     def _check_open(self) -> None:
         if self._is_ending:
             raise UsageError("the sender is closed")
 
-    def _announce(self, offer: Offer, content_hash: bytes, *, digests: tuple[int, ...] = ()) -> None:
-        for key, share in offer.shares.items():
-            self._offers[key] = offer
-            actions = self._core.offer(
-                key,
-                total_tokens=len(share),
-                aux=offer.aux,
-                content_hash=content_hash,
-                digests=digests,
-                now=time.monotonic(),
-            )
-            self._carry_out(actions)
+    def _announce(
+        self,
+        offer: Offer,
+        content_hash: bytes,
+        *,
+        readers: int = 1,
+        digests: Mapping[RoomKey, Digests] | None = None,
+    ) -> None:
+        self._offers[offer.key] = offer
+        actions = self._core.offer(
+            offer.key,
+            total_tokens=offer.total_tokens,
+            aux=offer.aux,
+            content_hash=content_hash,
+            readers=readers,
+            digests=digests,
+            now=time.monotonic(),
+        )
+        self._carry_out(actions)
 
-    def _fill(self, offer: Offer, parts: Mapping[RoomKey, Filling], *, source_ms: float) -> None:
+    def _fill(
+        self, offer: Offer, source: Source, digests: Mapping[RoomKey, Digests], source_ms: float
+    ) -> None:
         def fill() -> None:
-            if offer.done():
-                return
-            now = time.monotonic()
-            for key, filling in parts.items():
-                offer.sources[key] = filling.source
-                self._carry_out(self._core.ready(key, source_ms=source_ms, digests=filling.digests, now=now))
+            if not offer.done():
+                offer.source = source
+                now = time.monotonic()
+                self._carry_out(self._core.ready(offer.key, source_ms=source_ms, digests=digests, now=now))
 
         self.post(fill)
 
     def _end(self, offer: Offer, cause: Cause, detail: str) -> None:
-        self.post(lambda: self._fail(list(offer.shares), cause, detail))
+        self.post(lambda: self._fail(offer.key, cause, detail))
 
-    def _fail(self, keys: Sequence[RoomKey], cause: Cause, detail: str) -> None:
-        for key in keys:
-            self._carry_out(self._core.fail(key, cause, detail, now=time.monotonic()))
+    def _fail(self, key: RoomKey, cause: Cause, detail: str, *, readers: int = 1) -> None:
+        self._carry_out(self._core.fail(key, cause, detail, readers=readers, now=time.monotonic()))
 
     def stats(self) -> SenderStats:
         """A snapshot."""
         return self.call(self._stats)
 
     def _stats(self) -> SenderStats:
+        counts = self._core.snapshot()
         return SenderStats(
-            rooms=Counter(room.state.value for room in self._core.rooms.values()),
+            rooms=counts.lanes,
             ended=dict(self._ended),
-            sessions=len(self._core.sessions),
+            sessions=counts.sessions,
             rounds_total=self._rounds_total,
             bytes_total=self._bytes_total,
             memory_reserved_bytes=self._budget.used_bytes,
@@ -337,16 +349,19 @@ class SenderEndpoint(Driver):
                 is_watched = self._writers[peer].is_watched(status.key)
                 self._held.hold(peer, status, is_watched=is_watched, now=time.monotonic())
             case Reply(peer, message):
+                if isinstance(message, messages.Ended):
+                    self._held.drop(message.key)
                 self._say(peer, message)
-            case Attach(peer) if self._is_ending:  # nobody would end its writer
-                self._carry_out(self._core.on_attach_failed(peer, "the sender is shutting down"))
+            case Attach(peer) if self._is_ending:  # its writer would never be closed
+                now = time.monotonic()
+                self._carry_out(self._core.on_attach_failed(peer, "the sender is shutting down", now=now))
             case Attach(peer, hello):
                 self._writers[peer] = SessionWriter(
                     peer,
                     hello,
                     self._outbounds,
                     layout=self.layout,
-                    incarnation=self._core.incarnation,
+                    incarnation=self._incarnation,
                     events=self,
                     limits=self.limits,
                 )
@@ -359,11 +374,11 @@ class SenderEndpoint(Driver):
                     self.written(action, Outcome.LOST)  # the core counts on an answer to every write
                     raise
             case CancelWrites(key):
-                self._offers[key].withdrawn.add(key)
+                self._offers[key.of_room].withdrawn.add(key)
             case Want(key, item) if self._on_wanted is not None:
                 self._on_wanted(key, item)
             case Want(key, item):
-                self._fail([key], Cause.UNKNOWN_ITEM, "this sender keeps nothing by its content hash")
+                self._fail(key, Cause.UNKNOWN_ITEM, "this sender keeps nothing by its content hash")
             case Release():
                 self._release(action)
 
@@ -385,15 +400,15 @@ class SenderEndpoint(Driver):
             self._retired = [w for w in self._retired if w.is_alive()] + [writer]
 
     def _write(self, write: Write) -> None:
-        offer = self._offers[write.key]
+        offer = self._offers[write.key.of_room]
         writer = self._writers.get(write.peer)
-        if writer is None:
+        if writer is None or offer.source is None:
             self.written(write, Outcome.LOST)
             return
         writer.submit(
             WriteJob(
                 write=write,
-                source=offer.sources[write.key],
+                source=offer.source,
                 aux=pack_aux(offer.aux),
                 is_permitted=lambda: write.key not in offer.withdrawn,
                 geometry=writer.geometry,
@@ -401,15 +416,11 @@ class SenderEndpoint(Driver):
         )
 
     def _release(self, release: Release) -> None:
-        """One lane is over. A room is over with the last of them, and one that fails takes the others with it."""
-        self._held.drop(release.key)
+        """A room has ended, and its source is no longer read."""
         offer = self._offers.pop(release.key)
-        if left := offer.end_lane(release):
-            if release.cause is not Cause.DONE:
-                self._fail(left, release.cause, release.detail)
-            return
+        offer.source = None
         self._budget.release(offer.key)
-        outcome = offer.outcome(token_bytes=self.layout.token_bytes)
+        outcome = offer.outcome(release, token_bytes=self.layout.token_bytes)
         if isinstance(outcome, TransferError):
             self._ended[outcome.cause] += 1
             offer.set_exception(outcome)
@@ -432,15 +443,9 @@ class SenderEndpoint(Driver):
         """A writer's receiver is out of reach, for the first time or again. One whose session has ended has nothing to say."""
 
         def failed() -> None:
-            peer, now = writer.peer, time.monotonic()
-            if self._writers.get(peer) is not writer:
-                return
-            self._detach(peer)
-            session = self._core.sessions.get(peer)
-            if session is not None and session.wire is not None:
-                self._carry_out(self._core.on_peer_lost(peer, detail, now=now))
-            else:
-                self._carry_out(self._core.on_attach_failed(peer, detail))
+            if self._writers.get(writer.peer) is writer:
+                self._detach(writer.peer)
+                self._carry_out(self._core.on_attach_failed(writer.peer, detail, now=time.monotonic()))
 
         self.post(failed)
 

@@ -1,4 +1,4 @@
-"""Which rooms may have news in the wire's marks, and for how long to look for it. The driver's thread.
+"""Which grants may have news in the wire's marks, and for how long to look for it. The driver's thread.
 
 Over a wire with marks a receiver sees what has landed without a message. Looking costs a core, so it looks only where something is
 likely to land soon, for a moment, and sleeps between two looks.
@@ -7,50 +7,70 @@ likely to land soon, for a moment, and sleeps between two looks.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
+from embedwire.protocol.actions import Round
 from embedwire.protocol.messages import RoomKey
-from embedwire.protocol.receiver import ReceiverTransfer
 from embedwire.transports.contract import Inbound
 
 WATCH_S = 0.0025
-"""How long to look after a grant or a drain; a status tells of what comes later."""
+"""How long to look after a grant or a drain; a status reports what comes later."""
 NAP_S = 20e-6
-"""The sleep between two looks. It is a sleep and no spinning: the writer may have been put on the same core."""
+"""The sleep between two looks. It is a sleep and no spinning: the writer may run on the same core."""
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A lane with permitted rounds, oldest first. What lies before the first of them is drained."""
+
+    inbound: Inbound
+    rounds: list[Round] = field(default_factory=list)
+
+    def landed(self) -> int:
+        """The contiguous landed prefix of the lane, as the marks show it, in tokens."""
+        landed = self.rounds[0].start_token
+        for granted in self.rounds:
+            if landed < granted.start_token:
+                break
+            landed = granted.start_token + min(self.inbound.mark(granted.ticket), granted.tokens)
+        return landed
 
 
 class Watch:
-    """Rooms that are looked at, each until its time is over."""
+    """Lanes with permitted rounds, and those among them that are looked at, each until its time is over."""
 
     def __init__(self) -> None:
-        self._until: dict[RoomKey, tuple[Inbound, float]] = {}
+        self._lanes: dict[RoomKey, _Watched] = {}
+        self._until: dict[RoomKey, float] = {}
 
     def __bool__(self) -> bool:
         return bool(self._until)
 
-    def begin(self, key: RoomKey, inbound: Inbound | None) -> None:
-        """Something may land soon, over this wire."""
+    def add(self, key: RoomKey, granted: Round, inbound: Inbound | None) -> None:
+        """A round of a lane is permitted, over this wire."""
         if inbound is not None and inbound.has_marks:
-            self._until[key] = inbound, time.monotonic() + WATCH_S
+            self._lanes.setdefault(key, _Watched(inbound)).rounds.append(granted)
 
-    def end(self, key: RoomKey) -> None:
-        """The room is over, or holds no grant."""
-        self._until.pop(key, None)
+    def remove(self, key: RoomKey, ticket: int) -> None:
+        """The permission of a round has ended."""
+        lane = self._lanes.get(key)
+        if lane is not None:
+            lane.rounds = [granted for granted in lane.rounds if granted.ticket != ticket]
+            if not lane.rounds:
+                del self._lanes[key]
+                self._until.pop(key, None)
 
-    def due(self, now: float) -> list[tuple[RoomKey, Inbound]]:
-        """Whom to look at, and over which wire. One whose time is over is among them for the last time: the thread may have been away."""
-        found = [(key, inbound) for key, (inbound, _) in self._until.items()]
-        self._until = {key: (inbound, until) for key, (inbound, until) in self._until.items() if now < until}
+    def begin(self, key: RoomKey) -> None:
+        """Something may land soon, if a round of the lane is permitted."""
+        if key in self._lanes:
+            self._until[key] = time.monotonic() + WATCH_S
+
+    def look(self, now: float) -> list[tuple[RoomKey, int]]:
+        """The landed prefix of each lane that is looked at. One whose time is over is among them for the last time: the thread may have
+        been away."""
+        found = [(key, self._lanes[key].landed()) for key in self._until]
+        self._until = {key: until for key, until in self._until.items() if now < until}
         return found
-
-    @staticmethod
-    def landed(room: ReceiverTransfer, inbound: Inbound) -> int:
-        """The contiguous landed prefix of a room, as the marks under its open grants show it, in tokens."""
-        landed = room.landed_tokens
-        for granted in room.open_rounds:
-            if landed < granted.start_token:
-                break
-            landed = max(landed, granted.start_token + min(inbound.mark(granted.ticket), granted.tokens))
-        return landed
 
     @staticmethod
     def nap() -> None:

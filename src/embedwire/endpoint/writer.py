@@ -58,16 +58,16 @@ class WriteJob:
     slice_ends: list[int] = field(default_factory=list)
 
     def slices(self) -> Iterator[Slice]:
-        """What has not landed yet, in pieces of about SLICE_BYTES, with aux in front of the room."""
-        granted = self.write.round
+        """What has not landed yet, in pieces of about SLICE_BYTES, with aux in front of the lane."""
+        granted, first_row = self.write.round, self.write.first_row
         step = max(1, SLICE_BYTES // self.geometry.layout.token_bytes)
         for position in range(self.write.landed_tokens, granted.tokens, step):
             end = min(position + step, granted.tokens)
             pieces = self.source.pieces(
                 self.geometry,
                 granted.block_indices,
-                start_token=granted.start_token,
-                token=granted.start_token + position,
+                start_token=first_row + granted.start_token,
+                token=first_row + granted.start_token + position,
                 tokens=end - position,
                 aux=self.aux if granted.start_token + position == 0 else None,
             )

@@ -5,8 +5,9 @@ tried, and every failure replayed from its seed.
 
     states.py         both halves of a room as tables, and the sets that matter
     messages.py       what travels, and how it is checked
-    sender.py         one room on the sending side            sender_core.py    all rooms and sessions of a sender
-    receiver.py       one room on the receiving side          receiver_core.py  all rooms and sessions of a receiver
+    sender.py         one lane on the sending side            sender_core.py    all rooms and sessions of a sender
+    receiver.py       one lane on the receiving side          receiver_lanes.py all lanes and sessions of a receiver
+                                                              receiver_core.py  all its rooms
     handshake.py      how a session begins, and why it does not
     tombstones.py     how ended rooms ended, to answer a late message
     admission.py      who gets assembly memory and blocks, in which order

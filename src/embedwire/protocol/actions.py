@@ -1,14 +1,14 @@
-"""The orders that the cores give to their drivers. A driver carries them out in order; results come back as events."""
+"""The orders that the cores give to their drivers. A driver carries them out in order; results come back as events.
+
+An order carries all that its execution needs, and nothing that the core still changes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from embedwire.protocol.messages import Cause, Hello, Message, RoomKey
-
-if TYPE_CHECKING:
-    from embedwire.protocol.receiver_core import Room
 
 Peer: TypeAlias = int
 """A receiver as its sender knows it: its incarnation."""
@@ -59,17 +59,19 @@ class Detach:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Write ``round``, but not its first ``landed_tokens``. Report with ``on_landed`` and, always, once, ``on_written``."""
+    """Write ``round`` of the lane ``key``, but not its first ``landed_tokens``. Token 0 of the lane is row ``first_row`` of the room's
+    source. Report with ``on_landed`` and, always, once, ``on_written``."""
 
     peer: Peer
     key: RoomKey
     round: Round
     landed_tokens: int = 0
+    first_row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CancelWrites:
-    """Begin no further slice of this room. Writes under way return as soon as they can; ``on_written`` is still called for each."""
+    """Begin no further slice of this lane. Writes under way return as soon as they can; ``on_written`` is still called for each."""
 
     key: RoomKey
 
@@ -83,13 +85,22 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
+class LaneReport:
+    """A lane of a sender's room that has ended. ``rounds`` are the tokens of each round."""
+
+    key: RoomKey
+    rounds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
-    """The room is over and nothing reads its source any more: free it, and tell whoever offered it why."""
+    """The room has ended, with all its lanes, and nothing reads its source any more: free it, and report the end to its owner. ``lanes``
+    are in the order in which they ended."""
 
     key: RoomKey
     cause: Cause
     detail: str
-    rounds: tuple[int, ...]
+    lanes: tuple[LaneReport, ...]
 
 
 # Orders of a receiver's core
@@ -105,44 +116,68 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Assemble:
-    """The room's assembly is reserved: make it, of ``total_tokens`` rows."""
+    """The room's assembly is reserved: make it, of ``total_tokens`` rows. ``aux`` is the room's."""
 
     key: RoomKey
     total_tokens: int
+    aux: tuple[int, ...] = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """A grant is about to be sent: let writes under the round's ticket reach its blocks."""
+    """A grant of the lane ``key`` is about to be sent: let writes under the round's ticket reach its blocks, over the wire ``wire``."""
 
-    address: Address
+    key: RoomKey
+    wire: str
     round: Round
 
 
 @dataclass(frozen=True, slots=True)
 class Revoke:
-    """End the permission of a ticket."""
+    """End the permission of a ticket: its round is drained, or its lane has failed."""
 
-    address: Address
+    key: RoomKey
     ticket: int
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Copy tokens ``from_token`` .. ``to_token`` (counted in the room) of ``round`` into the assembly; answer with ``on_drained``."""
+    """Copy tokens ``from_token`` .. ``to_token`` (counted in the lane) of ``round`` into the assembly, where token 0 of the lane is row
+    ``first_row``; answer with ``on_drained``. ``is_last``: no token of the lane comes after these. Void once the round's ticket is
+    revoked."""
 
     key: RoomKey
     round: Round
     from_token: int
     to_token: int
+    first_row: int
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RoomReport:
+    """How a room arrived at this rank. ``rounds`` are the tokens of each round, ``lane_tokens`` those of all lanes together. A dummy rank,
+    which has no lanes, reports the total alone."""
+
+    total_tokens: int
+    aux: tuple[int, ...] = ()
+    content_hash: bytes = b""
+    rounds: tuple[int, ...] = ()
+    lane_tokens: int = 0
+    wire: str = ""
+    source_ms: float = 0.0
+    ready_at: float = 0.0
+    granted_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The embedding is whole in its assembly, every byte checked, on every rank of the group. ``room`` is its story."""
+    """The embedding is whole in its assembly, every byte checked, on every rank of the group. Its memory stays reserved until
+    ``on_assembly_released(reservation)``. A key may recur, a reservation does not."""
 
     key: RoomKey
-    room: Room | None = field(default=None, compare=False, repr=False)
+    report: RoomReport = field(compare=False, repr=False)
+    reservation: int = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,7 +169,9 @@ class ReceiverTransfer:
             first = max(self.draining_tokens, granted.start_token)
             last = min(self.landed_tokens, granted.end_token)
             if first < last:
-                drains.append(Drain(self.key, granted, first, last))
+                drains.append(
+                    Drain(self.key, granted, first, last, self.first_row, last == self.total_tokens)
+                )
                 self.draining_tokens = last
         return drains
 

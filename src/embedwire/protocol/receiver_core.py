@@ -13,8 +13,8 @@ carries them out in order, and a Drain before it gives the core the next event.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -31,6 +31,7 @@ from embedwire.protocol.actions import (
     LaneFailed,
     LaneWhole,
     ReceiverAction,
+    RoomReport,
 )
 from embedwire.protocol.admission import Admission, Blocks
 from embedwire.protocol.agreement import NEUTRAL, NO_LIMIT, Facts, RoomFacts
@@ -58,10 +59,11 @@ class Memory(Protocol):
 class Room:
     """One room on one rank. ``lanes`` are those that end here: none on a dummy rank. ``landed_tokens`` is what all ranks that receive are
     known to have; ``end`` is set once this rank knows how it ends, which the others may not know yet;
-    ``told`` is the poll that they know. Memory is reserved for the object, not for its key, which may come again."""
+    ``told`` is the poll that they know. Memory is reserved under the number ``reservation``, since a key may recur."""
 
     key: RoomKey
-    lanes: dict[RoomKey, ReceiverTransfer]
+    reservation: int
+    lanes: dict[RoomKey, ReceiverTransfer] = field(default_factory=dict)
     whole: set[RoomKey] = field(default_factory=set)
     total_tokens: int = 0
     landed_tokens: int = 0
@@ -92,6 +94,33 @@ class Room:
             poll = Poll.BOOTSTRAPPING
         drained = sum(lane.drained_tokens for lane in self.lanes.values())
         return RoomFacts(poll, self.total_tokens, min(drained, self.total_tokens))
+
+    def report(self) -> RoomReport:
+        """How it arrived, once all its lanes are whole."""
+        lanes = list(self.lanes.values())
+        if not lanes or lanes[0].announced is None:
+            return RoomReport(self.total_tokens)
+        return RoomReport(
+            total_tokens=self.total_tokens,
+            aux=lanes[0].announced.aux,
+            content_hash=lanes[0].announced.content_hash,
+            rounds=tuple(tokens for lane in lanes for tokens in lane.round_sizes),
+            lane_tokens=sum(lane.total_tokens for lane in lanes),
+            wire=lanes[0].wire,
+            source_ms=lanes[0].announced.source_ms,
+            ready_at=max(lane.ready_at for lane in lanes),
+            granted_at=min(lane.granted_at for lane in lanes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverSnapshot:
+    """``lanes`` counts lanes by state; ``for_assembly`` and ``for_blocks`` are the lengths of the two queues."""
+
+    lanes: Mapping[str, int]
+    for_assembly: int
+    for_blocks: int
+    sessions: int
 
 
 class ReceiverCore:
@@ -125,6 +154,7 @@ class ReceiverCore:
             limits=limits,
         )
         self.turn = 0
+        self._reservations = 0
         self.for_assembly: deque[Room] = deque()
         self._told: list[Room] = []
         self._told_free_bytes = 0
@@ -153,11 +183,11 @@ class ReceiverCore:
             if self.rank == 0 or key in self.rooms:
                 raise
             return self.open_failed(key, str(refusal), now=now)
-        room = self.rooms[key] = Room(key, {})
+        room = self._new_room(key)
         actions: list[LaneAction] = []
         for lane_key, lane in self.lanes_of(key, senders=len(addresses)).items():
             actions += self.lanes.open(lane_key, addresses[lane.sender], lane=lane, item=item, now=now)
-            room.lanes[lane_key] = self.lanes.rooms[lane_key]
+            room.lanes[lane_key] = self.lanes.transfers[lane_key]
         if self.group.size > 1:
             self._news.add(key)
         return self._follow(actions, now)
@@ -168,8 +198,12 @@ class ReceiverCore:
 
     def open_failed(self, key: RoomKey, detail: str, *, now: float) -> list[ReceiverAction]:
         """This rank can not open a room that the others have: it is in line all the same, and fails on all."""
-        room = self.rooms[key] = Room(key, {})
-        return self._follow(self._fail(room, Cause.OVERLOADED, detail, now), now)
+        return self._follow(self._fail(self._new_room(key), Cause.OVERLOADED, detail, now), now)
+
+    def _new_room(self, key: RoomKey) -> Room:
+        self._reservations += 1
+        room = self.rooms[key] = Room(key, self._reservations)
+        return room
 
     def check_open(self, key: RoomKey, *, senders: int) -> None:
         """Raise what :meth:`open` would."""
@@ -190,20 +224,22 @@ class ReceiverCore:
             return []
         return self._follow(self._fail(room, cause, detail, now), now)
 
-    def on_assembly_released(self, room: Room, *, now: float) -> list[ReceiverAction]:
+    def on_assembly_released(self, reservation: int, *, now: float) -> list[ReceiverAction]:
         """The assembly of a finished room is no longer needed. Idempotent."""
-        if not self.memory.release(room) or self.group.size > 1:
+        if not self.memory.release(reservation) or self.group.size > 1:
             return []
         return self._follow(self._admit(self._free_bytes, now), now)
 
     # ------------------------------------------------------------------ turns
 
-    @property
+    def has_rooms(self) -> bool:
+        """Whether rooms are open that turns will decide on. May be called from any thread."""
+        return bool(self.rooms)
+
     def is_silent(self) -> bool:
         """Whether this rank's facts change no minimum: it is a dummy rank, and no room has failed here."""
         return self.is_dummy and all(room.end is None for room in self.rooms.values())
 
-    @property
     def wants_turn(self) -> bool:
         """Whether this rank has something to say: news of a room, or of memory that a room waits for."""
         return bool(self._news) or (
@@ -261,7 +297,7 @@ class ReceiverCore:
         room.landed_tokens = min(facts.landed_tokens, room.total_tokens)
         if facts.poll is Poll.SUCCESS and room.end is None:
             room.end = (Cause.DONE, "")
-            actions.append(Finished(room.key, room))
+            actions.append(Finished(room.key, room.report(), room.reservation))
             self._forget(room)
         elif facts.poll >= Poll.WAITING_FOR_INPUT and not room.is_queued:
             room.is_queued = True
@@ -282,9 +318,9 @@ class ReceiverCore:
             room.told = Poll.TRANSFERRING
             if room.is_dummy or room.end is not None:
                 continue  # one that has failed here meanwhile fails everywhere in the next turn
-            is_reserved = self.memory.try_reserve(room, need)
+            is_reserved = self.memory.try_reserve(room.reservation, need)
             assert is_reserved, "agreed free memory is there"
-            actions.append(Assemble(room.key, room.total_tokens))
+            actions.append(Assemble(room.key, room.total_tokens, room.report().aux))
             for key in room.lanes:
                 actions += self.lanes.admit(key, now=now)
         return actions
@@ -319,7 +355,7 @@ class ReceiverCore:
         is_told = room.end is not None
         room.end = (cause, cut(detail))
         aborts = [] if is_told else self._abort_lanes(room, now)
-        self.memory.release(room)
+        self.memory.release(room.reservation)
         self._forget(room)
         return [Failed(room.key, *room.end), *aborts]
 
@@ -409,14 +445,22 @@ class ReceiverCore:
         Harmless when it has ended."""
         return self._follow(self.lanes.on_drained(key, to_token, aux=aux, digests=digests, now=now), now)
 
-    @property
-    def suspects(self) -> set[int]:
-        """Incarnations that may still write to quarantined blocks: the driver looks whether they are gone."""
-        return self.lanes.suspects
+    def suspects(self) -> frozenset[int]:
+        """Incarnations that may still write to quarantined blocks: the driver checks whether they are gone."""
+        return self.lanes.suspects()
 
     def on_peer_gone(self, incarnation: int, *, now: float) -> list[ReceiverAction]:
         """Proof that no write of a sender's incarnation can land any more."""
         return self._follow(self.lanes.on_peer_gone(incarnation, now=now), now)
+
+    def snapshot(self) -> ReceiverSnapshot:
+        """Counts for statistics."""
+        return ReceiverSnapshot(
+            lanes=Counter(lane.state.value for lane in self.lanes.transfers.values()),
+            for_assembly=len(self.for_assembly),
+            for_blocks=len(self.admission.for_blocks),
+            sessions=len(self.lanes.sessions),
+        )
 
     def next_due(self) -> float | None:
         """When ``on_tick`` has something to do."""

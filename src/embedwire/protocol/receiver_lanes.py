@@ -71,7 +71,7 @@ class ReceiverLanes:
         self.incarnation = incarnation
         self.offered = offered
         self.limits = limits
-        self.rooms: dict[RoomKey, ReceiverTransfer] = {}
+        self.transfers: dict[RoomKey, ReceiverTransfer] = {}
         self.sessions: dict[Address, ReceiverSession] = {}
         self.admission = Admission(
             blocks,
@@ -88,11 +88,11 @@ class ReceiverLanes:
     def check_open(self, keys: Sequence[RoomKey]) -> None:
         """Raise what :meth:`open` would: UsageError for a known key, OverloadedError over ``rooms_max``."""
         for key in keys:
-            if key in self.rooms or key in self.admission.quarantined:
+            if key in self.transfers or key in self.admission.quarantined:
                 raise UsageError(f"room {key.room} attempt {key.attempt} is open already")
-        if len(self.rooms) + len(keys) > self.limits.rooms_max:
+        if len(self.transfers) + len(keys) > self.limits.rooms_max:
             raise OverloadedError(
-                f"{len(self.rooms)} rooms are open; at most {self.limits.rooms_max} at a time"
+                f"{len(self.transfers)} rooms are open; at most {self.limits.rooms_max} at a time"
             )
 
     def open(
@@ -101,7 +101,7 @@ class ReceiverLanes:
         """Ask the sender at ``address`` for a lane. Raises as :meth:`check_open` does."""
         self.check_open((key,))
         room = ReceiverTransfer(key, address, lane=lane, item=item, opened_at=now)
-        self.rooms[key] = room
+        self.transfers[key] = room
         session = self._session(address, now)
         was_idle = not session.rooms
         session.rooms.add(key)
@@ -133,14 +133,14 @@ class ReceiverLanes:
 
     def abort(self, key: RoomKey, cause: Cause, detail: str, *, now: float) -> list[LaneAction]:
         """End a room from this side. Harmless when it is over."""
-        room = self.rooms.get(key)
+        room = self.transfers.get(key)
         if room is not None and room.is_live:
             self._fail(room, cause, detail, now)
         return self._take()
 
     def admit(self, key: RoomKey, *, now: float) -> list[LaneAction]:
         """The assembly that a lane is a part of is there: it may have blocks. Harmless when the lane has ended."""
-        room = self.rooms.get(key)
+        room = self.transfers.get(key)
         if room is not None and room.is_live:
             self.admission.join(room)
             self._pump(now)
@@ -183,8 +183,8 @@ class ReceiverLanes:
                 if room.state is not ReceiverState.OPENING:  # a room that was not announced may yet come
                     self._fail(room, Cause.PEER_LOST, f"the sender at {address} was started anew", now)
         session.begin(welcome, self.offered)
-        for key in sorted(session.rooms & self.rooms.keys()):
-            self._ask(self.rooms[key])
+        for key in sorted(session.rooms & self.transfers.keys()):
+            self._ask(self.transfers[key])
 
     def _on_stranger(self, address: Address, session: ReceiverSession, now: float) -> None:
         """Somebody there does not know us, or did not once: the answer to a new hello will tell who it is."""
@@ -204,7 +204,7 @@ class ReceiverLanes:
 
     def _on_room_message(self, message: RoomMessage, address: Address, now: float) -> None:
         """Of a sender that is known under several addresses it may come from any of them."""
-        room = self.rooms.get(message.key)
+        room = self.transfers.get(message.key)
         if room is None or self.sessions[room.address].incarnation != message.source:
             self._on_unknown_room(message, address, now)
         elif isinstance(message, Ended):
@@ -244,7 +244,7 @@ class ReceiverLanes:
 
     def on_landed(self, key: RoomKey, sent_tokens: int, *, now: float) -> list[LaneAction]:
         """What the wire itself shows of a room's landed prefix, before a status says so. Harmless when the room has ended."""
-        room = self.rooms.get(key)
+        room = self.transfers.get(key)
         if room is not None and room.is_live:
             self._on_progress(room, sent_tokens, now)
         return self._take()
@@ -282,7 +282,7 @@ class ReceiverLanes:
     ) -> list[LaneAction]:
         """A Drain was carried out: ``aux`` (a copy) comes with the first of a room, ``digests`` of all of it with the last.
         Harmless when the room has ended."""
-        room = self.rooms.get(key)
+        room = self.transfers.get(key)
         if room is None or not room.is_live:
             return []
         try:
@@ -297,7 +297,7 @@ class ReceiverLanes:
         """Give back the blocks of what is drained; then the room is whole, or wants more."""
         freed = 0
         while (granted := room.pop_round_done()) is not None:
-            self._actions.append(Revoke(room.address, granted.ticket))
+            self._actions.append(Revoke(room.key, granted.ticket))
             self.admission.give_back(room.address, granted)
             freed += 1
         if not freed:
@@ -329,7 +329,7 @@ class ReceiverLanes:
             room.wire = self.sessions[room.address].wire or room.wire
             granted = room.grant(blocks, block_size=self.offered.block_size, ticket=self._tickets)
             self.admission.want_more(room)
-            self._actions.append(Permit(room.address, granted))
+            self._actions.append(Permit(room.key, room.wire, granted))
             self._send_grant(room, granted)
             self._await(room, self.limits.round_s, now)
 
@@ -350,7 +350,7 @@ class ReceiverLanes:
         room.fail(cause, cut(detail))
         self.admission.leave(room)
         for granted in room.quarantined:
-            self._actions.append(Revoke(room.address, granted.ticket))
+            self._actions.append(Revoke(room.key, granted.ticket))
         if is_certain or session.is_fenced:
             for granted in room.quarantined:
                 self.admission.give_back(room.address, granted)
@@ -372,7 +372,7 @@ class ReceiverLanes:
     def _confirm(self, room: ReceiverTransfer) -> None:
         """The sender knows that the room is over, or has had time enough to hear it."""
         room.machine.step(ReceiverEvent.CONFIRMED)
-        del self.rooms[room.key]
+        del self.transfers[room.key]
         if room.key in self.admission.quarantined:
             return  # its end is still asked for, with the session
         self._timers.clear(room.key)
@@ -380,16 +380,15 @@ class ReceiverLanes:
 
     def _end_quarantine(self, key: RoomKey, now: float) -> None:
         held = self.admission.release(key)
-        if key not in self.rooms:
+        if key not in self.transfers:
             self._timers.clear(key)
             if held.address in self.sessions:
                 self.sessions[held.address].rooms.discard(key)
         self._pump(now)
 
-    @property
-    def suspects(self) -> set[int]:
-        """Incarnations that may still write to quarantined blocks: the driver looks whether they are gone."""
-        return {held.incarnation for held in self.admission.quarantined.values()}
+    def suspects(self) -> frozenset[int]:
+        """Incarnations that may still write to quarantined blocks: the driver checks whether they are gone."""
+        return frozenset(held.incarnation for held in self.admission.quarantined.values())
 
     def on_peer_gone(self, incarnation: int, *, now: float) -> list[LaneAction]:
         """Proof that no write of a sender's incarnation can land any more."""
@@ -407,7 +406,7 @@ class ReceiverLanes:
 
     def close(self, *, now: float) -> list[LaneAction]:
         """End every room."""
-        for room in [r for r in self.rooms.values() if r.is_live]:
+        for room in [r for r in self.transfers.values() if r.is_live]:
             self._fail(room, Cause.CLOSED, "the receiver is shutting down", now)
         return self._take()
 
@@ -422,8 +421,8 @@ class ReceiverLanes:
         for due in self._timers.pop_due(now):
             if not isinstance(due, RoomKey):
                 self._on_session_due(due, now)
-            elif due in self.rooms:
-                self._on_room_due(self.rooms[due], now)
+            elif due in self.transfers:
+                self._on_room_due(self.transfers[due], now)
             elif due in self.admission.quarantined:
                 self._ask_end(due, now)
         return self._take()
@@ -510,7 +509,9 @@ class ReceiverLanes:
 
     def _rooms_of(self, session: ReceiverSession) -> list[ReceiverTransfer]:
         return [
-            self.rooms[key] for key in sorted(session.rooms) if key in self.rooms and self.rooms[key].is_live
+            self.transfers[key]
+            for key in sorted(session.rooms)
+            if key in self.transfers and self.transfers[key].is_live
         ]
 
     def _take(self) -> list[LaneAction]:

@@ -1,24 +1,46 @@
-"""One room on the sending side: what was granted, what has landed, and whether a write is under way.
+"""One lane on the sending side: what was granted, what has landed, and whether a write is under way; and the room that lanes make up.
 
-Called by ``sender_core`` only, which does the talking. Raises ProtocolViolation for what a receiver may not ask for; then
+Called by ``sender_core`` only, which exchanges the messages. Raises ProtocolViolation for what a receiver may not ask for; then
 nothing has changed but the story.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from embedwire.errors import ProtocolViolation
 from embedwire.limits import AUX_TOTAL_TOKENS, OPEN_ROUNDS_MAX
-from embedwire.protocol.actions import Peer, Round
+from embedwire.protocol.actions import LaneReport, Peer, Round
 from embedwire.protocol.messages import Announce, Cause, Grant, RoomKey, Status
 from embedwire.protocol.states import POLL_OF, SENDER_TABLE, Machine, Poll, SenderEvent, SenderState
 
 
-class SenderTransfer:
-    """A room that this side offers. ``sent_tokens`` is the contiguous landed prefix; it only grows."""
+@dataclass(eq=False, slots=True)
+class SenderRoom:
+    """A room that this side offers: its lanes that begin here and have not ended, the reports of those that have, and the cause of its
+    end once a lane has failed."""
 
-    def __init__(self, key: RoomKey, *, total_tokens: int, aux: tuple[int, ...], content_hash: bytes) -> None:
-        assert aux[AUX_TOTAL_TOKENS] >= total_tokens
+    key: RoomKey
+    lanes: dict[RoomKey, SenderTransfer] = field(default_factory=dict)
+    reports: list[LaneReport] = field(default_factory=list)
+    end: tuple[Cause, str] = (Cause.DONE, "")
+
+
+class SenderTransfer:
+    """One lane of a room. Its token 0 is the room's token ``first_row``. ``sent_tokens`` is the contiguous landed prefix; it only grows."""
+
+    def __init__(
+        self,
+        key: RoomKey,
+        *,
+        total_tokens: int,
+        aux: tuple[int, ...],
+        content_hash: bytes,
+        first_row: int = 0,
+    ) -> None:
+        assert aux[AUX_TOTAL_TOKENS] >= first_row + total_tokens
         self.key = key
+        self.first_row = first_row
         self.total_tokens = total_tokens
         self.aux = aux
         self.content_hash = content_hash

@@ -1,18 +1,24 @@
-"""All rooms and sessions of one sender. Owns who may ask for what, deadlines and the memory of ended rooms; knows no wire.
+"""All rooms and sessions of one sender: which lanes make up a room, who may ask for what, deadlines, the memory of ended rooms. No wires.
+
+A lane is what this rank sends of a room to one rank of the receiver. It has messages, rounds and an end of its own. A room ends with the
+last of its lanes, and a lane that fails ends the others.
 
 Called by one driver thread (``endpoint.sender``) or by the simulation. Every public method returns the actions that follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from embedwire.errors import OverloadedError, ProtocolViolation, UsageError
-from embedwire.limits import AUX_TOTAL_TOKENS, DEFAULT_LIMITS, Limits
+from embedwire.limits import DEFAULT_LIMITS, Limits
 from embedwire.protocol.actions import (
     Attach,
     CancelWrites,
     Detach,
+    LaneReport,
     Peer,
     Release,
     Reply,
@@ -41,20 +47,40 @@ from embedwire.protocol.messages import (
     ToSender,
     cut,
 )
-from embedwire.protocol.sender import SenderTransfer
+from embedwire.protocol.sender import SenderRoom, SenderTransfer
 from embedwire.protocol.states import HOLDS_SOURCE, Poll, SenderEvent, SenderState
 from embedwire.protocol.timers import Timers
 from embedwire.protocol.tombstones import Tombstone, Tombstones
+from embedwire.protocol.topology import lanes_of_sender
+
+
+@dataclass(frozen=True, slots=True)
+class SenderSnapshot:
+    """``lanes`` counts lanes by state; ``sessions`` are receivers attached or about to be."""
+
+    lanes: Mapping[str, int]
+    sessions: int
 
 
 class SenderCore:
     """The sending side of the protocol, for any number of rooms and receivers."""
 
-    def __init__(self, *, incarnation: int, fields: tuple[str, ...], limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        *,
+        incarnation: int,
+        fields: tuple[str, ...],
+        limits: Limits = DEFAULT_LIMITS,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.incarnation = incarnation
+        self.rank = rank
+        self.ranks = ranks
         self.fields = fields
         self.limits = limits
-        self.rooms: dict[RoomKey, SenderTransfer] = {}
+        self.rooms: dict[RoomKey, SenderRoom] = {}
+        self.transfers: dict[RoomKey, SenderTransfer] = {}
         self.sessions: dict[Peer, SenderSession] = {}
         self._pending_opens: dict[RoomKey, Peer] = {}
         self._tombstones = Tombstones(limits.tombstones_max)
@@ -63,18 +89,24 @@ class SenderCore:
 
     # ------------------------------------------------------------------ what the owner of the source says
 
-    def check_offer(self, keys: Sequence[RoomKey]) -> None:
-        """Raise what offering these would: UsageError for a known key, OverloadedError over ``rooms_max``."""
+    def shares(self, key: RoomKey, total_tokens: int, *, readers: int = 1) -> dict[RoomKey, range]:
+        """The lanes of a room that begin at this rank, each with its tokens of the room; ``readers`` are the ranks of the receiver that
+        receive from the wire. Depends on nothing that changes, so any thread may call it."""
+        lanes = lanes_of_sender(self.rank, senders=self.ranks, readers=readers)
+        return {key._replace(lane=lane.number): lane.share(total_tokens) for lane in lanes}
+
+    def check_offer(self, keys: Collection[RoomKey]) -> None:
+        """Raise what offering these lanes would: UsageError for a known key, OverloadedError over ``rooms_max``."""
         self.check_known(keys)
-        if len(self.rooms) + len(keys) > self.limits.rooms_max:
+        if len(self.transfers) + len(keys) > self.limits.rooms_max:
             raise OverloadedError(
-                f"{len(self.rooms)} rooms are offered; at most {self.limits.rooms_max} at a time"
+                f"{len(self.transfers)} rooms are offered; at most {self.limits.rooms_max} at a time"
             )
 
-    def check_known(self, keys: Sequence[RoomKey]) -> None:
-        """Raise UsageError for a key that was offered before."""
+    def check_known(self, keys: Collection[RoomKey]) -> None:
+        """Raise UsageError for a lane that was offered before."""
         for key in keys:
-            if key in self.rooms or key in self._tombstones:
+            if key in self.transfers or key in self._tombstones:
                 raise UsageError(f"room {key.room} attempt {key.attempt} was offered before")
 
     def offer(
@@ -85,50 +117,75 @@ class SenderCore:
         aux: tuple[int, ...],
         content_hash: bytes,
         now: float,
-        digests: tuple[int, ...] = (),
+        readers: int = 1,
+        digests: Mapping[RoomKey, tuple[int, ...]] | None = None,
     ) -> list[SenderAction]:
         """A room whose source memory is reserved; with ``digests`` (of :meth:`ready`) it can be written from already. Raises as
         :meth:`check_offer` does."""
-        self.check_offer((key,))
-        assert aux[AUX_TOTAL_TOKENS] >= total_tokens
-        room = SenderTransfer(key, total_tokens=total_tokens, aux=aux, content_hash=content_hash)
-        if digests:
-            room.on_ready(0.0, digests)
-        self.rooms[key] = room
-        self._timers.set(key, now + self.limits.open_wait_s)
-        peer = self._pending_opens.pop(key, None)
-        if peer is not None and peer in self.sessions:
-            self._on_open(room, peer, now)
+        shares = self.shares(key, total_tokens, readers=readers)
+        self.check_offer(shares)
+        room = self.rooms[key] = SenderRoom(key)
+        for lane_key, share in shares.items():
+            lane = SenderTransfer(
+                lane_key,
+                total_tokens=len(share),
+                aux=aux,
+                content_hash=content_hash,
+                first_row=share.start,
+            )
+            if digests is not None:
+                lane.on_ready(0.0, digests[lane_key])
+            room.lanes[lane_key] = self.transfers[lane_key] = lane
+            self._timers.set(lane_key, now + self.limits.open_wait_s)
+        for lane in list(room.lanes.values()):
+            peer = self._pending_opens.pop(lane.key, None)
+            if peer is not None and peer in self.sessions:
+                self._on_open(lane, peer, now)
         return self._take()
 
     def ready(
-        self, key: RoomKey, *, source_ms: float, digests: tuple[int, ...], now: float
+        self, key: RoomKey, *, source_ms: float, digests: Mapping[RoomKey, tuple[int, ...]], now: float
     ) -> list[SenderAction]:
-        """The source of a room can be written from; ``digests`` are one XXH3-64 a field over all of it.
+        """The source of a room can be written from; ``digests`` are, for each lane, one XXH3-64 a field over the lane's tokens.
 
         Harmless when it was ready before, or the room has ended."""
         room = self.rooms.get(key)
-        if room is not None and room.end is None and not room.is_ready:
-            room.on_ready(source_ms, digests)
-            if room.peer is not None:
-                self._say(room.peer, room.announcement(self.incarnation, room.peer))
-                self._await_progress(room, now)
-                for granted in room.open_rounds:
-                    self._write(room, granted)
+        for lane in [] if room is None else list(room.lanes.values()):
+            if lane.end is None and not lane.is_ready:
+                lane.on_ready(source_ms, digests[lane.key])
+                self._on_ready(lane, now)
         return self._take()
 
-    def fail(self, key: RoomKey, cause: Cause, detail: str, *, now: float) -> list[SenderAction]:
-        """End a room from this side, also one that was never offered: who asks for it hears why, at once. Harmless when it has ended."""
+    def _on_ready(self, lane: SenderTransfer, now: float) -> None:
+        if lane.peer is not None:
+            self._say(lane.peer, lane.announcement(self.incarnation, lane.peer))
+            self._await_progress(lane, now)
+            for granted in lane.open_rounds:
+                self._write(lane, granted)
+
+    def fail(
+        self, key: RoomKey, cause: Cause, detail: str, *, now: float, readers: int = 1
+    ) -> list[SenderAction]:
+        """End a room from this side, also one that was never offered: a receiver that opens it gets the cause at once. Harmless when it
+        has ended."""
         room = self.rooms.get(key)
         if room is not None:
-            self._fail(room, cause, detail, now)
-        elif key not in self._tombstones:
-            self._tombstones.bury(key, Tombstone(cause, cut(detail), is_certain=True))
-            peer = self._pending_opens.pop(key, None)
-            if peer is not None:
-                self._timers.clear(key)
-                self._end(peer, key, cause, detail)
+            for lane in list(room.lanes.values()):
+                self._fail(lane, cause, detail, now)
+        else:
+            for lane_key in self.shares(key, 1, readers=readers):
+                self._refuse(lane_key, cause, detail)
         return self._take()
+
+    def _refuse(self, key: RoomKey, cause: Cause, detail: str) -> None:
+        """End a lane that was never offered."""
+        if key in self._tombstones:
+            return
+        self._tombstones.bury(key, Tombstone(cause, cut(detail), is_certain=True))
+        peer = self._pending_opens.pop(key, None)
+        if peer is not None:
+            self._timers.clear(key)
+            self._end(peer, key, cause, detail)
 
     def keep(self, content_hash: bytes, *, tokens: int) -> list[SenderAction]:
         """There is an item under this hash now: tell those who subscribe."""
@@ -194,10 +251,13 @@ class SenderCore:
             self._welcome(peer, wire)
         return self._take()
 
-    def on_attach_failed(self, peer: Peer, detail: str) -> list[SenderAction]:
-        """No wire of the receiver works from here."""
-        session = self.sessions.pop(peer, None)
-        if session is not None:
+    def on_attach_failed(self, peer: Peer, detail: str, *, now: float) -> list[SenderAction]:
+        """No wire reaches the receiver: it is refused, or lost where one did before."""
+        session = self.sessions.get(peer)
+        if session is not None and session.wire is not None:
+            self._lose(peer, detail, now)
+        elif session is not None:
+            del self.sessions[peer]
             self._timers.clear(peer)
             self._say(
                 peer, refusal(peer, session.nonce, (Cause.WIRE_FAILED, detail), source=self.incarnation)
@@ -208,7 +268,7 @@ class SenderCore:
         self._say(peer, self.sessions[peer].welcome(self.fields, source=self.incarnation, wire=wire))
 
     def _on_room_message(self, message: RoomMessage, peer: Peer, now: float) -> None:
-        room = self.rooms.get(message.key)
+        room = self.transfers.get(message.key)
         if room is None:
             self._on_unknown_room(message, peer, now)
         elif room.peer not in (None, peer):
@@ -230,6 +290,9 @@ class SenderCore:
             )
         elif key in self._pending_opens or len(self._pending_opens) < self.limits.pending_opens_max:
             if key not in self._pending_opens:
+                if message.item and key.lane:
+                    self._end(peer, key, Cause.VIOLATION, f"an item is sent as lane 0, not {key.lane}")
+                    return
                 self._timers.set(key, now + self.limits.open_wait_s)
                 if message.item:
                     self._actions.append(Want(key, message.item))
@@ -281,7 +344,7 @@ class SenderCore:
 
     def on_landed(self, key: RoomKey, number: int, landed_tokens: int, *, now: float) -> list[SenderAction]:
         """So many tokens of a round have landed; the write goes on."""
-        room = self.rooms.get(key)
+        room = self.transfers.get(key)
         if room is not None and room.state is SenderState.WRITING and room.on_landed(number, landed_tokens):
             self._report(room, number, now)
         return self._take()
@@ -313,7 +376,7 @@ class SenderCore:
 
     def on_doubt_ended(self, peer: Peer, key: RoomKey) -> list[SenderAction]:
         """Proof has come that a write which returned as unknown can not land any more: the wire that it went over was closed."""
-        room, tombstone = self.rooms.get(key), self._tombstones.visit(key)
+        room, tombstone = self.transfers.get(key), self._tombstones.visit(key)
         if room is not None:
             room.is_certain = True
         elif tombstone is not None:
@@ -325,7 +388,8 @@ class SenderCore:
         assert room.peer is not None
         room.writes_under_way += 1
         room.write_attempts[granted.number] = room.write_attempts.get(granted.number, 0) + 1
-        self._actions.append(Write(room.peer, room.key, granted, room.landed_tokens.get(granted.number, 0)))
+        landed = room.landed_tokens.get(granted.number, 0)
+        self._actions.append(Write(room.peer, room.key, granted, landed, room.first_row))
 
     def _write_again(self, room: SenderTransfer, number: int, now: float) -> None:
         detail = room.lost_rounds.pop(number)
@@ -335,7 +399,7 @@ class SenderCore:
             self._fail(room, Cause.WIRE_FAILED, detail, now)
 
     def _write_returned(self, key: RoomKey) -> SenderTransfer:
-        room = self.rooms[key]  # a room stays until its writes have returned
+        room = self.transfers[key]  # a room stays until its writes have returned
         room.writes_under_way -= 1
         assert room.writes_under_way >= 0
         return room
@@ -346,6 +410,12 @@ class SenderCore:
         self._await_progress(room, now)
 
     # ------------------------------------------------------------------ time, ends
+
+    def snapshot(self) -> SenderSnapshot:
+        """Counts for statistics."""
+        return SenderSnapshot(
+            lanes=Counter(lane.state.value for lane in self.transfers.values()), sessions=len(self.sessions)
+        )
 
     def next_due(self) -> float | None:
         """When ``on_tick`` has something to do."""
@@ -361,8 +431,8 @@ class SenderCore:
                 self._end(
                     peer, due, Cause.UNKNOWN_ROOM, f"nobody offered it within {self.limits.open_wait_s} s"
                 )
-            elif due in self.rooms:
-                room = self.rooms[due]
+            elif due in self.transfers:
+                room = self.transfers[due]
                 self._fail(
                     room, Cause.DEADLINE, f"nothing happened in time while it was {room.state.value}", now
                 )
@@ -399,23 +469,30 @@ class SenderCore:
         session = self.sessions.pop(peer)
         self._timers.clear(peer)
         for key in sorted(session.rooms):
-            self._fail(self.rooms[key], Cause.PEER_LOST, detail, now)
+            if key in self.transfers:  # the end of another lane of its room may have ended it
+                self._fail(self.transfers[key], Cause.PEER_LOST, detail, now)
         self._actions.append(Detach(peer))
 
     def close(self, *, now: float) -> list[SenderAction]:
         """End every room and session."""
-        for room in list(self.rooms.values()):
+        for room in list(self.transfers.values()):
             self._fail(room, Cause.CLOSED, "the sender is shutting down", now)
         return self._take()
 
-    def _fail(self, room: SenderTransfer, cause: Cause, detail: str, now: float) -> None:
-        if not room.machine.can(SenderEvent.FAILED):
+    def _fail(self, lane: SenderTransfer, cause: Cause, detail: str, now: float) -> None:
+        """End a lane, and with it the other lanes of its room. The first cause stays."""
+        if not lane.machine.can(SenderEvent.FAILED):
             return
-        room.fail(cause, cut(detail))
-        self._timers.clear(room.key)
-        if room.writes_under_way:
-            self._actions.append(CancelWrites(room.key))
-        self._settle(room)
+        room = self.rooms[lane.key.of_room]
+        if room.end[0] is Cause.DONE:
+            room.end = (cause, cut(detail))
+        lane.fail(cause, cut(detail))
+        self._timers.clear(lane.key)
+        if lane.writes_under_way:
+            self._actions.append(CancelWrites(lane.key))
+        self._settle(lane)
+        for other in list(room.lanes.values()):
+            self._fail(other, cause, detail, now)
 
     def _settle(self, room: SenderTransfer) -> None:
         """A failed room is over once its writes have returned: only then is its end told."""
@@ -427,14 +504,22 @@ class SenderCore:
         assert room.end is not None
         assert room.state not in HOLDS_SOURCE
         cause, detail = room.end
-        del self.rooms[room.key]
+        del self.transfers[room.key]
         self._timers.clear(room.key)
         self._tombstones.bury(room.key, Tombstone(cause, detail, room.is_certain))
         if room.peer is not None:
             if room.peer in self.sessions:
                 self.sessions[room.peer].rooms.discard(room.key)
             self._end(room.peer, room.key, cause, detail, certain=room.is_certain)
-        self._actions.append(Release(room.key, cause, detail, tuple(r.tokens for r in room.rounds)))
+        self._end_lane(room)
+
+    def _end_lane(self, lane: SenderTransfer) -> None:
+        room = self.rooms[lane.key.of_room]
+        del room.lanes[lane.key]
+        room.reports.append(LaneReport(lane.key, tuple(granted.tokens for granted in lane.rounds)))
+        if not room.lanes:
+            del self.rooms[room.key]
+            self._actions.append(Release(room.key, *room.end, tuple(room.reports)))
 
     def _end(self, peer: Peer, key: RoomKey, cause: Cause, detail: str, *, certain: bool = True) -> None:
         ended = Ended(

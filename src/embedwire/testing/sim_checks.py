@@ -37,18 +37,17 @@ class Checks:
         core, limits, used = node.core, node.setup.limits, node.budget.used_bytes
         if used > node.budget.limit_bytes:
             yield f"{used} bytes of source; the limit is {node.budget.limit_bytes}"
-        rooms = {key.of_room: node.parts[key].of_tokens for key in core.rooms}
-        if used != sum(rooms.values()) * TOKEN_BYTES:
+        if used != sum(node.totals[key] for key in core.rooms) * TOKEN_BYTES:
             yield f"{used} bytes of source are not what its rooms need"
         for queue, most in (
-            (core.rooms, limits.rooms_max),
+            (core.transfers, limits.rooms_max),
             (core.sessions, limits.sessions_max),
             (core._pending_opens, limits.pending_opens_max),
             (core._tombstones, limits.tombstones_max),
         ):
             if len(queue) > most:
                 yield f"{len(queue)} where at most {most} are allowed"
-        for key, room in core.rooms.items():
+        for key, room in core.transfers.items():
             progress = (room.sent_tokens, room.granted_tokens, len(room.rounds))
             yield from self._growth(node.process.incarnation, key, room.poll, progress)
             if not room.sent_tokens <= room.granted_tokens <= room.total_tokens:
@@ -60,9 +59,9 @@ class Checks:
             yield f"{used} bytes of assemblies; the limit is {node.budget.limit_bytes}"
         if used != sum(len(assembly) for assembly in node.assemblies.values()) * TOKEN_BYTES:
             yield f"{used} bytes are reserved, which is not what the assemblies take"
-        if len(core.lanes.rooms) > node.setup.limits.rooms_max:
-            yield f"{len(core.lanes.rooms)} rooms"
-        for key, room in core.lanes.rooms.items():
+        if len(core.lanes.transfers) > node.setup.limits.rooms_max:
+            yield f"{len(core.lanes.transfers)} rooms"
+        for key, room in core.lanes.transfers.items():
             progress = (room.drained_tokens, room.draining_tokens, room.landed_tokens, room.granted_tokens)
             yield from self._growth(node.process.incarnation, key, room.poll, progress)
             if not progress[0] <= progress[1] <= progress[2] <= progress[3]:
@@ -89,7 +88,7 @@ def _of_blocks(node: ReceiverNode) -> Iterator[str]:
     """Each block that is not free is held by one room, and a room that waits for its turn holds none."""
     core, blocks = node.core, node.blocks
     blocks.check()
-    granted = [b for room in core.lanes.rooms.values() for r in room.open_rounds for b in r.block_indices]
+    granted = [b for room in core.lanes.transfers.values() for r in room.open_rounds for b in r.block_indices]
     doubted = [
         b for held in core.admission.quarantined.values() for r in held.rounds for b in r.block_indices
     ]
@@ -100,7 +99,7 @@ def _of_blocks(node: ReceiverNode) -> Iterator[str]:
     for room in core.admission.for_blocks:
         if room.open_rounds:
             yield f"{room.key} waits and holds blocks"
-    for room in core.lanes.rooms.values():
+    for room in core.lanes.transfers.values():
         if bool(room.open_rounds) != (room.state in HOLDS_BLOCKS):
             yield f"{room.key} is {room.state.value} with {len(room.open_rounds)} open rounds"
 
@@ -118,7 +117,7 @@ def check_rest(senders: Iterable[SenderNode], receivers: Iterable[ReceiverNode])
 def _left_at_sender(node: SenderNode) -> Iterator[str]:
     core = node.core
     left = {
-        "rooms": list(core.rooms),
+        "rooms": [*core.rooms, *core.transfers],
         "sessions": list(core.sessions),
         "opens": list(core._pending_opens),
         "requests": list(node.waiting),
@@ -132,7 +131,7 @@ def _left_at_sender(node: SenderNode) -> Iterator[str]:
 def _left_at_receiver(node: ReceiverNode) -> Iterator[str]:
     core, admission = node.core, node.core.admission
     left = {
-        "rooms": [*core.rooms, *core.lanes.rooms],
+        "rooms": [*core.rooms, *core.lanes.transfers],
         "sessions": list(core.lanes.sessions),
         "quarantine": list(core.admission.quarantined),
         "queues": [*core.for_assembly, *admission.for_blocks, *admission.for_more],

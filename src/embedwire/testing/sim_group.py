@@ -104,7 +104,7 @@ class Group:
     def is_at_rest(self) -> bool:
         """No turn runs, and nobody wants one."""
         return self.is_lost or (
-            self._turn is None and not self._opened and not any(n.core.wants_turn for n in self.nodes)
+            self._turn is None and not self._opened and not any(n.core.wants_turn() for n in self.nodes)
         )
 
     # ------------------------------------------------------------------ what clients say, on rank 0
@@ -128,7 +128,7 @@ class Group:
         for rank, seat in enumerate(self._seats):
             process = self.nodes[rank].process
             is_able = not (process.is_dead or process.is_frozen or self.is_lost)
-            if is_able and not seat.is_waiting and self.nodes[rank].core.wants_turn:
+            if is_able and not seat.is_waiting and self.nodes[rank].core.wants_turn():
                 self._wait(rank)
                 self._later(0, partial(self._on_nudge, self.nodes[rank].core.turn))
 
@@ -233,8 +233,7 @@ class Group:
         if isinstance(end, Failed):
             news = (node.core.turn, key, end.cause, 0)
         else:
-            assert end.room is not None
-            news = (node.core.turn, key, Cause.DONE, end.room.total_tokens)
+            news = (node.core.turn, key, Cause.DONE, end.report.total_tokens)
         count = self._ended[node.rank]
         self._ended[node.rank] += 1
         if count == len(self.ends):

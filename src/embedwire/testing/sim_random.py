@@ -25,7 +25,7 @@ from embedwire.testing.sim_receiver import ReceiverNode
 from embedwire.testing.sim_sender import SenderNode
 from embedwire.testing.sim_transfer import Receiver, Sender, Transfer
 from embedwire.testing.sim_wire import FENCED, ONE_SIDED, InvariantBroken, WireFaults
-from embedwire.testing.simulation import World
+from embedwire.testing.sim_world import World
 
 STORM_S = 40.0
 """Faults happen within this; then the weather clears up."""
@@ -103,8 +103,8 @@ class RandomWorld:
         if not self.is_harsh:
             assert transfer.is_done, f"{transfer.key}: {transfer.sender_end}, {transfer.receiver_end}"
             for node in transfer.sender.nodes:
-                for key in node.lanes_of(transfer.key):
-                    assert sum(node.releases[key].rounds) == node.parts[key].tokens
+                sent = {lane.key: sum(lane.rounds) for lane in node.ends[transfer.key].lanes}
+                assert sent == {key: len(share) for key, share in node.shares(transfer.key).items()}
         end = transfer.receiver_end
         return "not asked for" if end is None else end.value
 

@@ -84,7 +84,7 @@ class Ranks:
     def hear(self, rank: int, key: RoomKey, kind: type[Any], **content: Any) -> None:
         """The sender of a lane says something."""
         core = self.cores[rank]
-        room = core.lanes.rooms.get(key)
+        room = core.lanes.transfers.get(key)
         if room is None:
             return
         message = kind(source=self._life(room.address), target=core.incarnation, **key._asdict(), **content)
@@ -92,7 +92,7 @@ class Ranks:
 
     def announce(self, rank: int, key: RoomKey, total: int, *, ready: bool = True, **other: Any) -> None:
         """A lane of a room of ``total`` tokens is announced."""
-        lane = self.cores[rank].lanes.rooms.get(key)
+        lane = self.cores[rank].lanes.transfers.get(key)
         if lane is not None:
             tokens = len(lane.lane.share(total))
             aux = (total, *[0] * (AUX_WORDS - 1))
@@ -101,7 +101,7 @@ class Ranks:
 
     def land(self, rank: int, key: RoomKey) -> None:
         """Everything that a lane was granted so far lands."""
-        lane = self.cores[rank].lanes.rooms.get(key)
+        lane = self.cores[rank].lanes.transfers.get(key)
         if lane is not None and lane.open_rounds:
             number, sent = len(lane.round_sizes) - 1, lane.granted_tokens
             self.hear(rank, key, Status, poll=Poll.TRANSFERRING, round=number, sent_tokens=sent)
@@ -116,8 +116,7 @@ class Ranks:
 
     def release(self, rank: int, room: int) -> None:
         """The assembly of a finished room is no longer needed."""
-        held = next(one.room for one in self.finished[rank] if one.key == RoomKey(room))
-        assert held is not None
+        held = next(one.reservation for one in self.finished[rank] if one.key == RoomKey(room))
         self.do(rank, self.cores[rank].on_assembly_released(held, now=0.0))
 
     def do(self, rank: int, actions: Sequence[ReceiverAction]) -> None:
@@ -160,7 +159,7 @@ class Ranks:
     def turns(self) -> int:
         """As many as anybody wants; returns how many that were."""
         count = 0
-        while any(core.wants_turn for core in self.cores):
+        while any(core.wants_turn() for core in self.cores):
             self.turn()
             count += 1
             assert count < 1000, "the ranks never come to rest"
@@ -169,5 +168,5 @@ class Ranks:
     def lanes_of(self, rank: int, room: int) -> list[RoomKey]:
         """The lanes of a room that are alive on a rank."""
         return [
-            key for key, lane in self.cores[rank].lanes.rooms.items() if key.room == room and lane.is_live
+            key for key, lane in self.cores[rank].lanes.transfers.items() if key.room == room and lane.is_live
         ]

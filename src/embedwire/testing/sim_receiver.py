@@ -119,7 +119,7 @@ class ReceiverNode:
         return Target(self.memory, self.process, self.setup.wire, self._holds, is_cut)
 
     def _holds(self, key: RoomKey, ticket: int) -> bool:
-        room, doubted = self.core.lanes.rooms.get(key), self.core.admission.quarantined.get(key)
+        room, doubted = self.core.lanes.transfers.get(key), self.core.admission.quarantined.get(key)
         kept = (
             *(room.open_rounds if room is not None else ()),
             *(doubted.rounds if doubted is not None else ()),
@@ -177,7 +177,7 @@ class ReceiverNode:
 
     def look_for_proof(self) -> None:
         """Tell the core which suspects are gone."""
-        for incarnation in sorted(self.core.suspects):
+        for incarnation in sorted(self.core.suspects()):
             if self._is_gone(incarnation, self.setup.proof_s):
                 self.do(self.core.on_peer_gone(incarnation, now=self.timeline.now))
 
@@ -198,9 +198,9 @@ class ReceiverNode:
                 if isinstance(message, Grant) and len(self.grants[message.key]) == message.round:
                     self.grants[message.key].append(message)
                 self._say(self.address, address, message)
-            case Assemble(key, total_tokens):
+            case Assemble(key, total_tokens, _):
                 self.assemblies[key] = np.zeros(total_tokens, np.int64)
-            case Permit(_, granted):
+            case Permit(_, _, granted):
                 self.memory.permits.add(granted.ticket)
             case Revoke(_, ticket):
                 self.memory.permits.discard(ticket)
@@ -220,16 +220,15 @@ class ReceiverNode:
 
     def _drain(self, drain: Drain) -> None:
         key, granted = drain.key, drain.round
-        room = self.core.lanes.rooms.get(key)
-        if room is None or not room.is_live:
-            return  # it failed meanwhile; its blocks may be somebody else's
-        first, last, row = drain.from_token, drain.to_token, room.first_row
+        if granted.ticket not in self.memory.permits:
+            return  # its lane failed meanwhile, and its blocks may be another's
+        first, last, row = drain.from_token, drain.to_token, drain.first_row
         found = self.memory.read(granted, first - granted.start_token, last - granted.start_token)
         self._check(key, found, cells(key, row + first, row + last))
-        part = self.assemblies[key.of_room][row : row + room.total_tokens]
-        part[first:last] = found
+        part = self.assemblies[key.of_room][row : row + last]
+        part[first:] = found
         aux = self.memory.aux[granted.block_indices[0]] if first == 0 else None
-        sums = digests(part) if last == room.total_tokens else None
+        sums = digests(part) if drain.is_last else None
         now = self.timeline.now
         self.do(self.core.on_drained(key, last, aux=aux, digests=sums, now=now))
 
@@ -252,8 +251,7 @@ class ReceiverNode:
 
     def _release(self, finished: Finished) -> None:
         del self.assemblies[finished.key]
-        assert finished.room is not None
-        self.do(self.core.on_assembly_released(finished.room, now=self.timeline.now))
+        self.do(self.core.on_assembly_released(finished.reservation, now=self.timeline.now))
 
     def _end(self, key: RoomKey, end: Finished | Failed) -> None:
         if key in self.ends:

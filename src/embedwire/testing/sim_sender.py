@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from embedwire.errors import OverloadedError, ProtocolViolation
@@ -26,10 +26,9 @@ from embedwire.protocol.actions import (
 )
 from embedwire.protocol.messages import Cause, Ended, Message, RoomKey, decode_for_sender
 from embedwire.protocol.sender_core import SenderCore
-from embedwire.protocol.topology import Lane, lanes_of_sender
 from embedwire.testing.sim_memory import FIELDS, TOKEN_BYTES, aux_of, cells, digests
 from embedwire.testing.sim_timeline import Process, Timeline
-from embedwire.testing.sim_wire import InvariantBroken, Part, Target, Wire, WireFaults
+from embedwire.testing.sim_wire import InvariantBroken, Target, Wire, WireFaults
 from embedwire.transports.contract import Outcome
 
 
@@ -86,11 +85,16 @@ class SenderNode:
         """Begin a life."""
         self.has_moved = True
         self.process = Process(incarnation, self.timeline)
-        self.core = SenderCore(incarnation=incarnation, fields=self.setup.fields, limits=self.setup.limits)
+        self.core = SenderCore(
+            incarnation=incarnation,
+            fields=self.setup.fields,
+            limits=self.setup.limits,
+            rank=self.rank,
+            ranks=self.ranks,
+        )
         self.budget = Budget(self.setup.source_bytes)
         self.waiting: deque[Waiting] = deque()
-        self.parts: dict[RoomKey, Part] = {}
-        self.releases: dict[RoomKey, Release] = {}
+        self.totals: dict[RoomKey, int] = {}
         self.wires: dict[Peer, Wire] = {}
         self.writes: list[Write] = []
         self.ends: dict[RoomKey, Release] = {}
@@ -113,18 +117,15 @@ class SenderNode:
         """How many ranks of the language server will read a room."""
         self._readers[key] = readers
 
-    def lanes_of(self, key: RoomKey) -> dict[RoomKey, Lane]:
-        """The lanes of a room that begin here."""
-        lanes = lanes_of_sender(self.rank, senders=self.ranks, readers=self._readers.get(key, 1))
-        return {key._replace(lane=lane.number): lane for lane in lanes}
+    def shares(self, key: RoomKey) -> dict[RoomKey, range]:
+        """The lanes of a requested room that begin here, each with its tokens of the room."""
+        return self.core.shares(key, self.totals[key], readers=self._readers.get(key, 1))
 
     def request(self, key: RoomKey, total_tokens: int, *, source_s: float = 0.0) -> None:
         """A request came in. What can never fit, or what the queue has no place for, is refused at once."""
         if key in self.gone:
             return
-        for lane_key, lane in self.lanes_of(key).items():
-            share = lane.share(total_tokens)
-            self.parts[lane_key] = Part(share.start, len(share), total_tokens)
+        self.totals[key] = total_tokens
         need = total_tokens * TOKEN_BYTES
         if not self.budget.can_ever(need):
             self._fail(key, Cause.NEVER_FITS, f"{need} bytes of source")
@@ -149,11 +150,7 @@ class SenderNode:
         if item in self.setup.items:
             self.request(key, self.setup.items[item])
         else:
-            self.do(
-                self.core.fail(
-                    key, Cause.UNKNOWN_ITEM, "nothing is kept under this hash", now=self.timeline.now
-                )
-            )
+            self._fail(key, Cause.UNKNOWN_ITEM, "nothing is kept under this hash")
 
     def abort(self, key: RoomKey) -> None:
         """The client of a room has gone."""
@@ -162,8 +159,8 @@ class SenderNode:
         self._fail(key, Cause.ABORTED, "the client has gone")
 
     def _fail(self, key: RoomKey, cause: Cause, detail: str) -> None:
-        for lane_key in self.lanes_of(key):
-            self.do(self.core.fail(lane_key, cause, detail, now=self.timeline.now))
+        readers = self._readers.get(key, 1)
+        self.do(self.core.fail(key, cause, detail, readers=readers, now=self.timeline.now))
 
     def _offer_waiting(self) -> None:
         while self.waiting:
@@ -175,25 +172,28 @@ class SenderNode:
 
     def _offer(self, waiting: Waiting) -> None:
         key, total = waiting.key, waiting.total_tokens
-        aux, content, now = aux_of(key, total), str(tuple(key)).encode(), self.timeline.now
-        lanes = self.lanes_of(key)
         try:
-            self.core.check_offer(list(lanes))
+            actions = self.core.offer(
+                key,
+                total_tokens=total,
+                aux=aux_of(key, total),
+                content_hash=str(tuple(key)).encode(),
+                readers=self._readers.get(key, 1),
+                now=self.timeline.now,
+            )
         except OverloadedError as overload:
             self.budget.release(key)
             self._fail(key, Cause.OVERLOADED, str(overload))
             return
         self.offered.add(key)
-        for lane_key in lanes:
-            tokens = self.parts[lane_key].tokens
-            self.do(self.core.offer(lane_key, total_tokens=tokens, aux=aux, content_hash=content, now=now))
+        self.do(actions)
         self.process.run_after(waiting.source_s, lambda: self._fill(key))
 
     def _fill(self, key: RoomKey) -> None:
-        for lane_key in self.lanes_of(key):
-            part = self.parts[lane_key]
-            sums = digests(cells(key, part.first_row, part.first_row + part.tokens))
-            self.do(self.core.ready(lane_key, source_ms=1.0, digests=sums, now=self.timeline.now))
+        sums = {
+            lane: digests(cells(key, share.start, share.stop)) for lane, share in self.shares(key).items()
+        }
+        self.do(self.core.ready(key, source_ms=1.0, digests=sums, now=self.timeline.now))
 
     # ------------------------------------------------------------------ driving
 
@@ -241,7 +241,7 @@ class SenderNode:
     def _attach(self, peer: Peer) -> None:
         target = self._reach(self.address, peer)
         if target is None or self.setup.attach_fails:
-            self.do(self.core.on_attach_failed(peer, "out of reach"))
+            self.do(self.core.on_attach_failed(peer, "out of reach", now=self.timeline.now))
         else:
             self._detach(peer)
             self._connect(peer, target)
@@ -254,7 +254,7 @@ class SenderNode:
             self,
             timeline=self.timeline,
             faults=self.setup.faults,
-            parts=self.parts,
+            totals=self.totals,
         )
 
     def _detach(self, peer: Peer) -> None:
@@ -263,19 +263,11 @@ class SenderNode:
             wire.close()
 
     def _release(self, release: Release) -> None:
-        """One lane is over. A room is over with the last of them, and one that fails takes the others with it."""
-        if release.key in self.releases:
+        """A room has ended."""
+        if release.key in self.ends:
             raise InvariantBroken(f"{self.address} released {release.key} twice")
-        self.releases[release.key] = release
-        key = release.key.of_room
-        ends = [self.releases.get(lane_key) for lane_key in self.lanes_of(key)]
-        if None in ends:
-            if release.cause is not Cause.DONE:
-                self._fail(key, release.cause, release.detail)
-            return
-        failed = [end for end in ends if end is not None and end.cause is not Cause.DONE]
-        self.ends[key] = replace((failed or [release])[0], key=key)
-        self.budget.release(key)
+        self.ends[release.key] = release
+        self.budget.release(release.key)
         self.process.run_after(0.0, self._offer_waiting)
 
     # ------------------------------------------------------------------ what the wire reports

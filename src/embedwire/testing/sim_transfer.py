@@ -36,13 +36,9 @@ class Transfer:
 
     @property
     def lane_rounds(self) -> dict[RoomKey, tuple[int, ...]]:
-        """Those of each lane that has ended at its sender."""
-        return {
-            key: release.rounds
-            for node in self.sender.nodes
-            for key, release in node.releases.items()
-            if key.of_room == self.key
-        }
+        """Those of each lane of a room that has ended at its sender."""
+        ends = [node.ends[self.key] for node in self.sender.nodes if self.key in node.ends]
+        return {lane.key: lane.rounds for end in ends for lane in end.lanes}
 
     @property
     def sender_end(self) -> Cause | None:

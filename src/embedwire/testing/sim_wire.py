@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,15 +41,6 @@ class WireFaults:
     """A broken wire: it reports a slice when it is begun."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What a lane carries: ``tokens`` of a room's ``of_tokens``, from the row ``first_row`` on."""
-
-    first_row: int
-    tokens: int
-    of_tokens: int
-
-
 class WriteEvents(Protocol):
     """What a wire reports to the sender that writes."""
 
@@ -70,7 +61,7 @@ class Target:
 
 
 class Wire:
-    """One sender's session with one receiver's memory; it writes one round after another."""
+    """One sender's session with one receiver's memory; it writes one round after another. ``totals``: the tokens of each room."""
 
     def __init__(
         self,
@@ -80,14 +71,14 @@ class Wire:
         *,
         timeline: Timeline,
         faults: WireFaults,
-        parts: dict[RoomKey, Part],
+        totals: Mapping[RoomKey, int],
     ) -> None:
         self._owner = owner
         self._target = target
         self._events = events
         self._timeline = timeline
         self._faults = faults
-        self._parts = parts
+        self._totals = totals
         self._jobs: deque[Write] = deque()
         self._running: Write | None = None
         self._position = 0
@@ -220,10 +211,10 @@ class Wire:
                 f"a write of {write.key} lands in blocks that are no longer kept for it: {granted}"
             )
         if start < stop:
-            first = self._parts[write.key].first_row + granted.start_token
+            first = write.first_row + granted.start_token
             self._target.memory.write(granted, start, cells(write.key, first + start, first + stop))
         if granted.number == 0 and start == 0:
-            aux = aux_of(write.key, self._parts[write.key].of_tokens)
+            aux = aux_of(write.key, self._totals[write.key.of_room])
             self._target.memory.aux[granted.block_indices[0]] = aux
 
     def _report(self, write: Write, landed_tokens: int) -> None:
