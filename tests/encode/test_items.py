@@ -122,7 +122,7 @@ def test_who_was_given_up_on_and_asks_again_is_served_once(reader: Any) -> None:
         shelf.expect(b"slow")
         assert cause_of(reader.open(5, shelf.address, item=b"slow")) == "unknown_room"
         core = shelf._endpoint._core
-        shelf._endpoint.call(lambda: setattr(core, "limits", DEFAULT_LIMITS))
+        shelf._endpoint.loop.call(lambda: setattr(core, "limits", DEFAULT_LIMITS))
         waiting = [reader.open(room, shelf.address, item=b"slow") for room in (5, 6)]
         until(lambda: len(shelf._coming[b"slow"]) >= 3)
         shelf.put(b"slow", rows(5, 3))

@@ -101,9 +101,9 @@ class Stage:
     def wait_idle(self) -> None:
         """Wait until nothing is held on either side. What was received is let go of first."""
         gc.collect()
-        for sender in (s for s in self.senders if s._thread.is_alive()):
+        for sender in (s for s in self.senders if s.loop.is_alive):
             self.until(lambda s=sender: _is_idle_sender(s), otherwise=sender.stats)
-        for receiver in (r for r in self.receivers if r._thread.is_alive()):
+        for receiver in (r for r in self.receivers if r.loop.is_alive):
             self.until(lambda r=receiver: _is_idle_receiver(r), otherwise=receiver.stats)
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ def _is_idle_receiver(receiver: ReceiverEndpoint) -> bool:
     held = (*stats.rooms.values(), *stats.waiting.values(), stats.memory_reserved_bytes)
     if any(held) or stats.blocks_free != stats.blocks_total:
         return False
-    receiver.call(receiver._landing.blocks.check)
+    receiver.loop.call(receiver._landing.blocks.check)
     return True
 
 

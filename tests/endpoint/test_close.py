@@ -96,7 +96,7 @@ def test_many_threads_close_at_once(stage: Any) -> None:
             try:
                 barrier.wait(30)
                 endpoint.close()
-                assert not endpoint._thread.is_alive()
+                assert not endpoint.loop.is_alive
             except BaseException as error:
                 failures.append(error)
 
@@ -134,8 +134,8 @@ def test_as_context_managers(stage: Any) -> None:
     """Both close at the end of the block."""
     with SenderEndpoint(stage.layout) as sender, ReceiverEndpoint(stage.layout) as receiver:
         stage.move(sender, receiver, 1, 100)
-    assert not sender._thread.is_alive()
-    assert not receiver._thread.is_alive()
+    assert not sender.loop.is_alive
+    assert not receiver.loop.is_alive
 
 
 def test_a_callback_may_not_close_its_endpoint(stage: Any) -> None:
@@ -187,7 +187,7 @@ def test_who_tries_again_while_it_closes_is_refused(stage: Any, side: str) -> No
 def test_who_comes_while_a_sender_closes_gets_no_writer(stage: Any) -> None:
     """Its hello may arrive when the others' writers have been told to end; nobody would tell this one."""
     sender, receiver = stage.sender(limits=stage.quick), stage.receiver(limits=stage.quick)
-    sender.call(sender._end_all)
+    sender.loop.call(sender._end_all)
     reception = receiver.open(1, sender.address)
     assert "shutting down" in stage.failure_of(reception).detail
-    assert not sender.call(lambda: sender._writers)
+    assert not sender.loop.call(lambda: sender._writers)

@@ -247,7 +247,7 @@ def stall() -> Iterator[Callable[[ReceiverEndpoint], None]]:
     def stall(rank: ReceiverEndpoint) -> None:
         is_stalled = threading.Event()
         assert rank._member is not None
-        rank._member._turns.post(lambda: (is_stalled.set(), go_on.wait(20))[0])
+        rank._member._turns._loop.post(lambda: (is_stalled.set(), go_on.wait(20))[0])
         assert is_stalled.wait(20)
 
     yield stall

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import zmq
 
-from embedwire.endpoint.driver import identity_of
+from embedwire.endpoint.identity import identity_of
 from embedwire.limits import MESSAGE_BYTES_MAX, PROTOCOL_VERSION
 from embedwire.protocol import messages
 from embedwire.testing.payload import payload

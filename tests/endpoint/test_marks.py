@@ -90,12 +90,12 @@ def test_a_slice_is_told_when_the_receiver_may_be_asleep(
     monkeypatch.setattr(writer, "ASLEEP_AFTER_S", asleep_after_s)
     monkeypatch.setattr(writer, "SLICE_BYTES", 200 * stage.layout.token_bytes)
     landed: list[int] = []
-    real = SenderEndpoint.landed
+    real = SenderEndpoint._landed
 
     def tell(self: SenderEndpoint, write: Any, tokens: int) -> None:
         landed.append(tokens)
         real(self, write, tokens)
 
-    monkeypatch.setattr(SenderEndpoint, "landed", tell)
+    monkeypatch.setattr(SenderEndpoint, "_landed", tell)
     stage.move(stage.sender(), stage.receiver(num_blocks=16), 1, TOKENS)
     assert landed == [200 * number for number in range(1, told + 1)]

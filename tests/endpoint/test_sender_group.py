@@ -107,7 +107,7 @@ def test_a_room_that_nobody_has_opened_ends_on_all(ranks: Ranks, is_offered: boo
     if first is not None:
         first.abort("nor this")
     wait(lambda: ranks.ends[1].stats().memory_reserved_bytes == 0)
-    assert not ranks.follower.call(lambda: ranks.follower._line or ranks.follower._open)
+    assert not ranks.follower._loop.call(lambda: ranks.follower._line or ranks.follower._open)
     ranks.leader.offer(3, total_tokens=TOKENS).fill(embedding(3))
     ranks.follower.fill((3, 0), embedding(3))
     received = ranks.receiver.open(3, ranks.leader.addresses).result(WAIT_S)

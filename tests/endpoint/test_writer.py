@@ -115,7 +115,7 @@ def test_callbacks_run_on_the_drivers_thread(stage: Any, monkeypatch: Any) -> No
     offer.add_done_callback(lambda _: ran_on.append(threading.current_thread()))
     stage.failure_of(stage.receiver().open(1, sender.address))
     stage.wait_idle()
-    assert ran_on == [sender._thread]
+    assert ran_on == [sender.loop._thread]
 
 
 @pytest.mark.failure_mode("write-outcome-unknown", "one-failure-shuts-peer-out")
@@ -179,7 +179,7 @@ def test_a_doubt_outlives_its_writer(stage: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(region, "close", lambda self: may_end.is_set() and bool(real(self)))
 
     def write() -> Outcome:
-        receiver.post(lambda: awake.wait(30) and None)
+        receiver.loop.post(lambda: awake.wait(30) and None)
         assert lost.wait(30)
         return Outcome.UNKNOWN
 

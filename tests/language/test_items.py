@@ -104,12 +104,12 @@ def test_all_items_of_a_request_are_asked_for_in_one_go(desk: Desk, monkeypatch:
     here, hops = threading.get_ident(), list[str]()
 
     def counted(name: str) -> Callable[[Any], Any]:
-        inner = getattr(desk.receiver, name)
+        inner = getattr(desk.receiver.loop, name)
         return lambda task: (hops.append(name) if threading.get_ident() == here else None, inner(task))[1]
 
     with monkeypatch.context() as patched:
         for name in ("call", "post"):
-            patched.setattr(desk.receiver, name, counted(name))
+            patched.setattr(desk.receiver.loop, name, counted(name))
         desk.ask("r", *keys)
     assert hops == ["post"]
     desk.until(READY, "r", *keys)
@@ -171,7 +171,7 @@ def test_a_request_that_ends_when_its_item_has_just_come(desk: Desk) -> None:
 def test_a_request_that_ends_before_its_room_is_opened(desk: Desk) -> None:
     """The endpoint's thread is busy meanwhile. Then it opens none, and who asks for the item after that has it."""
     key, gate = desk.put(b"a", 20, 5), threading.Event()
-    desk.receiver.post(lambda: (gate.wait(PATIENCE_S), None)[1])
+    desk.receiver.loop.post(lambda: (gate.wait(PATIENCE_S), None)[1])
     desk.ask("r1", key)
     desk.desk.forget("r1")
     assert desk.desk.used_bytes == 20 * 64
@@ -355,7 +355,7 @@ def test_a_failure_reaches_all_who_wait_and_nobody_else(desk: Desk) -> None:
     assert desk.ask("r1", lost, other) is PENDING
     assert desk.ask("r2", lost) is PENDING
     desk.until(READY, "r3", other)
-    desk.wait(lambda: desk.shelf._endpoint.call(lambda: bool(desk.shelf._coming[b"a"])))
+    desk.wait(lambda: desk.shelf._endpoint.loop.call(lambda: bool(desk.shelf._coming[b"a"])))
     desk.shelf.give_up(b"a", "the tower fell")
     desk.until(FAILED, "r1", lost, other)
     desk.until(FAILED, "r2", lost)

@@ -77,7 +77,7 @@ class ItemShelf:
         if item in self._named:
             return False
         self._named.add(item)
-        self._endpoint.post(expect)
+        self._endpoint.loop.post(expect)
         return True
 
     def put(self, item: bytes, arrays: Mapping[str, np.ndarray]) -> None:
@@ -89,7 +89,7 @@ class ItemShelf:
         """
         try:
             filling = Filling.of(self.layout, arrays)
-            self._endpoint.call(lambda: self._put(item, filling))
+            self._endpoint.loop.call(lambda: self._put(item, filling))
         except (NeverFitsError, OverloadedError) as error:
             self._give_up(
                 item, Cause.NEVER_FITS if isinstance(error, NeverFitsError) else Cause.OVERLOADED, str(error)
@@ -160,7 +160,7 @@ class ItemShelf:
             if item not in self._kept:
                 self._named.discard(item)
 
-        self._endpoint.post(give_up)
+        self._endpoint.loop.post(give_up)
 
     def _on_wanted(self, key: RoomKey, item: bytes) -> None:
         if item in self._kept:

@@ -1,6 +1,6 @@
 """Floor 3: threads, sockets and clocks. Drives protocol and transports; knows no models.
 
-driver.py    the thread, its poll and its tasks
+event_loop.py  the thread, its sockets, its poll and its tasks      identity.py  routing ids, keys
 sender.py    SenderEndpoint     offer.py      one room on its way out
 receiver.py  ReceiverEndpoint   reception.py  one room on its way in
 landing.py   the pool, the wires into it, the way out of it        watch.py  looking for what has landed

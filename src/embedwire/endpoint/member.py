@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
+from embedwire.endpoint.event_loop import EventLoop
 from embedwire.endpoint.reception import Arrays, Reception, Receptions
 from embedwire.endpoint.turn_messages import Aside, Left, Mapped, Opened
 from embedwire.endpoint.turns import Seat, Turns
@@ -29,17 +31,15 @@ OnRoom = Callable[[Reception], None]
 OnLost = Callable[[str], None]
 
 
-class Host(Protocol):
-    """The receiver that a member belongs to. All but ``post`` and ``call`` on the driver's thread."""
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What a member needs of its receiver. The functions are called on the thread of ``loop``."""
 
     layout: Layout
-
-    @property
-    def memory_free_bytes(self) -> int: ...
-    def open_now(self, key: RoomKey, addresses: Sequence[str]) -> None: ...
-    def carry_out(self, actions: list[ReceiverAction]) -> None: ...
-    def post(self, task: Callable[[], None]) -> bool: ...
-    def call(self, task: Callable[[], T]) -> T: ...
+    loop: EventLoop
+    open_now: Callable[[RoomKey, Sequence[str]], None]
+    carry_out: Callable[[list[ReceiverAction]], None]
+    memory_free_bytes: Callable[[], int]
 
 
 class GroupMember:
@@ -47,7 +47,7 @@ class GroupMember:
 
     def __init__(
         self,
-        endpoint: Host,
+        host: Host,
         core: ReceiverCore,
         receptions: Receptions,
         seat: Seat,
@@ -55,7 +55,7 @@ class GroupMember:
         on_room: OnRoom | None,
         on_lost: OnLost | None,
     ) -> None:
-        self._endpoint = endpoint
+        self._host = host
         self._core = core
         self._receptions = receptions
         self._seat = seat
@@ -110,8 +110,8 @@ class GroupMember:
         """An assembly that other ranks of this host will read, too."""
         if key in self._segments:
             raise UsageError("another rank still reads this room from the last time that it was received")
-        layout = self._endpoint.layout
-        segment = self._spares.take(layout, total_tokens, spare_bytes=self._endpoint.memory_free_bytes)
+        layout = self._host.layout
+        segment = self._spares.take(layout, total_tokens, spare_bytes=self._host.memory_free_bytes())
         self._segments[key] = segment
         arrays, handle = segment.assemble(layout, total_tokens, aux=aux)
         self._unsaid += Aside(made=(Mapped(key.room, key.attempt, self._seat.rank, handle),))
@@ -124,7 +124,7 @@ class GroupMember:
             self._readers[key] = set(self._here)
         if self._is_dummy:
             try:
-                arrays, aux = attach(self._handles.pop(key), self._endpoint.layout)
+                arrays, aux = attach(self._handles.pop(key), self._host.layout)
             except EmbedwireError as error:  # the others have it: this rank cannot go on with them
                 self._receptions.give_up(key, Cause.RANK_LOST, str(error))
                 raise
@@ -180,23 +180,23 @@ class GroupMember:
         self._on_driver(lambda: self._conclude(agreed, aside))
 
     def group_ended(self, detail: str, *, is_lost: bool) -> None:
-        self._endpoint.post(lambda: self._end(detail, is_lost=is_lost))
+        self._host.loop.post(lambda: self._end(detail, is_lost=is_lost))
 
     def _on_driver(self, task: Callable[[], T]) -> T:
-        return self._endpoint.call(task)
+        return self._host.loop.call(task)
 
     # ------------------------------------------------------------------ turns, on the driver's thread
 
     def _open_asked(self) -> tuple[Opened, ...]:
         asked, self._asked = tuple(self._asked), []
         for opened in asked:
-            self._endpoint.open_now(opened.key, opened.addresses)
+            self._host.open_now(opened.key, opened.addresses)
         return asked
 
     def _open_told(self, opened: Sequence[Opened]) -> None:
         for one in opened:
             reception = self._receptions.expect(one.key)
-            self._endpoint.open_now(one.key, one.addresses)
+            self._host.open_now(one.key, one.addresses)
             if self._on_room is not None:
                 self._on_room(reception)
 
@@ -219,7 +219,7 @@ class GroupMember:
         for mapped in aside.made:
             if mapped.rank == source != self._seat.rank:
                 self._handles[mapped.key] = mapped.handle
-        self._endpoint.carry_out(self._core.on_agreed(agreed, now=time.monotonic()))
+        self._host.carry_out(self._core.on_agreed(agreed, now=time.monotonic()))
 
     def _end(self, detail: str, *, is_lost: bool) -> None:
         if self._ended_as is not None:
@@ -229,7 +229,7 @@ class GroupMember:
         for opened in self._asked:
             self._receptions.give_up(opened.key, cause, detail)
         self._asked = []
-        self._endpoint.carry_out(self._core.on_group_ended(cause, detail, now=time.monotonic()))
+        self._host.carry_out(self._core.on_group_ended(cause, detail, now=time.monotonic()))
         self._spares.close()
         while self._segments:
             self._segments.popitem()[1].close()

@@ -16,9 +16,10 @@ from types import TracebackType
 
 import zmq
 
-from embedwire.endpoint.driver import Driver, check_key, chosen, identity_of
+from embedwire.endpoint.event_loop import EventLoop
+from embedwire.endpoint.identity import check_key, chosen, identity_of
 from embedwire.endpoint.landing import Landing
-from embedwire.endpoint.member import GroupMember, OnLost, OnRoom
+from embedwire.endpoint.member import GroupMember, Host, OnLost, OnRoom
 from embedwire.endpoint.reception import MakeAssembly, Reception, Receptions
 from embedwire.endpoint.stats import ReceiverStats
 from embedwire.endpoint.turns import Seat
@@ -69,7 +70,7 @@ PROOF_POLL_S = 0.5
 """How often to look whether a peer that may still write to quarantined blocks is gone."""
 
 
-class ReceiverEndpoint(Driver):
+class ReceiverEndpoint:
     """Receives rooms of one layout from any number of senders, through one pool of ``num_blocks`` blocks of ``block_size`` tokens.
 
     ``assembly_bytes`` bounds what rooms being received, or received and still held, take together; ``transports`` are the wires it
@@ -118,7 +119,13 @@ class ReceiverEndpoint(Driver):
             group=self._group,
             rank=seat.rank if seat is not None else 0,
         )
-        super().__init__("embedwire-receiver")
+        self.loop = EventLoop(
+            "embedwire-receiver",
+            on_frames=self._on_frames,
+            on_time=self._on_time,
+            next_due=self._next_due,
+        )
+        """The driver's thread, on which an owner may run tasks of its own."""
         self._receptions = Receptions(
             layout,
             readers=len(self._group.readers),
@@ -135,14 +142,17 @@ class ReceiverEndpoint(Driver):
         self._member: GroupMember | None = None
         self._watch = Watch()
         self._is_ending = False
-        self._thread.start()
+        self.loop.start()
         if seat is not None and seat.group.size > 1:
             self._join(seat, on_room, on_lost)
 
     def _join(self, seat: Seat, on_room: OnRoom | None, on_lost: OnLost | None) -> None:
         try:
+            host = Host(
+                self.layout, self.loop, self._open_now, self._carry_out, lambda: self._memory_free_bytes
+            )
             self._member = GroupMember(
-                self, self._core, self._receptions, seat, on_room=on_room, on_lost=on_lost
+                host, self._core, self._receptions, seat, on_room=on_room, on_lost=on_lost
             )
         except BaseException:
             self.close()
@@ -175,7 +185,7 @@ class ReceiverEndpoint(Driver):
         if len(item) > CONTENT_HASH_BYTES_MAX:
             raise UsageError(f"item has {len(item)} bytes; at most {CONTENT_HASH_BYTES_MAX}")
         key = RoomKey(room, attempt)
-        return self.call(lambda: self._open(key, tuple(addresses), item, make_assembly))
+        return self.loop.call(lambda: self._open(key, tuple(addresses), item, make_assembly))
 
     def subscribe(self, address: str, on_kept: OnKept) -> None:
         """From now on, call ``on_kept`` for each item that the sender at ``address`` begins to keep, also in a later life of it: on the
@@ -185,9 +195,9 @@ class ReceiverEndpoint(Driver):
             if address not in self._sockets:
                 self._connect(address)
             self._subscriptions[address] = on_kept
-            self.carry_out(self._core.subscribe(address, now=time.monotonic()))
+            self._carry_out(self._core.subscribe(address, now=time.monotonic()))
 
-        self.call(subscribe)
+        self.loop.call(subscribe)
 
     def _open(
         self, key: RoomKey, addresses: tuple[Address, ...], item: bytes, make_assembly: MakeAssembly | None
@@ -205,10 +215,10 @@ class ReceiverEndpoint(Driver):
         if member is not None:
             member.ask(key, addresses)
         else:
-            self.open_now(key, addresses, item=item)
+            self._open_now(key, addresses, item=item)
         return reception
 
-    def open_now(self, key: RoomKey, addresses: Sequence[Address], *, item: bytes = b"") -> None:
+    def _open_now(self, key: RoomKey, addresses: Sequence[Address], *, item: bytes = b"") -> None:
         """Open a room on this rank. What is wrong with it fails the room. On the driver's thread."""
         now = time.monotonic()
         try:
@@ -216,7 +226,7 @@ class ReceiverEndpoint(Driver):
             actions = self._core.open(key, addresses, item=item, now=now)
         except EmbedwireError as error:
             actions = self._core.open_failed(key, str(error), now=now)
-        self.carry_out(actions)
+        self._carry_out(actions)
 
     def _connect_all(self, key: RoomKey, addresses: Sequence[Address]) -> None:
         for lane in self._core.lanes_of(key, senders=len(addresses)).values():
@@ -228,9 +238,9 @@ class ReceiverEndpoint(Driver):
             if self._member is not None and self._member.withdraw(key):
                 self._receptions.give_up(key, Cause.ABORTED, detail)
             else:
-                self.carry_out(self._core.abort(key, Cause.ABORTED, detail, now=time.monotonic()))
+                self._carry_out(self._core.abort(key, Cause.ABORTED, detail, now=time.monotonic()))
 
-        self.post(cancel)
+        self.loop.post(cancel)
 
     @property
     def is_receiving(self) -> bool:
@@ -239,7 +249,7 @@ class ReceiverEndpoint(Driver):
 
     def stats(self) -> ReceiverStats:
         """A snapshot."""
-        return self.call(self._stats)
+        return self.loop.call(self._stats)
 
     def _stats(self) -> ReceiverStats:
         counts, blocks = self._core.snapshot(), self._landing.blocks
@@ -260,17 +270,21 @@ class ReceiverEndpoint(Driver):
             turns_total=self._member.turns_total if self._member is not None else 0,
         )
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End all rooms (cause ``closed``), report it to their senders, and free everything. Idempotent. Raises UsageError in a callback,
+        which runs on the driver's thread."""
+        self.loop.close(self._shut_down)
+
+    def _shut_down(self) -> None:
         if self._member is not None:
             self._member.close()
-        self.post(self._end_all)
-        self.call(self._stop)
-        self._thread.join()
+        self.loop.post(self._end_all)
+        self.loop.stop()
         self._landing.close()
 
     def _end_all(self) -> None:
         self._is_ending = True
-        self.carry_out(self._core.close(now=time.monotonic()))
+        self._carry_out(self._core.close(now=time.monotonic()))
 
     def __enter__(self) -> ReceiverEndpoint:
         return self
@@ -283,7 +297,7 @@ class ReceiverEndpoint(Driver):
     # ------------------------------------------------------------------ the driver's thread
 
     def _connect(self, address: Address) -> None:
-        socket = self._context.socket(zmq.DEALER)
+        socket = self.loop.socket(zmq.DEALER)
         try:
             socket.setsockopt(zmq.IDENTITY, identity_of(self._incarnation, address))
             socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
@@ -298,11 +312,11 @@ class ReceiverEndpoint(Driver):
             socket.close()
             raise UsageError(f"{address!r} is no control address: {error}") from error
         self._sockets[address] = socket
-        self._poller.register(socket, zmq.POLLIN)
+        self.loop.register(socket)
 
     def _hang_up(self, address: Address) -> None:
         socket = self._sockets.pop(address)
-        self._poller.unregister(socket)
+        self.loop.unregister(socket)
         socket.close()
 
     def _connect_again(self, address: Address) -> None:
@@ -318,7 +332,7 @@ class ReceiverEndpoint(Driver):
         return min((due for due in dues if due is not None), default=None)
 
     def _on_time(self, now: float) -> None:
-        self.carry_out(self._core.on_tick(now))
+        self._carry_out(self._core.on_tick(now))
         self._look(now)
         while self._silent:
             self._connect_again(self._silent.pop())
@@ -326,7 +340,7 @@ class ReceiverEndpoint(Driver):
             self._proof_at = now + PROOF_POLL_S
             for incarnation in suspects:
                 if self._landing.is_gone(incarnation):
-                    self.carry_out(self._core.on_peer_gone(incarnation, now=now))
+                    self._carry_out(self._core.on_peer_gone(incarnation, now=now))
 
     def _look(self, now: float) -> None:
         """Take from the wire's marks what has landed in the lanes that are watched."""
@@ -334,7 +348,7 @@ class ReceiverEndpoint(Driver):
         for key, landed_tokens in self._watch.look(now):
             if actions := self._core.on_landed(key, landed_tokens, now=now):
                 was_news = True
-                self.carry_out(actions)
+                self._carry_out(actions)
         if self._watch and not was_news:
             self._watch.nap()
 
@@ -346,12 +360,12 @@ class ReceiverEndpoint(Driver):
             except ProtocolViolation as violation:
                 self._frames_refused += 1
                 logger.warning("! refused a frame from %s: %s", address, violation)
-                self.carry_out(self._core.on_violation(address, str(violation), now=time.monotonic()))
+                self._carry_out(self._core.on_violation(address, str(violation), now=time.monotonic()))
                 continue
             logger.debug("< %s %s", address, message)
-            self.carry_out(self._core.on_message(message, address, now=time.monotonic()))
+            self._carry_out(self._core.on_message(message, address, now=time.monotonic()))
 
-    def carry_out(self, actions: list[ReceiverAction]) -> None:
+    def _carry_out(self, actions: list[ReceiverAction]) -> None:
         """In order; what a drain brings about queues behind what is there. On the driver's thread."""
         self._pending.extend(actions)
         while self._pending:
@@ -438,7 +452,7 @@ class ReceiverEndpoint(Driver):
 
     def _released(self, reservation: int) -> None:
         """The arrays of a room are no longer needed. Any thread."""
-        self.post(partial(self._let_go, reservation))
+        self.loop.post(partial(self._let_go, reservation))
 
     def _left(self, key: RoomKey, reservation: int) -> None:
         """The last array of a room is collected. Any thread."""
@@ -448,12 +462,12 @@ class ReceiverEndpoint(Driver):
                 self._member.left(key)
             self._let_go(reservation)
 
-        self.post(left)
+        self.loop.post(left)
 
     def _let_go(self, reservation: int) -> None:
-        self.carry_out(self._core.on_assembly_released(reservation, now=time.monotonic()))
+        self._carry_out(self._core.on_assembly_released(reservation, now=time.monotonic()))
 
     @property
-    def memory_free_bytes(self) -> int:
+    def _memory_free_bytes(self) -> int:
         """Of assemblies. On the driver's thread."""
         return self._budget.limit_bytes - self._budget.used_bytes

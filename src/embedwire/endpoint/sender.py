@@ -17,11 +17,12 @@ from types import TracebackType
 
 import zmq
 
-from embedwire.endpoint.driver import Driver, check_key, chosen, is_of
+from embedwire.endpoint.event_loop import EventLoop
+from embedwire.endpoint.identity import check_key, chosen, is_of
 from embedwire.endpoint.offer import Digests, Filling, Offer
 from embedwire.endpoint.stats import SenderStats
 from embedwire.endpoint.statuses import HeldStatuses
-from embedwire.endpoint.writer import SessionWriter, WriteJob
+from embedwire.endpoint.writer import SessionWriter, WriteJob, WriterReports
 from embedwire.errors import (
     ConfigurationError,
     NeverFitsError,
@@ -68,7 +69,7 @@ OnWanted = Callable[[RoomKey, bytes], None]
 later, or :meth:`SenderEndpoint.refuse` it."""
 
 
-class SenderEndpoint(Driver):
+class SenderEndpoint:
     """Offers rooms of one layout to any number of receivers.
 
     ``memory_bytes`` bounds what all rooms reserve together; ``transports`` are the wires that receivers may use. Where an encoder has
@@ -101,20 +102,26 @@ class SenderEndpoint(Driver):
             incarnation=self._incarnation, fields=layout.describe(), limits=limits, rank=rank, ranks=ranks
         )
         self._budget = Budget(memory_bytes)
-        super().__init__("embedwire-sender")
+        self.loop = EventLoop(
+            "embedwire-sender", on_frames=self._on_frames, on_time=self._on_time, next_due=self._next_due
+        )
+        """The driver's thread, on which an owner may run tasks of its own beside ``on_wanted``."""
+        self._reports = WriterReports(
+            self._attached, self._attach_failed, self._landed, self._written, self._doubt_ended
+        )
         self._offers: dict[RoomKey, Offer] = {}
         self._writers: dict[Peer, SessionWriter] = {}
         self._retired: list[SessionWriter] = []
         self._routes: dict[Peer, bytes] = {}
-        self._landed: dict[tuple[RoomKey, int], int] = {}
+        self._landed_tokens: dict[tuple[RoomKey, int], int] = {}
         self._landed_lock = threading.Lock()
         self._held = HeldStatuses()
         self._is_ending = False
         self._ended: Counter[str] = Counter()
         self._rounds_total = self._bytes_total = self._frames_refused = 0
-        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket = self.loop.socket(zmq.ROUTER)
         self.address = self._bind(f"tcp://{host}:{port or '*'}")
-        self._thread.start()
+        self.loop.start()
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -128,9 +135,9 @@ class SenderEndpoint(Driver):
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            self._free()
+            self.loop.free()
             raise TransportError(f"can not listen at {address}: {error}") from error
-        self._poller.register(self._socket, zmq.POLLIN)
+        self.loop.register(self._socket)
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     # ------------------------------------------------------------------ for the owner of the source; any thread
@@ -159,7 +166,7 @@ class SenderEndpoint(Driver):
         row = (total_tokens, *aux, *([0] * (AUX_WORDS - 1 - len(aux))))
         pack_aux(row)
         offer = self._new_offer(RoomKey(room, attempt), total_tokens, row, readers=readers)
-        self.call(partial(self._reserve_and_offer, offer, content_hash, readers))
+        self.loop.call(partial(self._reserve_and_offer, offer, content_hash, readers))
         return offer
 
     def _new_offer(self, key: RoomKey, total_tokens: int, aux: tuple[int, ...], *, readers: int = 1) -> Offer:
@@ -182,16 +189,16 @@ class SenderEndpoint(Driver):
             offer.filled_with(filling)
             self._announce(offer, content_hash, digests={key: filling.digests})
 
-        self.call(lend)
+        self.loop.call(lend)
         return offer
 
     def tell_kept(self, content_hash: bytes, *, tokens: int) -> None:
         """Say to receivers that subscribe: whoever asks for something under this hash gets it from now on."""
-        self.call(lambda: self._carry_out(self._core.keep(content_hash, tokens=tokens)))
+        self.loop.call(lambda: self._carry_out(self._core.keep(content_hash, tokens=tokens)))
 
     def refuse(self, key: RoomKey, cause: Cause, detail: str) -> None:
         """Answer a receiver that wants something by its hash: it can not have it."""
-        self.post(lambda: self._fail(key, cause, detail))
+        self.loop.post(lambda: self._fail(key, cause, detail))
 
     def _reserve_and_offer(self, offer: Offer, content_hash: bytes, readers: int) -> None:
         self._check_open()
@@ -241,17 +248,17 @@ class SenderEndpoint(Driver):
                 now = time.monotonic()
                 self._carry_out(self._core.ready(offer.key, source_ms=source_ms, digests=digests, now=now))
 
-        self.post(fill)
+        self.loop.post(fill)
 
     def _end(self, offer: Offer, cause: Cause, detail: str) -> None:
-        self.post(lambda: self._fail(offer.key, cause, detail))
+        self.loop.post(lambda: self._fail(offer.key, cause, detail))
 
     def _fail(self, key: RoomKey, cause: Cause, detail: str, *, readers: int = 1) -> None:
         self._carry_out(self._core.fail(key, cause, detail, readers=readers, now=time.monotonic()))
 
     def stats(self) -> SenderStats:
         """A snapshot."""
-        return self.call(self._stats)
+        return self.loop.call(self._stats)
 
     def _stats(self) -> SenderStats:
         counts = self._core.snapshot()
@@ -266,15 +273,19 @@ class SenderEndpoint(Driver):
             frames_refused_total=self._frames_refused,
         )
 
-    def _close(self) -> None:
-        self.post(self._end_all)
-        self.call(self._retire_writers)
+    def close(self) -> None:
+        """End all rooms (cause ``closed``), report it to their receivers, and free everything. Idempotent. Raises UsageError in a callback,
+        which runs on the driver's thread."""
+        self.loop.close(self._shut_down)
+
+    def _shut_down(self) -> None:
+        self.loop.post(self._end_all)
+        self.loop.call(self._retire_writers)
         for writer in self._retired:
             writer.abandon()
         for writer in self._retired:
             writer.join(self.limits.write_timeout_s)
-        self.call(self._stop)  # what the writers reported last is in the queue before this
-        self._thread.join()
+        self.loop.stop()  # what the writers reported last is in the queue before this
         for outbound in self._outbounds.values():
             outbound.close()
 
@@ -337,7 +348,7 @@ class SenderEndpoint(Driver):
     def _carry_out(self, actions: list[SenderAction]) -> None:
         """In order; an action that fails does not stop those behind it."""
         for action in actions:
-            self._guard(partial(self._do, action))
+            self.loop.guard(partial(self._do, action))
 
     def _has_marks(self, peer: Peer) -> bool:
         writer = self._writers.get(peer)
@@ -362,7 +373,7 @@ class SenderEndpoint(Driver):
                     self._outbounds,
                     layout=self.layout,
                     incarnation=self._incarnation,
-                    events=self,
+                    reports=self._reports,
                     limits=self.limits,
                 )
             case Detach(peer):
@@ -371,7 +382,7 @@ class SenderEndpoint(Driver):
                 try:
                     self._write(action)
                 except Exception:
-                    self.written(action, Outcome.LOST)  # the core counts on an answer to every write
+                    self._written(action, Outcome.LOST)  # the core counts on an answer to every write
                     raise
             case CancelWrites(key):
                 self._offers[key.of_room].withdrawn.add(key)
@@ -403,7 +414,7 @@ class SenderEndpoint(Driver):
         offer = self._offers[write.key.of_room]
         writer = self._writers.get(write.peer)
         if writer is None or offer.source is None:
-            self.written(write, Outcome.LOST)
+            self._written(write, Outcome.LOST)
             return
         writer.submit(
             WriteJob(
@@ -430,16 +441,16 @@ class SenderEndpoint(Driver):
 
     # ------------------------------------------------------------------ writers' reports, on their threads
 
-    def attached(self, writer: SessionWriter, wire: str) -> None:
+    def _attached(self, writer: SessionWriter, wire: str) -> None:
         """A writer has reached its receiver."""
 
         def attached() -> None:
             if self._writers.get(writer.peer) is writer:
                 self._carry_out(self._core.on_attached(writer.peer, wire))
 
-        self.post(attached)
+        self.loop.post(attached)
 
-    def attach_failed(self, writer: SessionWriter, detail: str) -> None:
+    def _attach_failed(self, writer: SessionWriter, detail: str) -> None:
         """A writer's receiver is out of reach, for the first time or again. One whose session has ended has nothing to say."""
 
         def failed() -> None:
@@ -447,26 +458,26 @@ class SenderEndpoint(Driver):
                 self._detach(writer.peer)
                 self._carry_out(self._core.on_attach_failed(writer.peer, detail, now=time.monotonic()))
 
-        self.post(failed)
+        self.loop.post(failed)
 
-    def landed(self, write: Write, landed_tokens: int) -> None:
+    def _landed(self, write: Write, landed_tokens: int) -> None:
         """Tokens of a round have landed. Reports that the driver has not read yet are merged into the newest."""
         slot = (write.key, write.round.number)
         with self._landed_lock:
-            is_waiting = slot in self._landed
-            self._landed[slot] = landed_tokens
+            is_waiting = slot in self._landed_tokens
+            self._landed_tokens[slot] = landed_tokens
         if not is_waiting:
-            self.post(partial(self._on_landed, slot))
+            self.loop.post(partial(self._on_landed, slot))
 
     def _on_landed(self, slot: tuple[RoomKey, int]) -> None:
         key, number = slot
         with self._landed_lock:
-            landed_tokens = self._landed.pop(slot)
+            landed_tokens = self._landed_tokens.pop(slot)
         self._carry_out(self._core.on_landed(key, number, landed_tokens, now=time.monotonic()))
 
-    def written(self, write: Write, outcome: Outcome) -> None:
+    def _written(self, write: Write, outcome: Outcome) -> None:
         """A write has returned."""
-        self.post(partial(self._on_written, write, outcome))
+        self.loop.post(partial(self._on_written, write, outcome))
 
     def _on_written(self, write: Write, outcome: Outcome) -> None:
         key, number, now = write.key, write.round.number, time.monotonic()
@@ -479,6 +490,6 @@ class SenderEndpoint(Driver):
         else:
             self._carry_out(self._core.on_write_unknown(key, number, "the write may still land", now=now))
 
-    def doubt_ended(self, write: Write) -> None:
+    def _doubt_ended(self, write: Write) -> None:
         """A write that was reported as unknown can not land any more."""
-        self.post(lambda: self._carry_out(self._core.on_doubt_ended(write.peer, write.key)))
+        self.loop.post(lambda: self._carry_out(self._core.on_doubt_ended(write.peer, write.key)))

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from embedwire.endpoint.driver import Driver
+from embedwire.endpoint.event_loop import EventLoop
 from embedwire.endpoint.offer import Offer
 from embedwire.endpoint.sender import SenderEndpoint
 from embedwire.errors import EmbedwireError, OverloadedError, TransferError
@@ -113,14 +113,16 @@ class LeadingSender:
             self._context.destroy(linger=0)
 
 
-class FollowingSender(Driver):
+class FollowingSender:
     """Another rank's: offers at ``endpoint`` what it hears of at ``address`` (``ipc://``), in order.
 
     A room waits for memory that rooms before it still hold here, for ``memory_wait_s`` at most, as it did on rank 0.
     """
 
     def __init__(self, endpoint: SenderEndpoint, *, address: str, memory_wait_s: float) -> None:
-        super().__init__("embedwire-offers")
+        self._loop = EventLoop(
+            "embedwire-offers", on_frames=self._on_frames, on_time=self._on_time, next_due=self._next_due
+        )
         self._endpoint = endpoint
         self._memory_wait_s = memory_wait_s
         self._line: deque[tuple[_Offered, float]] = deque()
@@ -128,11 +130,11 @@ class FollowingSender(Driver):
         self._open: dict[Key, Offer] = {}
         # Which nobody has filled; None: not offered here.
         self._offers: OrderedDict[Key, Offer | None] = OrderedDict()
-        self._socket = self._context.socket(zmq.PULL)
+        self._socket = self._loop.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(address)
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._thread.start()
+        self._loop.register(self._socket)
+        self._loop.start()
 
     def fill(self, key: Key, arrays: Mapping[str, np.ndarray]) -> None:
         """The source of a room is ready; waits until the room is offered here. Harmless for one that is over."""
@@ -142,9 +144,9 @@ class FollowingSender(Driver):
         if offer is not None:
             offer.fill(arrays)
 
-    def _close(self) -> None:
-        self.call(self._stop)
-        self._thread.join()
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._loop.close(self._loop.stop)
 
     def __enter__(self) -> FollowingSender:
         return self
@@ -207,7 +209,7 @@ class FollowingSender(Driver):
             readers=offered.readers,
         )
         self._open[offered.key] = offer
-        offer.add_done_callback(lambda _: self.post(lambda: self._forget(offered.key)))
+        offer.add_done_callback(lambda _: self._loop.post(lambda: self._forget(offered.key)))
         return offer
 
     def _forget(self, key: Key) -> None:

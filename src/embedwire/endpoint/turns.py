@@ -22,7 +22,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from embedwire.endpoint.driver import Driver
+from embedwire.endpoint.event_loop import EventLoop
 from embedwire.endpoint.turn_messages import (
     Aside,
     End,
@@ -146,11 +146,16 @@ class Beats:
         return self._missed >= MISSED_MAX
 
 
-class Turns(Driver):
+class Turns:
     """One rank's part in the turns of its group."""
 
     def __init__(self, seat: Seat, member: Member) -> None:
-        super().__init__(f"embedwire-turns-{seat.rank}")
+        self._loop = EventLoop(
+            f"embedwire-turns-{seat.rank}",
+            on_frames=self._on_frames,
+            on_time=self._on_time,
+            next_due=self._next_due,
+        )
         self._seat = seat
         self._member = member
         self._is_leader = seat.rank == 0
@@ -162,12 +167,12 @@ class Turns(Driver):
         self._is_promised = False
         self._silence: Facts | None = None
         self._beats = Beats(seat.timeout_s / BEATS)
-        self._socket = self._context.socket(zmq.ROUTER if self._is_leader else zmq.DEALER)
+        self._socket = self._loop.socket(zmq.ROUTER if self._is_leader else zmq.DEALER)
         self._disconnected = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._connect()
-        self._thread.start()
+        self._loop.start()
         if not self._is_leader:
-            self.post(lambda: self._tell_leader(Join(seat.rank)))
+            self._loop.post(lambda: self._tell_leader(Join(seat.rank)))
 
     def _connect(self) -> None:
         self._socket.setsockopt(zmq.LINGER, 200)
@@ -179,16 +184,16 @@ class Turns(Driver):
                 self._socket.setsockopt(zmq.IDENTITY, _identity(self._seat.rank))
                 self._socket.connect(self._seat.address)
         except zmq.ZMQError as error:
-            self._free()
+            self._loop.free()
             raise TransportError(f"turns at {self._seat.address}: {error}") from error
         for socket in (self._socket, self._disconnected):
-            self._poller.register(socket, zmq.POLLIN)
+            self._loop.register(socket)
 
     # ------------------------------------------------------------------ from the member; any thread
 
     def want(self) -> None:
         """This rank has news: a turn is held soon."""
-        self.post(self._want)
+        self._loop.post(self._want)
 
     def _want(self) -> None:
         if self._is_ended:
@@ -198,18 +203,20 @@ class Turns(Driver):
         else:
             self._tell_leader(News(self._seat.rank, self._member.turn))
 
-    def _close(self) -> None:
-        """Leave the group; for the others that is its end."""
-        self.call(self._leave)
-        self.call(self._stop)
-        self._thread.join()
+    def close(self) -> None:
+        """Leave the group; for the others that is its end. Idempotent."""
+        self._loop.close(self._shut_down)
+
+    def _shut_down(self) -> None:
+        self._loop.call(self._leave)
+        self._loop.stop()
 
     def _leave(self) -> None:
         """After the turn that this rank has promised to be in: the others may be in its collective already."""
         until = time.monotonic() + self._seat.timeout_s
         while self._is_promised and not self._is_ended and (left_s := until - time.monotonic()) > 0:
             if self._socket.poll(math.ceil(left_s * 1000), zmq.POLLIN):
-                self._on_frames(self._socket, self._read_all(self._socket))
+                self._on_frames(self._socket, self._loop.read_all(self._socket))
         self._end(f"rank {self._seat.rank} is shutting down", is_lost=False)
 
     # ------------------------------------------------------------------ the turns' thread
@@ -229,7 +236,7 @@ class Turns(Driver):
 
     def _on_disconnected(self) -> None:
         """A process at the other end is gone."""
-        self._on_frames(self._socket, self._read_all(self._socket))  # it may have taken its leave
+        self._on_frames(self._socket, self._loop.read_all(self._socket))  # it may have taken its leave
         if self._is_leader:
             self._wants_turn = True
         else:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
 from embedwire.endpoint.watch import WATCH_S
 from embedwire.errors import TransportError
@@ -36,14 +35,15 @@ ASLEEP_AFTER_S = WATCH_S / 2
 since it may have gone to sleep meanwhile."""
 
 
-class WriterEvents(Protocol):
-    """What a writer reports, on its own thread."""
+@dataclass(frozen=True, slots=True)
+class WriterReports:
+    """Called by a writer on its own thread."""
 
-    def attached(self, writer: SessionWriter, wire: str) -> None: ...
-    def attach_failed(self, writer: SessionWriter, detail: str) -> None: ...
-    def landed(self, write: Write, landed_tokens: int) -> None: ...
-    def written(self, write: Write, outcome: Outcome) -> None: ...
-    def doubt_ended(self, write: Write) -> None: ...
+    attached: Callable[[SessionWriter, str], None]
+    attach_failed: Callable[[SessionWriter, str], None]
+    landed: Callable[[Write, int], None]
+    written: Callable[[Write, Outcome], None]
+    doubt_ended: Callable[[Write], None]
 
 
 @dataclass(slots=True)
@@ -87,14 +87,14 @@ class SessionWriter:
         *,
         layout: Layout,
         incarnation: int,
-        events: WriterEvents,
+        reports: WriterReports,
         limits: Limits,
     ) -> None:
         self.peer = peer
         self.geometry = PoolGeometry(layout, hello.block_size, hello.num_blocks)
         self._outbounds = outbounds
         self._incarnation = incarnation
-        self._events = events
+        self._reports = reports
         self._limits = limits
         self._jobs: SimpleQueue[WriteJob | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -161,12 +161,12 @@ class SessionWriter:
     def _run(self) -> None:
         is_usable = self._attach()
         if is_usable:
-            self._events.attached(self, self._wires[0][0])
+            self._reports.attached(self, self._wires[0][0])
         while (job := self._next_job()) is not None:
             if is_usable:
                 is_usable = self._carry_out(job)
             else:
-                self._events.written(job.write, Outcome.LOST)
+                self._reports.written(job.write, Outcome.LOST)
         self._part()
 
     def _part(self) -> None:
@@ -193,7 +193,7 @@ class SessionWriter:
         doubts, self._doubts = self._doubts, []
         for region, write in doubts:
             if region.close():
-                self._events.doubt_ended(write)
+                self._reports.doubt_ended(write)
             else:
                 self._doubts.append((region, write))
 
@@ -219,7 +219,7 @@ class SessionWriter:
             self._wires = ((wire, descriptor),)
             return self._keep(region)
         if not self._is_closed:
-            self._events.attach_failed(self, "; ".join(failures))
+            self._reports.attach_failed(self, "; ".join(failures))
         return False
 
     def _keep(self, region: RemoteRegion) -> bool:
@@ -236,7 +236,7 @@ class SessionWriter:
         with self._lock:
             region, self._region = self._region, None
         if region is None or region.close():
-            self._events.doubt_ended(write)
+            self._reports.doubt_ended(write)
         else:
             self._doubts.append((region, write))
         return not self._is_closed and self._attach()
@@ -261,7 +261,7 @@ class SessionWriter:
                 is_due = (landed - told) * REPORTS_A_ROUND >= total
             if is_due:
                 told = landed
-                self._events.landed(job.write, landed)
+                self._reports.landed(job.write, landed)
 
         try:
             outcome = region.write(
@@ -277,7 +277,7 @@ class SessionWriter:
         has_mark = outcome is Outcome.LANDED and region.has_marks
         if has_mark:
             self._remember_mark(job.write.key)
-        self._events.written(job.write, outcome)
+        self._reports.written(job.write, outcome)
         if has_mark:
             # not sooner: what the receiver answers to it must find that our own core knows
             region.set_mark(ticket, total)

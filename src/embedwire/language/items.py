@@ -329,7 +329,7 @@ class ItemDesk:
             for item in items:
                 self._open(item)
 
-        if items and not self._receiver.post(open_all):
+        if items and not self._receiver.loop.post(open_all):
             for item in items:
                 item.problem = "the receiver is closed"
                 self._on_end(item)

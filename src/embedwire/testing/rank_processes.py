@@ -99,7 +99,7 @@ class LanguageRank(Rank):
         """Whether it holds nothing: no room, no block, no byte."""
         stats = self.stats()
         held = (*stats.rooms.values(), *stats.waiting.values(), stats.memory_reserved_bytes)
-        self.endpoint.call(self.endpoint._landing.blocks.check)
+        self.endpoint.loop.call(self.endpoint._landing.blocks.check)
         return not any(held) and stats.blocks_free == stats.blocks_total
 
     def collectives(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""The driver's thread: tasks, calls, failures, and its end."""
+"""The event loop's thread: tasks, calls, failures, and its end."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import zmq
 
-from embedwire.endpoint.driver import Driver
+from embedwire.endpoint.event_loop import EventLoop
 from embedwire.errors import ConfigurationError, UsageError
 
 pytestmark = pytest.mark.timeout(60)
 
 
-class Idle(Driver):
-    """A driver with nothing to drive, whose every turn can be made to fail."""
+class Idle(EventLoop):
+    """A loop with nothing to drive, whose every turn can be made to fail."""
 
     def __init__(self) -> None:
-        super().__init__("embedwire-idle")
         self.faults = 0
-        self._thread.start()
+        super().__init__(
+            "embedwire-idle",
+            on_frames=lambda socket, frames: None,
+            on_time=self._fail,
+            next_due=lambda: 0.0 if self.faults else None,
+        )
+        self.start()
 
-    def _on_frames(self, socket: Any, frames: Any) -> None: ...
-
-    def _on_time(self, now: float) -> None:
+    def _fail(self, now: float) -> None:
         if self.faults:
             self.faults -= 1
             raise RuntimeError("injected")
 
-    def _next_due(self) -> float | None:
-        return 0.0 if self.faults else None
-
-    def _close(self) -> None:
-        self.call(self._stop)
-        self._thread.join(30)
+    def end(self) -> None:
+        self.close(self.stop)
 
 
 @pytest.fixture
 def driver() -> Iterator[Idle]:
     made = Idle()
     yield made
-    made.close()
-    assert not made._thread.is_alive()
+    made.end()
+    assert not made.is_alive
 
 
 def test_tasks_run_in_order_on_the_drivers_thread(driver: Idle) -> None:
@@ -83,7 +83,7 @@ def test_no_failure_ends_the_thread(driver: Idle, caplog: Any) -> None:
 
 def test_after_the_end(driver: Idle) -> None:
     """A call is refused, a post harmless, and neither keeps what it was handed."""
-    driver.close()
+    driver.end()
     with pytest.raises(UsageError, match="embedwire-idle is closed"):
         driver.call(lambda: None)
 
@@ -100,7 +100,7 @@ def test_after_the_end(driver: Idle) -> None:
 def test_it_is_not_closed_by_itself(driver: Idle) -> None:
     """A callback that closes its own endpoint would wait for itself for ever."""
     with pytest.raises(UsageError, match="out of a callback"):
-        driver.call(driver.close)
+        driver.call(driver.end)
     assert driver.call(lambda: "still here") == "still here"
 
 
@@ -125,34 +125,31 @@ def test_an_endpoint_needs_a_wire(stage: Any) -> None:
         stage.receiver(transports=("carrier pigeon",))
 
 
-def test_what_was_posted_before_a_message_is_known_before_it() -> None:
+def test_what_was_posted_before_a_message_is_known_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer may answer what it saw by itself: then the task that tells us of the same has to be first, also when message and
     task come in one turn."""
-    import zmq
-
     order: list[str] = []
+    listener = EventLoop(
+        "embedwire-listener",
+        on_frames=lambda socket, frames: order.extend(frame.decode() for (frame,) in frames),
+        on_time=lambda now: None,
+        next_due=lambda: None,
+    )
+    real = listener.read_all
 
-    class Listener(Idle):
-        def __init__(self) -> None:
-            Driver.__init__(self, "embedwire-listener")
-            self.faults = 0
-            self.ours, self.theirs = (self._context.socket(zmq.PAIR) for _ in range(2))
-            self.ours.bind("inproc://order")
-            self.theirs.connect("inproc://order")
-            self._poller.register(self.ours, zmq.POLLIN)
-            self._thread.start()
+    def read_all(socket: Any) -> list[list[bytes]]:
+        frames = real(socket)
+        listener.post(lambda: order.append("task"))
+        return frames
 
-        def _read_all(self, socket: Any) -> list[list[bytes]]:  # type: ignore[override]
-            frames = Driver._read_all(socket)
-            self.post(lambda: order.append("task"))
-            return frames
-
-        def _on_frames(self, socket: Any, frames: Any) -> None:
-            order.extend(frame.decode() for (frame,) in frames)
-
-    listener = Listener()
-    listener.theirs.send(b"message")
+    monkeypatch.setattr(listener, "read_all", read_all)
+    ours, theirs = (listener.socket(zmq.PAIR) for _ in range(2))
+    ours.bind("inproc://order")
+    theirs.connect("inproc://order")
+    listener.register(ours)
+    listener.start()
+    theirs.send(b"message")
     while "message" not in order:
         listener.call(lambda: None)
-    listener.close()
+    listener.close(listener.stop)
     assert order == ["task", "message"]
