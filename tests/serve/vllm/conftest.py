@@ -198,7 +198,8 @@ class LanguageDouble:
             return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
         def failure() -> bytes:
-            return b"data: " + msgspec.json.encode(error()) + b"\n\ndata: [DONE]\n\n"
+            code, words = self.fails or (500, "Internal server error")
+            return b"data: " + msgspec.json.encode(error(words, code)) + b"\n\ndata: [DONE]\n\n"
 
         yield chunk(delta={"role": "assistant", "content": ""}, finish_reason=None)
         if failed and not self.fails_late:

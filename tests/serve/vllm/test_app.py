@@ -527,10 +527,13 @@ def test_a_stream_that_fails_behind_its_first_token(
     assert len(encoder.bodies) == encodes
 
 
-def test_a_text_that_fails_behind_its_first_token(servers: Any, post: Any, chat: Any) -> None:
-    servers.language(fails_late=True, fails_texts=True)
+@pytest.mark.parametrize(("fails", "code"), [(None, "language_failed"), ((400, "too long"), "bad_request")])
+def test_a_text_that_fails_behind_its_first_token(
+    servers: Any, post: Any, chat: Any, fails: tuple[int, str] | None, code: str
+) -> None:
+    servers.language(fails_late=True, fails_texts=True, fails=fails)
     *_, last = events_of(post(servers.router(), chat("a", stream=True)))
-    assert last["error"]["code"] == "language_failed"
+    assert last["error"]["code"] == code
 
 
 def test_a_stream_goes_through(servers: Any, post: Any, chat: Any, name_of: Any) -> None:

@@ -150,6 +150,8 @@ class VllmDispatch:
             return verdict
 
         async def explain(said: Fault) -> Fault:
+            if said.status != 500:
+                return said
             return (await verdict_on(failed_inside(language, said.message))).fault
 
         transfer = {"ticket": ticket, "items": _whereabouts(encoded)} if items else None
