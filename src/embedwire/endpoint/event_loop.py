@@ -152,14 +152,11 @@ class EventLoop:
         self.call(self._stop)
         self._thread.join()
 
-    def free(self) -> None:
-        """Close the sockets of a loop that was never started."""
-        self._free()
-
     def _stop(self) -> None:
         self._is_running = False
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Close the sockets and refuse tasks: done by the loop when it ends, and by the owner of one that was never started."""
         self._context.destroy(linger=200)
         with self._gate:
             self._is_open = False
@@ -171,7 +168,7 @@ class EventLoop:
     def _run(self) -> None:
         while self._is_running:
             self._turn()
-        self._free()
+        self.free()
 
     def _turn(self) -> None:
         due = self._next_due()
