@@ -42,6 +42,14 @@ def test_a_room_that_has_ended_is_told_of_no_more() -> None:
     held = HeldStatuses()
     held.hold(PEER, status(1, 10), is_watched=False, now=1.0)
     held.hold(PEER, status(2, 20), is_watched=False, now=1.0)
-    held.drop(RoomKey(1, 0))
-    held.drop(RoomKey(3, 0))
+    held.drop(PEER, RoomKey(1, 0))
+    held.drop(PEER, RoomKey(3, 0))
     assert held.take_due(9.0) == [(PEER, status(2, 20))]
+
+
+def test_another_receiver_that_is_refused_drops_nothing() -> None:
+    """A room that one receiver has opened ends for any other."""
+    held = HeldStatuses()
+    held.hold(PEER, status(1, 10), is_watched=False, now=1.0)
+    held.drop(PEER + 1, RoomKey(1, 0))
+    assert held.take_due(9.0) == [(PEER, status(1, 10))]

@@ -514,3 +514,26 @@ def test_an_item_that_is_not_kept_ends_at_once() -> None:
     assert (ended.cause, ended.detail, ended.certain) == (Cause.UNKNOWN_ITEM, "not kept", True)
     assert [m.cause for m in said(bench.say(wanted)) if isinstance(m, Ended)] == [Cause.UNKNOWN_ITEM]
     assert said(bench.core.on_tick(31.0)) == []  # nor does anything of it come due
+
+
+def test_an_item_that_is_refused_on_another_rank_of_the_encoder() -> None:
+    """The lane that was opened ends, with its cause, although the topology gives this rank another one."""
+    core = SenderCore(incarnation=SENDER, fields=("a",), rank=1, ranks=2)
+    core.on_message(hello(), now=0.0)
+    core.on_attached(PEER, "shm")
+    core.on_message(Open(**TO, room=7, item=b"hash"), now=1.0)
+    (ended,) = said(core.fail(KEY, Cause.UNKNOWN_ITEM, "nothing is kept here", now=1.0))
+    assert (type(ended), ended.key, ended.cause) == (Ended, KEY, Cause.UNKNOWN_ITEM)
+
+
+def test_a_receiver_that_had_two_lanes_of_a_room_is_lost() -> None:
+    """The first lane that fails ends the other one too."""
+    bench = Bench()
+    aux = (300, *[0] * (AUX_WORDS - 1))
+    bench.core.offer(KEY, total_tokens=300, aux=aux, content_hash=b"", now=1.0, readers=2)
+    for lane in (0, 1):
+        bench.say(Open(**TO, room=7, lane=lane))
+    actions = bench.core.on_peer_lost(PEER, "it is gone", now=2.0)
+    (release,) = (a for a in actions if isinstance(a, Release))
+    assert (release.cause, release.detail) == (Cause.PEER_LOST, "it is gone")
+    assert {report.key for report in release.lanes} == {KEY, KEY._replace(lane=1)}

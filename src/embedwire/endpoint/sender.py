@@ -361,7 +361,7 @@ class SenderEndpoint:
                 self._held.hold(peer, status, is_watched=is_watched, now=time.monotonic())
             case Reply(peer, message):
                 if isinstance(message, messages.Ended):
-                    self._held.drop(message.key)
+                    self._held.drop(peer, message.key)
                 self._say(peer, message)
             case Attach(peer) if self._is_ending:  # its writer would never be closed
                 now = time.monotonic()

@@ -34,9 +34,10 @@ class HeldStatuses:
         last = self._held.get(status.key)
         self._held[status.key] = _Held(due if last is None else min(last.due, due), peer, status)
 
-    def drop(self, key: RoomKey) -> None:
-        """The room has ended."""
-        self._held.pop(key, None)
+    def drop(self, peer: Peer, key: RoomKey) -> None:
+        """The room has ended for this receiver."""
+        if key in self._held and self._held[key].peer == peer:
+            del self._held[key]
 
     @property
     def next_due(self) -> float | None:

@@ -173,6 +173,8 @@ class SenderCore:
             for lane in list(room.lanes.values()):
                 self._fail(lane, cause, detail, now)
         else:
+            if key in self._pending_opens:  # for an item: as lane 0, which may be another rank's by topology
+                self._refuse(key, cause, detail)
             for lane_key in self.shares(key, 1, readers=readers):
                 self._refuse(lane_key, cause, detail)
         return self._take()
@@ -484,8 +486,7 @@ class SenderCore:
         if not lane.machine.can(SenderEvent.FAILED):
             return
         room = self.rooms[lane.key.of_room]
-        if room.end[0] is Cause.DONE:
-            room.end = (cause, cut(detail))
+        room.end = (cause, cut(detail))
         lane.fail(cause, cut(detail))
         self._timers.clear(lane.key)
         if lane.writes_under_way:

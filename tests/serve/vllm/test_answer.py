@@ -10,7 +10,7 @@ import pytest
 
 from embedwire.serve.faults import Fault
 from embedwire.serve.metrics import AppMetrics
-from embedwire.serve.vllm.answer import ItemsPassage, VllmAnswer
+from embedwire.serve.vllm.answer import HELD_BYTES_MAX, ItemsPassage, VllmAnswer
 
 pytestmark = pytest.mark.anyio
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"prompt_token_ids":[1]}\n\n'
@@ -29,7 +29,11 @@ def answer_in(pieces: Sequence[bytes]) -> VllmAnswer:
         for piece in pieces:
             yield piece
 
-    response = httpx.Response(200, content=body())
+    return answer_of(body())
+
+
+def answer_of(content: AsyncIterator[bytes]) -> VllmAnswer:
+    response = httpx.Response(200, content=content)
     return VllmAnswer(
         response, ItemsPassage(items=1), who="it", explain=explained, began_s=0.0, metrics=AppMetrics()
     )
@@ -89,6 +93,35 @@ async def test_what_counts_as_content(choice: dict[str, object]) -> None:
     assert len(events) == 2
     assert msgspec.json.decode(last.removeprefix(b"data: "))["error"]["message"] == "behind 'no'"
     assert done + b"\n\n" == DONE
+
+
+async def test_a_stream_of_many_chunks_without_content() -> None:
+    """Chunks arrive one by one, and each is looked at once. Past the bound they are passed on, as they came."""
+    few = answer_in([ROLE] * 5000 + [FIRST, DONE])
+    assert await few.begin() is None
+    assert b"".join([part async for part in few.aiter_raw()]) == ROLE * 5000 + FIRST + DONE
+    count = HELD_BYTES_MAX // len(ROLE) + 1
+    pulled = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal pulled
+        while True:
+            pulled += 1
+            yield ROLE
+
+    many = answer_of(endless())
+    assert await many.begin() is None
+    assert pulled == count
+
+
+@pytest.mark.parametrize("error", [None, False, 0, []])
+async def test_an_error_that_is_none(error: object) -> None:
+    event = (
+        b"data: " + msgspec.json.encode({"error": error, "choices": [{"delta": {"content": "a"}}]}) + b"\n\n"
+    )
+    answer = answer_in([ROLE + event + DONE])
+    assert await answer.begin() is None
+    assert b"".join([part async for part in answer.aiter_raw()]) == ROLE + event + DONE
 
 
 @pytest.mark.parametrize("stream", [b"data: {", ROLE, b": ping\n\n"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -25,6 +26,8 @@ LAST_CHUNK = re.compile(rb'"finish_reason":\s*"|"choices":\s*\[\]')
 """In a chunk that ends a choice, or tells the usage. In a text the quotes would be escaped."""
 DATA = b"data:"
 EVENT_END = b"\n\n"
+HELD_BYTES_MAX = 2**20
+"""Of a stream without content. More is passed on: memory for a request is bounded, whatever its server sends."""
 
 Explain = Callable[[Fault], Awaitable[Fault]]
 """vLLM's own error → the error with its cause, as far as it is known."""
@@ -94,26 +97,37 @@ class VllmAnswer:
         self._began_s = began_s
         self._metrics = metrics
         self._parts = response.aiter_raw()
-        self._first = b""
+        self._held: deque[bytes] = deque()
+        self._tail = bytearray()
 
     async def begin(self) -> Fault | None:
         """Wait for the first event with content. Returns the fault if an error comes before it: nothing has been passed on by then.
         Raises httpx.HTTPError."""
-        seen = 0
-        while True:
-            whole, end, _ = self._first[seen:].rpartition(EVENT_END)
-            for event in whole.split(EVENT_END) if end else ():
+        held_bytes = 0
+        while events := await self._next_events():
+            self._held.append(events)
+            held_bytes += len(events) + len(EVENT_END)
+            for event in events.split(EVENT_END):
                 if fault := _error_in(event, who=self._who):
                     return fault
                 if _has_content(event):
                     self._passage.ttft_ms = round((time.monotonic() - self._began_s) * 1000, 3)
                     self._metrics.observe(Passage(ttft_ms=self._passage.ttft_ms))
                     return None
-            seen += len(whole + end)
-            try:
-                self._first += await anext(self._parts)
-            except StopAsyncIteration:
-                return fault_from(502, self._first[seen:], retry_after=None, who=self._who)
+            if held_bytes > HELD_BYTES_MAX:
+                return None
+        return fault_from(502, bytes(self._tail), retry_after=None, who=self._who)
+
+    async def _next_events(self) -> bytes:
+        """The next events that have arrived whole, without the end of the last; nothing at the end of the stream."""
+        async for part in self._parts:
+            seen = max(0, len(self._tail) + 1 - len(EVENT_END))
+            self._tail += part
+            if (end := self._tail.rfind(EVENT_END, seen)) >= 0:
+                events = bytes(self._tail[:end])
+                del self._tail[: end + len(EVENT_END)]
+                return events
+        return b""
 
     async def aread(self) -> bytes:
         """The whole answer."""
@@ -121,22 +135,15 @@ class VllmAnswer:
 
     async def aiter_raw(self) -> AsyncIterator[bytes]:
         """Its events, from the first one on, in whole ones. An error is the last one, with its cause."""
-        tail = self._first
-        while True:
-            whole, end, tail = tail.rpartition(EVENT_END)
-            if end:
-                events, fault = self._until_error(whole)
-                if events:
-                    yield self._marked(events) + end
-                if fault is not None:
-                    yield (await self._explain(fault)).as_event() + DONE_EVENT
-                    return
-            try:
-                tail += await anext(self._parts)
-            except StopAsyncIteration:
-                break
-        if tail:
-            yield tail
+        while whole := self._held.popleft() if self._held else await self._next_events():
+            events, fault = self._until_error(whole)
+            if events:
+                yield self._marked(events) + EVENT_END
+            if fault is not None:
+                yield (await self._explain(fault)).as_event() + DONE_EVENT
+                return
+        if self._tail:
+            yield bytes(self._tail)
 
     def _until_error(self, events: bytes) -> tuple[bytes, Fault | None]:
         """The events before the first error, and that error."""
@@ -175,6 +182,8 @@ def _error_in(event: bytes, *, who: str) -> Fault | None:
     try:
         error: Any = msgspec.json.decode(content)["error"]
     except (msgspec.MsgspecError, KeyError, TypeError):
+        return None
+    if not isinstance(error, dict | str):
         return None
     code = error.get("code") if isinstance(error, dict) else None
     status = code if isinstance(code, int) and 400 <= code < 600 else 500

@@ -130,9 +130,11 @@ def _reach(
                     made.append(engine)
         except Exception as error:
             failures.append(error)
-        if engine is not None and not made:
-            engine.close()
-        done.set()
+        try:
+            if engine is not None and not made:
+                engine.close()
+        finally:
+            done.set()
 
     thread = threading.Thread(target=reach, name="embedwire-reach", daemon=True)
     thread.start()
