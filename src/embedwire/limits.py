@@ -37,7 +37,7 @@ LANES_MAX = 4096
 RANKS_MAX = 64
 """Ranks of one server."""
 SLOTS_MAX = 256
-"""Rooms that a group of ranks agrees on in one turn; more wait for their slot. It fixes the width of the collective."""
+"""Rooms that a group of ranks agrees on in one step; more take turns. It fixes the width of the collective."""
 OPEN_ROUNDS_MAX = 16
 """Grants of one room that a sender keeps in mind at a time, whatever window the receiver chose."""
 

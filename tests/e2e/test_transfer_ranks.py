@@ -19,9 +19,9 @@ import pytest
 from embedwire.bench.ranks import Ranks
 from embedwire.bench.remote import Remote
 from embedwire.errors import TransferError
+from embedwire.group.agreement import WIDTH
 from embedwire.limits import Limits
 from embedwire.memory.layout import multimodal
-from embedwire.protocol.agreement import WIDTH
 from embedwire.protocol.topology import RankGroup
 from embedwire.testing.rank_processes import PATIENCE_S, EncoderRank, End, LanguageRank
 
@@ -105,7 +105,7 @@ class World:
         """The group's directory, the socket of its turns, and all shared memory that has a name."""
         maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in self.pids())
         directory = self.ranks.directory
-        return {directory, f"{directory}/turns", *re.findall(r"/dev/shm/embedwire-\w+", maps)}
+        return {directory, f"{directory}/agreement", *re.findall(r"/dev/shm/embedwire-\w+", maps)}
 
     def bytes_sent(self) -> int:
         return sum(stats.bytes_total for stats in self.tell_encoders("stats"))

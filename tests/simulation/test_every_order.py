@@ -1,4 +1,4 @@
-"""Every order of events of two ranks: what each lane hears, what each rank says and concludes, and a fault at any moment.
+"""Every order of events of two ranks: what each lane receives, what each rank contributes and concludes, and a fault at any moment.
 
 States that were seen are not explored again, so the search ends by itself; the numbers of states are asserted, that nobody shrinks it."""
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from embedwire.group.coordinator import GroupCoordinator
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.receiver_core import ReceiverCore
 from embedwire.protocol.topology import RankGroup
@@ -20,14 +21,14 @@ Event = tuple[object, ...]
 
 @dataclass
 class State:
-    """Where everything stands. ``opened``: the rooms that rank 0's turn message names; ``is_told``: it is on its way to rank 1."""
+    """Where everything stands. ``opened``: the rooms that rank 0's step message names; ``is_begun``: it is on its way to rank 1."""
 
     ranks: Ranks
     rooms: int
     faults: frozenset[str]
     tokens: int
     opened: list[int] = field(default_factory=list)
-    is_told: bool = False
+    is_begun: bool = False
     trail: tuple[Event, ...] = ()
 
     def key(self, room: int, rank: int) -> RoomKey:
@@ -42,11 +43,11 @@ class State:
             if not self._knows(0, room):
                 yield "open", room
                 break
-        is_idle = not (self.is_told or ranks.said or 0 in ranks.agreed)
-        if is_idle and any(core.wants_turn() for core in ranks.cores):
+        is_idle = not (self.is_begun or ranks.contributed or 0 in ranks.agreed)
+        if is_idle and ranks.has_news:
             yield ("start",)
-        if self.is_told and 1 not in ranks.agreed:
-            yield ("say",)
+        if self.is_begun and 1 not in ranks.agreed:
+            yield ("contribute",)
         for rank in ranks.agreed:
             yield "conclude", rank
         for rank, core in enumerate(ranks.cores):
@@ -76,17 +77,17 @@ class State:
             case ("open", int(room)):
                 ranks.open(room, 0)
             case ("start",):
-                self.is_told = True
+                self.is_begun = True
                 self.opened = [
                     room for room in range(1, self.rooms + 1) if RoomKey(room) in ranks.cores[0].rooms
                 ]
-                ranks.say(0)
-            case ("say",):
-                self.is_told = False
+                ranks.contribute(0)
+            case ("contribute",):
+                self.is_begun = False
                 for room in self.opened:
                     if not self._knows(1, room):
                         ranks.open(room, 1)
-                ranks.say(1)
+                ranks.contribute(1)
             case ("conclude", int(rank)):
                 ranks.conclude(rank)
             case ("announce", int(rank), int(room)):
@@ -123,36 +124,35 @@ class State:
         assert sorted(ends[0]) == list(range(1, self.rooms + 1)), self.trail
         assert all(pool.blocks_free == pool.blocks_total for pool in ranks.pools), self.trail
         assert all(budget.used_bytes == 0 for budget in ranks.budgets), self.trail
-        assert not any(core.rooms or core.for_assembly for core in ranks.cores), self.trail
+        assert not any(core.rooms or core.coordinator.queue for core in ranks.cores), self.trail
 
     def digest(self) -> tuple[object, ...]:
         """Equal for states with the same future."""
         ranks = self.ranks
         return (
-            tuple(_core(core) for core in ranks.cores),
+            tuple(_core(core, ranks.coordinators[rank]) for rank, core in enumerate(ranks.cores)),
             tuple(tuple((room, cause) for room, cause, _ in ends) for ends in ranks.ends),
             tuple(tuple(sorted(budget._reserved)) for budget in ranks.budgets),
-            tuple((rank, facts.free_bytes, facts.rooms) for rank, facts in sorted(ranks.said.items())),
+            tuple((rank, facts.free_bytes, facts.rooms) for rank, facts in sorted(ranks.contributed.items())),
             tuple((rank, facts.free_bytes, facts.rooms) for rank, facts in sorted(ranks.agreed.items())),
-            tuple(self.opened) if self.is_told else (),
-            self.is_told,
+            tuple(self.opened) if self.is_begun else (),
+            self.is_begun,
             self.faults,
         )
 
 
-def _core(core: ReceiverCore) -> tuple[object, ...]:
-    rooms = tuple(
-        (room.key, room.facts(), room.is_queued, room.is_admitted, room.is_committed, room.deferred, room.end)
-        for room in core.rooms.values()
-    )
+def _core(core: ReceiverCore, coordinator: GroupCoordinator) -> tuple[object, ...]:
+    rooms = tuple((room.key, room.facts(), room.has_begun, room.failure) for room in core.rooms.values())
+    agreed = tuple((key, room.facts, room.known, room.is_queued) for key, room in coordinator._rooms.items())
     lanes = tuple(
         (k, lane.state, lane.is_ready, lane.granted_tokens) for k, lane in core.lanes.transfers.items()
     )
     queues = (
-        tuple(room.key for room in core.for_assembly),
+        tuple(coordinator.queue),
         tuple(lane.key for lane in core.admission.for_blocks),
     )
-    return rooms, lanes, queues, core.wants_turn(), tuple(room.key for room in core._told)
+    in_step = tuple(key for key, _ in coordinator._in_step)
+    return rooms, agreed, lanes, queues, coordinator.has_news(), in_step
 
 
 def explore(first: State, *, states_max: int) -> tuple[int, set[tuple[Cause, ...]]]:

@@ -10,15 +10,16 @@ import msgspec
 import pytest
 
 from embedwire.errors import EmbedwireError
+from embedwire.group.agreement import NEUTRAL, Facts, pack, unpack
+from embedwire.group.coordinator import GroupCoordinator
 from embedwire.limits import Limits
 from embedwire.memory.allocator import BlockAllocator
 from embedwire.protocol.actions import Drain, Want
 from embedwire.protocol.admission import Admission
-from embedwire.protocol.agreement import NEUTRAL, Facts, pack, unpack
 from embedwire.protocol.handshake import ReceiverSession
 from embedwire.protocol.messages import Announce, Cause, Grant, Hello, Init, Message, Open, Status
 from embedwire.protocol.receiver import ReceiverTransfer
-from embedwire.protocol.receiver_core import ReceiverCore, Room
+from embedwire.protocol.receiver_core import Room
 from embedwire.protocol.receiver_lanes import ReceiverLanes
 from embedwire.protocol.sender import SenderTransfer
 from embedwire.protocol.sender_core import SenderCore
@@ -148,7 +149,7 @@ def ranks() -> None:
     """Three ranks with one place for an assembly each; rank 1's first grant is late, and rank 2 reads for long."""
     world = World()
     world.add_sender()
-    group = world.add_group(size=3, assembly_bytes=1000 * TOKEN_BYTES, turn_s=(0.0005, 0.2))
+    group = world.add_group(size=3, assembly_bytes=1000 * TOKEN_BYTES, step_s=(0.0005, 0.2))
     group.nodes[2].setup = replace(group.nodes[2].setup, read_s=3.0)
     late = group.nodes[1].address
     world.link.rules.append(lambda e: (2.0,) if isinstance(e.message, Init) and e.origin == late else None)
@@ -166,7 +167,9 @@ def leaving() -> None:
     group = world.add_group(size=3)
     transfer = world.request(1, 1000)
     world.run_until(
-        lambda: any(len(t.said) == 3 and t.said[0].rooms[0].poll is Poll.SUCCESS for t in group.turns)
+        lambda: any(
+            len(s.contributed) == 3 and s.contributed[0].rooms[0].poll is Poll.SUCCESS for s in group.steps
+        )
     )
     group.abort(transfer.key)
     world.settle()
@@ -428,26 +431,24 @@ def the_fastest_rank_decides(patch: Patch) -> None:
         said = [unpack(words) for words in packed]
         first = said[0]
         rooms = [max(each, key=lambda room: room.poll) for each in zip(*(f.rooms for f in said), strict=True)]
-        return pack(Facts(first.turn, min(f.free_bytes for f in said), tuple(rooms)))
+        return pack(Facts(first.step, min(f.free_bytes for f in said), tuple(rooms)))
 
     patch.setattr(sim_group, "agree", by_max)
 
 
 def each_rank_admits_by_its_own_memory(patch: Patch) -> None:
-    whole = ReceiverCore._admit
-    patch.setattr(ReceiverCore, "_admit", lambda self, free_bytes, now: whole(self, self._free_bytes, now))
+    whole = GroupCoordinator._admit
+    patch.setattr(GroupCoordinator, "_admit", lambda self, free_bytes: whole(self, self._free_bytes))
 
 
-def what_has_been_said_may_be_taken_back(patch: Patch) -> None:
-    whole = ReceiverCore.facts
+def what_was_contributed_may_be_taken_back(patch: Patch) -> None:
+    whole = GroupCoordinator._decide
 
-    def facts(self: ReceiverCore) -> Facts:
-        said = whole(self)
-        for room in self.rooms.values():
-            room.is_committed = False
-        return said
+    def decide(self: GroupCoordinator, key: Any, room: Any, agreed: Any) -> Any:
+        has_failed_since = room.facts.poll is Poll.FAILED and agreed.poll is Poll.SUCCESS
+        return [] if has_failed_since else whole(self, key, room, agreed)
 
-    patch.setattr(ReceiverCore, "facts", facts)
+    patch.setattr(GroupCoordinator, "_decide", decide)
 
 
 def who_has_seen_no_total_is_a_dummy(patch: Patch) -> None:
@@ -553,7 +554,7 @@ def only_the_first_hello_subscribes(patch: Patch) -> None:
         (one_peer_may_take_the_whole_pool, frozen),  # frozen-peer-holds-blocks
         (blocks_are_free_at_once_on_every_wire, crowd),  # reuse-during-write
         (the_end_is_told_before_writes_have_returned, crowd),  # reuse-during-write
-        (what_has_been_said_may_be_taken_back, leaving),  # abort-not-propagated
+        (what_was_contributed_may_be_taken_back, leaving),  # abort-not-propagated
         (quarantine_is_for_nobody, restart),  # restart-on-same-address
         (a_doubt_lasts_for_ever, doubt),  # write-outcome-unknown
         (a_refusal_is_kept_secret, refusal),  # refusal-not-sent

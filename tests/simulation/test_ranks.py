@@ -1,5 +1,5 @@
 """Ranks of a group: each goes through its rounds on its own, and all agree on rooms. The world checks that every room ends on all ranks of
-a group in the same turn, in the same order and in the same way, and that every byte of every assembly is right."""
+a group in the same step, in the same order and in the same way, and that every byte of every assembly is right."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from embedwire.group import coordinator
 from embedwire.limits import AUX_POSITION_DELTA, Limits
-from embedwire.protocol import receiver_core
 from embedwire.protocol.actions import Finished
 from embedwire.protocol.messages import Announce, Cause, Grant, Init, Message, ResumeTransfer, RoomKey
 from embedwire.protocol.states import Poll
@@ -35,8 +35,10 @@ def ends_of(group: Group, transfer: Transfer) -> list[Cause]:
 
 
 def polls(group: Group) -> list[set[Poll]]:
-    """What was said of any room, turn by turn."""
-    return [{room.poll for facts in turn.said.values() for room in facts.rooms} for turn in group.turns]
+    """What was contributed of any room, step by step."""
+    return [
+        {room.poll for facts in step.contributed.values() for room in facts.rooms} for step in group.steps
+    ]
 
 
 ONE_ROUND = Limits(window_rounds=1)
@@ -67,23 +69,25 @@ def test_four_ranks_of_which_two_say_nothing(
     if delivery == "replicate":
         world.link.rules += [late_at(f"language-1/{rank}", Announce, 2.0) for rank in (1, 3)]
     transfer = world.request(7, total, open_after_s=0.01)
-    other = world.request(8, 1)  # its turns tell of room 7 too
+    other = world.request(8, 1)  # its steps include room 7
     world.settle()
     assert transfer.is_done
     assert other.is_done
-    firsts = [turn.said[rank].rooms for turn in group.turns for rank in (1, 3)]
+    firsts = [step.contributed[rank].rooms for step in group.steps for rank in (1, 3)]
     assert any(facts.total_tokens == facts.landed_tokens == 0 for rooms in firsts for facts in rooms) or (
         delivery == "share"
     )
     assert [end[1:] for end in group.ends if end[1] == transfer.key] == [(transfer.key, Cause.DONE, total)]
     assert len(transfer.lane_rounds) == len(group.ranks.readers) == (2 if delivery == "share" else 4)
     assert set(transfer.lane_rounds.values()) == {(default, total - default)}
-    assert all(node.core.is_dummy == (delivery == "share" and node.rank in (1, 3)) for node in group.nodes)
+    assert [node.rank for node in group.nodes if node not in group.readers] == (
+        [1, 3] if delivery == "share" else []
+    )
 
 
 @pytest.mark.failure_mode("ranks-see-different-totals", "fastest-rank-decides")
 @pytest.mark.parametrize("delivery", ["share", "replicate"])
-def test_a_turn_in_between_agrees_on_what_has_landed(delivery: Delivery) -> None:
+def test_a_step_in_between_agrees_on_what_has_landed(delivery: Delivery) -> None:
     """1024 tokens have landed on all readers when another room causes an agreement step: all four get 2000 and 1024."""
     world = World(limits=ONE_ROUND)
     world.add_sender()
@@ -95,8 +99,8 @@ def test_a_turn_in_between_agrees_on_what_has_landed(delivery: Delivery) -> None
     world.run(for_s=0.1)
     other = world.request(8, 500)
     world.run(for_s=0.1)
-    known = [node.core.rooms[transfer.key] for node in group.nodes]
-    assert [(room.total_tokens, room.landed_tokens) for room in known] == [(2000, 1024)] * 4
+    agreed = {(room.total_tokens, room.landed_tokens) for room in group.agreed[-1].rooms}
+    assert (2000, 1024) in agreed
     world.settle()
     assert transfer.is_done
     assert other.is_done
@@ -196,7 +200,7 @@ def test_one_place_and_ten_rooms() -> None:
     """Ten rooms are ready and there is memory for one assembly: all ranks give it to the same room."""
     world = World()
     world.add_sender()
-    group = world.add_group(size=3, assembly_bytes=1000 * TOKEN_BYTES, turn_s=(0.0005, 0.2))
+    group = world.add_group(size=3, assembly_bytes=1000 * TOKEN_BYTES, step_s=(0.0005, 0.2))
     transfers = [world.request(room, 1000 - room) for room in range(1, 11)]
     held: set[frozenset[RoomKey]] = set()
     while not all(transfer.is_done for transfer in transfers):
@@ -212,13 +216,13 @@ def test_a_room_that_only_rank_0_knows() -> None:
     """A room opened while an agreement step runs is not part of that step, on any rank."""
     world = World()
     world.add_sender()
-    group = world.add_group(size=2, turn_s=(0.5, 0.5))
+    group = world.add_group(size=2, step_s=(0.5, 0.5))
     world.request(1, 100)
     world.request(2, 100, open_after_s=0.75)
     world.run(for_s=0.9)
     assert [len(node.core.rooms) for node in group.nodes] == [2, 0]
     world.settle()
-    told = [[len(facts.rooms) for facts in turn.said.values()] for turn in group.turns]
+    told = [[len(facts.rooms) for facts in step.contributed.values()] for step in group.steps]
     assert told[:2] == [[1, 1], [2, 2]]
 
 
@@ -329,7 +333,7 @@ def test_queues_of_different_length() -> None:
     """Messages between ranks take up to two seconds, so the ranks have different rooms most of the time."""
     world = World(limits=Limits(blocks_wait_s=600.0))
     world.add_sender()
-    group = world.add_group(size=4, turn_s=(0.0005, 2.0), assembly_bytes=3000 * TOKEN_BYTES)
+    group = world.add_group(size=4, step_s=(0.0005, 2.0), assembly_bytes=3000 * TOKEN_BYTES)
     transfers = [world.request(room, 100 * room, open_after_s=room / 3) for room in range(1, 21)]
     world.settle()
     assert all(transfer.is_done for transfer in transfers)
@@ -389,7 +393,7 @@ def test_an_abort_while_a_success_is_being_agreed(is_other_late: bool) -> None:
         world.link.rules.append(late_at("language-1/1", Init, 2.0))
     transfer = world.request(1, 1000)
     world.run_until(lambda: any(Poll.SUCCESS in said for said in polls(group)))
-    assert len(group.agreed) < len(group.turns)
+    assert len(group.agreed) < len(group.steps)
     group.abort(transfer.key)
     world.settle()
     assert ends_of(group, transfer) == [Cause.ABORTED if is_other_late else Cause.DONE] * 3
@@ -397,23 +401,23 @@ def test_an_abort_while_a_success_is_being_agreed(is_other_late: bool) -> None:
 
 @pytest.mark.parametrize("rooms", [1, 10, 100])
 def test_collectives(rooms: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of rooms takes one collective a turn, also more than there are slots (16 here), and a room few turns, however many
+    """Any number of rooms takes one collective a step, also more than there are slots (16 here), and a room few steps, however many
     rounds it has."""
-    monkeypatch.setattr(receiver_core, "SLOTS_MAX", 16)
+    monkeypatch.setattr(coordinator, "SLOTS_MAX", 16)
     world = World(limits=ONE_ROUND)
     world.add_sender()
     group = world.add_group(size=2, num_blocks=64, block_size=4, default_allocate_tokens=4)
     transfers = [world.request(room, 40) for room in range(1, rooms + 1)]
     world.settle()
     assert all(transfer.is_done for transfer in transfers)
-    assert group.collectives == len(group.turns)
+    assert group.collectives == len(group.steps)
     assert max(len(agreed.rooms) for agreed in group.agreed) == min(rooms, 16)
     if rooms == 1:
         assert transfers[0].rounds == (4, 36)
         assert group.collectives <= 4  # opened, announced (maybe twice), whole
-    before = len(group.turns)
+    before = len(group.steps)
     world.run(for_s=100.0)
-    assert len(group.turns) == before, "an idle group makes no turn"
+    assert len(group.steps) == before, "an idle group makes no step"
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 10, 50])
@@ -429,8 +433,8 @@ def test_rounds_cost_no_collective(rounds: int) -> None:
 
 
 def test_rooms_beyond_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are 8 slots, and the first 8 rooms wait for their source. Those behind them get their turn all the same."""
-    monkeypatch.setattr(receiver_core, "SLOTS_MAX", 8)
+    """There are 8 slots, and the first 8 rooms wait for their source. The rooms behind them are served all the same."""
+    monkeypatch.setattr(coordinator, "SLOTS_MAX", 8)
     world = World()
     world.add_sender()
     group = world.add_group(size=2)
@@ -439,9 +443,9 @@ def test_rooms_beyond_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     world.run(for_s=10.0)
     assert all(transfer.is_done for transfer in quick)
     assert not any(transfer.is_done for transfer in slow)
-    turns = len(group.turns)
+    steps = len(group.steps)
     world.run(for_s=30.0)
-    assert len(group.turns) == turns, "nobody has news"
+    assert len(group.steps) == steps, "nobody has news"
     world.settle()
     assert all(transfer.is_done for transfer in slow)
 

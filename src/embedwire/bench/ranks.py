@@ -18,7 +18,8 @@ from typing import Any
 from embedwire.bench.payload import Payload
 from embedwire.bench.remote import ANSWER_WAIT_S, Remote
 from embedwire.endpoint import ReceiverEndpoint, Reception
-from embedwire.endpoint.turns import DEFAULT_TIMEOUT_S, Seat
+from embedwire.group import RankConfig
+from embedwire.group.driver import DEFAULT_TIMEOUT_S
 from embedwire.memory.layout import Layout
 from embedwire.protocol.messages import RoomKey
 from embedwire.protocol.topology import RankGroup
@@ -44,12 +45,34 @@ class Rank:
         self.layout = layout
         self.lost: list[str] = []
         with ExitStack() as stack:
-            seat = _seat(place, stack) if place.group.size > 1 else None
-            heard = None if place.rank == 0 else self._heard
-            self.endpoint = stack.enter_context(
-                ReceiverEndpoint(layout, seat=seat, on_room=heard, on_lost=self.lost.append, **settings)
-            )
+            config = self._rank_config(stack) if place.group.size > 1 else None
+            self.endpoint = stack.enter_context(ReceiverEndpoint(layout, place=config, **settings))
             self._stack = stack.pop_all()
+
+    def _rank_config(self, stack: ExitStack) -> RankConfig:
+        import torch
+
+        from embedwire.engines.gloo import GlooCollective
+        from embedwire.engines.transformers.parallel import TensorParallel
+
+        place = self.place
+        torch.set_num_threads(1)
+        joined = TensorParallel(
+            place.rank,
+            size=place.group.size,
+            address=f"file://{place.directory}/store",
+            timeout_s=place.timeout_s,
+        )
+        stack.callback(joined.close)
+        return RankConfig(
+            place.group,
+            place.rank,
+            address=f"ipc://{place.directory}/agreement",
+            collective=GlooCollective(joined.new_gloo_group()),
+            timeout_s=place.timeout_s,
+            on_room=None if place.rank == 0 else self._heard,
+            on_lost=self.lost.append,
+        )
 
     def __enter__(self) -> Rank:
         return self
@@ -110,24 +133,6 @@ class TimedRank(Rank):
         is_right = self._expected.equals(self.reception(room).result().arrays["embeddings"])
         self.forget(room)
         return is_right
-
-
-def _seat(place: Place, stack: ExitStack) -> Seat:
-    import torch
-
-    from embedwire.engines.gloo import GlooCollective
-    from embedwire.engines.transformers.parallel import TensorParallel
-
-    torch.set_num_threads(1)
-    joined = TensorParallel(
-        place.rank,
-        size=place.group.size,
-        address=f"file://{place.directory}/store",
-        timeout_s=place.timeout_s,
-    )
-    stack.callback(joined.close)
-    collective = GlooCollective(joined.new_gloo_group())
-    return Seat(place.group, place.rank, f"ipc://{place.directory}/turns", collective, place.timeout_s)
 
 
 class Ranks:

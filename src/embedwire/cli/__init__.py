@@ -1,4 +1,4 @@
-"""Floor 7: the ``embedwire`` command.
+"""Floor 8: the ``embedwire`` command.
 
 ========== ==============================================================================================
 file       contents

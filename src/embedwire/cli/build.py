@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from embedwire.cli.ranks import Membership
     from embedwire.endpoint import ReceiverEndpoint, SenderEndpoint
-    from embedwire.endpoint.sender_group import FollowingSender
     from embedwire.engines.transformers.encoder import TransformersEncoder
+    from embedwire.group import FollowingSender
     from embedwire.memory.layout import Layout
 
 Built = tuple["FastAPI", dict[str, Any]]
@@ -272,9 +272,7 @@ def receiver_of(
         host=settings.host,
         transports=settings.transports,
         limits=settings.limits,
-        seat=membership.take_seat() if membership else None,
-        on_room=on_room,
-        on_lost=membership.lose if membership else None,
+        place=membership.rank_config(on_room) if membership else None,
     )
 
 

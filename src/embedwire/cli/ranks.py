@@ -31,9 +31,8 @@ from embedwire.cli.settings import Settings, variables
 from embedwire.serve.signals import end_signals
 
 if TYPE_CHECKING:
-    from embedwire.endpoint import SenderEndpoint
-    from embedwire.endpoint.sender_group import FollowingSender, LeadingSender
-    from embedwire.endpoint.turns import Seat
+    from embedwire.endpoint import Reception, SenderEndpoint
+    from embedwire.group import FollowingSender, LeadingSender, RankConfig
 
 READY_S = 600.0
 """Loading a large model takes minutes."""
@@ -189,19 +188,25 @@ class Membership:
             on_broken=lambda error: self.lose(str(error)),
         )
 
-    def take_seat(self) -> Seat:
-        """The part of this rank's receiver in turns. All ranks call this together."""
-        from embedwire.endpoint.turns import Seat
+    def rank_config(self, on_room: Callable[[Reception], None] | None) -> RankConfig:
+        """The place of this rank's receiver. All ranks call this together."""
         from embedwire.engines.gloo import GlooCollective
+        from embedwire.group import RankConfig
 
-        collective = GlooCollective(self.tensor_parallel.new_gloo_group())
-        address = f"ipc://{self._directory}/turns"
-        return Seat(self.group, self.rank, address, collective, self._settings.rank_timeout_s)
+        return RankConfig(
+            self.group,
+            self.rank,
+            address=f"ipc://{self._directory}/agreement",
+            collective=GlooCollective(self.tensor_parallel.new_gloo_group()),
+            timeout_s=self._settings.rank_timeout_s,
+            on_room=on_room,
+            on_lost=self.lose,
+        )
 
     @contextmanager
     def leading(self, endpoint: SenderEndpoint) -> Iterator[LeadingSender]:
         """On rank 0: offers on all ranks. All ranks enter this or :meth:`following` together."""
-        from embedwire.endpoint.sender_group import LeadingSender
+        from embedwire.group import LeadingSender
 
         addresses = self.tensor_parallel.gather(endpoint.address)
         others = [self._rooms_of(rank) for rank in range(1, self.group.size)]
@@ -211,7 +216,7 @@ class Membership:
     @contextmanager
     def following(self, endpoint: SenderEndpoint) -> Iterator[FollowingSender]:
         """On the other ranks: offers what rank 0 offers."""
-        from embedwire.endpoint.sender_group import FollowingSender
+        from embedwire.group import FollowingSender
 
         wait_s = self._settings.memory_wait_s
         with FollowingSender(endpoint, address=self._rooms_of(self.rank), memory_wait_s=wait_s) as sender:

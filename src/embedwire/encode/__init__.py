@@ -1,4 +1,4 @@
-"""Floor 4, encoder side: takes up prompts, reserves their memory, runs the tower in batches, offers the rooms. Knows no model library."""
+"""Floor 5, encoder side: takes up prompts, reserves their memory, runs the tower in batches, offers the rooms. Knows no model library."""
 
 from embedwire.encode.interface import ChatPrompt, EncoderEngine, PreparedPrompt
 from embedwire.encode.service import EncodeService, EncodeStats, TakenUp

@@ -18,8 +18,8 @@ from functools import partial
 
 from embedwire.encode.interface import ChatPrompt, EncoderEngine, PreparedPrompt
 from embedwire.endpoint import Offer, SenderEndpoint, SendReport
-from embedwire.endpoint.sender_group import LeadingSender
 from embedwire.errors import OverloadedError
+from embedwire.group import LeadingSender
 from embedwire.limits import AUX_POSITION_DELTA, AUX_WORDS
 from embedwire.protocol.messages import RoomKey
 

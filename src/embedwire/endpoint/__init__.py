@@ -5,9 +5,7 @@ sender.py    SenderEndpoint     offer.py      one room on its way out
 receiver.py  ReceiverEndpoint   reception.py  one room on its way in
 landing.py   the pool, the wires into it, the way out of it        watch.py  looking for what has landed
 writer.py    one thread a receiver, which moves the bytes
-member.py    a receiver's part in a group of ranks                 turns.py  the group's turns, a thread of their own
-turn_messages.py  what ranks say in them
-sender_group.py  the senders of several encoder ranks
+member.py    what a receiver leaves to its group of ranks
 stats.py     snapshots and reports
 """
 

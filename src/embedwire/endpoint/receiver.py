@@ -19,10 +19,9 @@ import zmq
 from embedwire.endpoint.event_loop import EventLoop
 from embedwire.endpoint.identity import check_key, chosen, identity_of
 from embedwire.endpoint.landing import Landing
-from embedwire.endpoint.member import GroupMember, Host, OnLost, OnRoom
+from embedwire.endpoint.member import Member, RankPlace, ReceiverParts
 from embedwire.endpoint.reception import MakeAssembly, Reception, Receptions
 from embedwire.endpoint.stats import ReceiverStats
-from embedwire.endpoint.turns import Seat
 from embedwire.endpoint.watch import Watch
 from embedwire.errors import (
     ConfigurationError,
@@ -58,6 +57,7 @@ from embedwire.protocol.actions import (
     Revoke,
     Send,
 )
+from embedwire.protocol.coordinator import Decision
 from embedwire.protocol.messages import Cause, RoomKey
 from embedwire.protocol.receiver_core import ReceiverCore
 from embedwire.protocol.topology import ALONE
@@ -76,9 +76,8 @@ class ReceiverEndpoint:
     ``assembly_bytes`` bounds what rooms being received, or received and still held, take together; ``transports`` are the wires it
     offers, best first. Raises ConfigurationError or TransportError when it can not be set up as told.
 
-    ``seat`` makes it one rank of a group: rooms are opened on rank 0, ``on_room`` is called for each on the other ranks, with its
-    reception; all ranks get a room together, or none does. When a rank is lost, all rooms end with cause ``rank_lost``, and ``on_lost`` is
-    called with the reason. Both are called on the driver's thread and must not block.
+    ``place`` (``group.RankConfig``) makes it one rank of a group: rooms are opened on rank 0, and all ranks get a room together, or none
+    does.
     """
 
     def __init__(
@@ -92,9 +91,7 @@ class ReceiverEndpoint:
         host: str = "127.0.0.1",
         transports: Sequence[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
-        seat: Seat | None = None,
-        on_room: OnRoom | None = None,
-        on_lost: OnLost | None = None,
+        place: RankPlace | None = None,
     ) -> None:
         if not 1 <= default_allocate_tokens <= TOKENS_MAX:
             raise ConfigurationError(
@@ -107,7 +104,31 @@ class ReceiverEndpoint:
             layout, num_blocks=num_blocks, block_size=block_size, transports=chosen(transports), host=host
         )
         self._incarnation = secrets.randbelow(2**62 - 1) + 1
-        self._group = seat.group if seat is not None else ALONE
+        self.loop = EventLoop(
+            "embedwire-receiver",
+            on_frames=self._on_frames,
+            on_time=self._on_time,
+            next_due=self._next_due,
+        )
+        """The driver's thread, on which an owner may run tasks of its own."""
+        self._group = place.group if place is not None else ALONE
+        self._receptions = Receptions(
+            layout,
+            readers=len(self._group.readers),
+            on_cancel=self._cancel,
+            on_released=self._released,
+            on_left=self._left,
+        )
+        parts = ReceiverParts(
+            layout=layout,
+            loop=self.loop,
+            budget=self._budget,
+            receptions=self._receptions,
+            open_now=self._open_now,
+            decide=self._decide,
+            end_all=self._end_all,
+        )
+        self._member = place.join(parts) if place is not None else Member(parts)
         self._core = ReceiverCore(
             incarnation=self._incarnation,
             offered=self._landing.offered(),
@@ -117,21 +138,8 @@ class ReceiverEndpoint:
             default_allocate_tokens=default_allocate_tokens,
             limits=limits,
             group=self._group,
-            rank=seat.rank if seat is not None else 0,
-        )
-        self.loop = EventLoop(
-            "embedwire-receiver",
-            on_frames=self._on_frames,
-            on_time=self._on_time,
-            next_due=self._next_due,
-        )
-        """The driver's thread, on which an owner may run tasks of its own."""
-        self._receptions = Receptions(
-            layout,
-            readers=len(self._group.readers),
-            on_cancel=self._cancel,
-            on_released=self._released,
-            on_left=self._left,
+            rank=place.rank if place is not None else 0,
+            coordinator=self._member.coordinator,
         )
         self._sockets: dict[Address, zmq.Socket[bytes]] = {}
         self._subscriptions: dict[Address, OnKept] = {}
@@ -139,21 +147,11 @@ class ReceiverEndpoint:
         self._pending: deque[ReceiverAction] = deque()
         self._rounds_total = self._bytes_total = self._frames_refused = 0
         self._proof_at = 0.0
-        self._member: GroupMember | None = None
         self._watch = Watch()
         self._is_ending = False
         self.loop.start()
-        if seat is not None and seat.group.size > 1:
-            self._join(seat, on_room, on_lost)
-
-    def _join(self, seat: Seat, on_room: OnRoom | None, on_lost: OnLost | None) -> None:
         try:
-            host = Host(
-                self.layout, self.loop, self._open_now, self._carry_out, lambda: self._memory_free_bytes
-            )
-            self._member = GroupMember(
-                host, self._core, self._receptions, seat, on_room=on_room, on_lost=on_lost
-            )
+            self._member.start()
         except BaseException:
             self.close()
             raise
@@ -202,23 +200,18 @@ class ReceiverEndpoint:
     def _open(
         self, key: RoomKey, addresses: tuple[Address, ...], item: bytes, make_assembly: MakeAssembly | None
     ) -> Reception:
-        member = self._member
         if self._is_ending:
             raise UsageError("the receiver is closed")
-        if member is not None:
-            member.check()
+        self._member.check_open()
         if key in self._receptions:
             raise UsageError(f"room {key.room} attempt {key.attempt} is open already")
         self._core.check_open(key, senders=len(addresses))
         self._connect_all(key, addresses)
         reception = self._receptions.expect(key, make_assembly)
-        if member is not None:
-            member.ask(key, addresses)
-        else:
-            self._open_now(key, addresses, item=item)
+        self._member.open(key, addresses, item)
         return reception
 
-    def _open_now(self, key: RoomKey, addresses: Sequence[Address], *, item: bytes = b"") -> None:
+    def _open_now(self, key: RoomKey, addresses: Sequence[Address], item: bytes) -> None:
         """Open a room on this rank. What is wrong with it fails the room. On the driver's thread."""
         now = time.monotonic()
         try:
@@ -235,7 +228,7 @@ class ReceiverEndpoint:
 
     def _cancel(self, key: RoomKey, detail: str) -> None:
         def cancel() -> None:
-            if self._member is not None and self._member.withdraw(key):
+            if self._member.withdraw(key):
                 self._receptions.give_up(key, Cause.ABORTED, detail)
             else:
                 self._carry_out(self._core.abort(key, Cause.ABORTED, detail, now=time.monotonic()))
@@ -267,7 +260,7 @@ class ReceiverEndpoint:
             memory_reserved_bytes=self._budget.used_bytes,
             memory_limit_bytes=self._budget.limit_bytes,
             frames_refused_total=self._frames_refused,
-            turns_total=self._member.turns_total if self._member is not None else 0,
+            turns_total=self._member.steps_total,
         )
 
     def close(self) -> None:
@@ -276,13 +269,12 @@ class ReceiverEndpoint:
         self.loop.close(self._shut_down)
 
     def _shut_down(self) -> None:
-        if self._member is not None:
-            self._member.close()
-        self.loop.post(self._end_all)
+        self._member.close()
+        self.loop.post(self._close_core)
         self.loop.stop()
         self._landing.close()
 
-    def _end_all(self) -> None:
+    def _close_core(self) -> None:
         self._is_ending = True
         self._carry_out(self._core.close(now=time.monotonic()))
 
@@ -370,8 +362,13 @@ class ReceiverEndpoint:
         self._pending.extend(actions)
         while self._pending:
             self._do(self._pending.popleft())
-        if self._member is not None:
-            self._member.look()
+        self._member.on_actions()
+
+    def _decide(self, decisions: Sequence[Decision]) -> None:
+        self._carry_out(self._core.on_decided(decisions, now=time.monotonic()))
+
+    def _end_all(self, cause: Cause, detail: str) -> None:
+        self._carry_out(self._core.end_all(cause, detail, now=time.monotonic()))
 
     def _do(self, action: ReceiverAction) -> None:
         match action:
@@ -401,10 +398,9 @@ class ReceiverEndpoint:
                     )
                     raise
             case Finished():
-                self._finish(action)
+                self._member.finish(action)
             case Failed(key, cause, detail):
-                if self._member is not None:
-                    self._member.fail(key)
+                self._member.fail(key)
                 self._receptions.give_up(key, cause, detail)
             case Heard(address, content_hash, tokens):
                 self._subscriptions[address](address, content_hash, tokens)
@@ -421,12 +417,11 @@ class ReceiverEndpoint:
             logger.debug("! not sent to %s: %s", address, error)
 
     def _assemble(self, order: Assemble) -> None:
-        key, member = order.key, self._member
+        key = order.key
         if key not in self._receptions:
             return
-        shared = member is not None and member.shares
-        make_assembly = partial(member.assemble, key, order.aux) if member is not None and shared else None
         try:
+            make_assembly = self._member.assembly_of(order)
             self._receptions.assemble(key, order.total_tokens, make_assembly=make_assembly)
         except Exception as error:
             detail = f"no assembly: {type(error).__name__}: {error}"
@@ -446,10 +441,6 @@ class ReceiverEndpoint:
         self._pending.extendleft(reversed(actions))  # a grant goes out before the next drain: both sides work
         self._watch.begin(drain.key)
 
-    def _finish(self, finished: Finished) -> None:
-        if self._member is None or not self._member.finish(finished):
-            self._receptions.deliver(finished)
-
     def _released(self, reservation: int) -> None:
         """The arrays of a room are no longer needed. Any thread."""
         self.loop.post(partial(self._let_go, reservation))
@@ -458,16 +449,10 @@ class ReceiverEndpoint:
         """The last array of a room is collected. Any thread."""
 
         def left() -> None:
-            if self._member is not None:
-                self._member.left(key)
+            self._member.left(key)
             self._let_go(reservation)
 
         self.loop.post(left)
 
     def _let_go(self, reservation: int) -> None:
         self._carry_out(self._core.on_assembly_released(reservation, now=time.monotonic()))
-
-    @property
-    def _memory_free_bytes(self) -> int:
-        """Of assemblies. On the driver's thread."""
-        return self._budget.limit_bytes - self._budget.used_bytes

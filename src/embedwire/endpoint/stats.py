@@ -39,7 +39,7 @@ class ReceiverStats:
     memory_limit_bytes: int
     frames_refused_total: int
     turns_total: int = 0
-    """Turns of this rank's group, each with at most one collective."""
+    """Agreement steps of this rank's group, each with at most one collective."""
 
 
 @dataclass(frozen=True, slots=True)

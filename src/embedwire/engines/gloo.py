@@ -1,6 +1,6 @@
 """The collective that ranks agree by, over torch.distributed. Gloo always, whatever the device: the numbers are few and live on the host.
 
-Used by the thread of ``endpoint.turns`` alone, over a process group that nothing else uses, so that no order between threads can matter.
+Used by the thread of ``group.driver`` alone, over a process group that nothing else uses, so that no order between threads can matter.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import distributed
 
 
 class GlooCollective:
-    """An ``endpoint.turns.Collective`` over one Gloo group of all ranks. The group is its maker's to destroy.
+    """A ``group.Collective`` over one Gloo group of all ranks. The group is its maker's to destroy.
 
-    All tell all, and each finds the minimum by itself: one step, where Gloo's reduction takes two for each further rank, one after the
-    other. For so few numbers the steps are what takes time.
+    All ranks send to all, and each computes the minimum itself: one exchange, where Gloo's reduction takes two for each further rank, one
+    after the other. For so few numbers the exchanges are what takes time.
     """
 
     def __init__(self, group: Any) -> None:

@@ -1,4 +1,4 @@
-"""Floor 4, language side: asks for rooms, assembles prompts from what arrived, hands them to the engine. Knows no model library."""
+"""Floor 5, language side: asks for rooms, assembles prompts from what arrived, hands them to the engine. Knows no model library."""
 
 from embedwire.language.interface import (
     AssembledPrompt,

@@ -8,6 +8,7 @@ tried, and every failure replayed from its seed.
     sender.py         one lane on the sending side            sender_core.py    all rooms and sessions of a sender
     receiver.py       one lane on the receiving side          receiver_lanes.py all lanes and sessions of a receiver
                                                               receiver_core.py  all its rooms
+    coordinator.py    when a receiver's room begins and how it ends: the interface, and the one of a receiver that is alone
     handshake.py      how a session begins, and why it does not
     tombstones.py     how ended rooms ended, to answer a late message
     admission.py      who gets assembly memory and blocks, in which order

@@ -1,14 +1,15 @@
-"""Who gets blocks, in which order. Pure bookkeeping over first-in, first-out queues.
+"""Which room gets assembly memory next, and which gets blocks. Pure bookkeeping over first-in, first-out queues.
 
 The order in which a room takes things is what keeps any number of rooms from waiting for each other in a ring: the encoder's memory first,
-then the whole assembly (``receiver_core``; a room without one is not here), then blocks. A room in the block queue holds no block, and one
-that was granted blocks can always drain, since its assembly is there. So a pool of one block moves any number of rooms of any length.
+then the whole assembly (``AssemblyQueue``), then blocks (``Admission``; a room without an assembly is not there). A room in the block
+queue holds no block, and one that was granted blocks can always drain, since its assembly is there. So a pool of one block moves any
+number of rooms of any length.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +32,55 @@ class Blocks(Protocol):
     def free(self, indices: Sequence[int]) -> None: ...
     def quarantine(self, indices: Sequence[int], *, peer: int) -> None: ...
     def release_quarantine(self, indices: Sequence[int]) -> None: ...
+
+
+class Memory(Protocol):
+    """The budget that assemblies are reserved from (``memory.budget``), in bytes."""
+
+    @property
+    def limit_bytes(self) -> int: ...
+    @property
+    def used_bytes(self) -> int: ...
+    def can_ever(self, nbytes: int) -> bool: ...
+    def try_reserve(self, key: Hashable, nbytes: int) -> bool: ...
+    def release(self, key: Hashable) -> bool: ...
+
+
+class AssemblyQueue:
+    """Rooms that wait for assembly memory of ``token_bytes`` per token, first come, first served."""
+
+    def __init__(self, token_bytes: int) -> None:
+        self._token_bytes = token_bytes
+        self._tokens: dict[RoomKey, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __iter__(self) -> Iterator[RoomKey]:
+        return iter(self._tokens)
+
+    def join(self, key: RoomKey, total_tokens: int) -> None:
+        """Queue a room. Harmless when it is queued already."""
+        self._tokens.setdefault(key, total_tokens)
+
+    def leave(self, key: RoomKey) -> None:
+        """The room no longer waits. Harmless when it is not queued."""
+        self._tokens.pop(key, None)
+
+    def admit(self, free_bytes: int) -> list[tuple[RoomKey, int]]:
+        """Remove the rooms whose whole assemblies fit, one after another, into ``free_bytes``; return each with its tokens."""
+        admitted = []
+        for key, tokens in list(self._tokens.items()):
+            free_bytes -= tokens * self._token_bytes
+            if free_bytes < 0:
+                break
+            del self._tokens[key]
+            admitted.append((key, tokens))
+        return admitted
+
+    def clear(self) -> None:
+        """Remove every room."""
+        self._tokens.clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """All lanes and sessions of one receiving rank. It drives: what it waits for it asks for again, until it has it or gives up.
 
 A lane is what one sender sends to this rank of one room; here it is a room of its own, and is called one. Which lanes make up a room,
-and when it may begin, ``receiver_core`` knows, which alone calls this. Every public method returns the actions that follow.
+and what follows for it, is the part of ``receiver_core``, the only caller. Every public method returns the actions that follow.
 """
 
 from __future__ import annotations

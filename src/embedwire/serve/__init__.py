@@ -1,4 +1,4 @@
-"""Floor 6: HTTP. Knows requests, workers and OpenAI's words; knows no transport and no model.
+"""Floor 7: HTTP. Knows requests, workers and OpenAI's words; knows no transport and no model.
 
 The servers        front.py is a router's public API: router_app.py and vllm/app.py; encoder_app.py, language_app.py,
                    registry_app.py; run.py runs one

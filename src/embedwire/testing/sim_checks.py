@@ -134,7 +134,7 @@ def _left_at_receiver(node: ReceiverNode) -> Iterator[str]:
         "rooms": [*core.rooms, *core.lanes.transfers],
         "sessions": list(core.lanes.sessions),
         "quarantine": list(core.admission.quarantined),
-        "queues": [*core.for_assembly, *admission.for_blocks, *admission.for_more],
+        "queues": [*core.coordinator.queue, *admission.for_blocks, *admission.for_more],
         "held": +admission.held,
         "bytes": node.budget.used_bytes,
         "assemblies": list(node.assemblies),

@@ -153,13 +153,13 @@ class RandomWorld:
             return self.world.add_receiver(address, **setup)
         delivery: Delivery = rng.choice(("replicate", "share"))
         hosts = sorted(rng.choice("ab") for _ in range(size))
-        turn_s = (0.0001, rng.choice((0.001, 0.05, 1.0)))
+        step_s = (0.0001, rng.choice((0.001, 0.05, 1.0)))
         return self.world.add_group(
             address,
             size,
             delivery=delivery,
             hosts=hosts,
-            turn_s=turn_s,
+            step_s=step_s,
             agreement_timeout_s=rng.choice((5.0, 10.0)),
             **setup,
         )

@@ -1,4 +1,4 @@
-"""Receiving ranks without wires and time: what senders say and when a turn goes on is said by hand, one event after another. One thread.
+"""Receiving ranks without wires and time: a test makes each event by hand, messages of senders and agreement steps. One thread.
 
 For tests that want every order of events. A drain is carried out at once; a grant is answered when the test says that it has landed.
 """
@@ -9,11 +9,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from embedwire.errors import OverloadedError, UsageError
+from embedwire.group.agreement import Facts, agree, pack, unpack
+from embedwire.group.coordinator import GroupCoordinator
 from embedwire.limits import AUX_WORDS, PROTOCOL_VERSION, Limits
 from embedwire.memory.allocator import BlockAllocator
 from embedwire.memory.budget import Budget
 from embedwire.protocol.actions import Drain, Failed, Finished, ReceiverAction
-from embedwire.protocol.agreement import Facts, agree, pack, unpack
+from embedwire.protocol.coordinator import Coordinator, LocalCoordinator
 from embedwire.protocol.handshake import Offered
 from embedwire.protocol.messages import Announce, Cause, Ended, RoomKey, Status, Welcome
 from embedwire.protocol.receiver_core import ReceiverCore
@@ -43,8 +46,10 @@ class Ranks:
         self.ends: list[list[End]] = [[] for _ in group.hosts]
         self.finished: list[list[Finished]] = [[] for _ in group.hosts]
         self.orders: list[list[ReceiverAction]] = [[] for _ in group.hosts]
-        self.said: dict[int, Facts] = {}
+        self.contributed: dict[int, Facts] = {}
         self.agreed: dict[int, Facts] = {}
+        self.last_agreed: Facts | None = None
+        self.coordinators: dict[int, GroupCoordinator] = {}
         self.cores = [
             ReceiverCore(
                 incarnation=100 + rank,
@@ -56,16 +61,30 @@ class Ranks:
                 limits=limits or Limits(window_rounds=1),
                 group=group,
                 rank=rank,
+                coordinator=self._coordinator(rank),
             )
             for rank in range(group.size)
         ]
 
+    def _coordinator(self, rank: int) -> Coordinator:
+        if self.group.size == 1:
+            return LocalCoordinator(self.budgets[rank], token_bytes=1)
+        self.coordinators[rank] = GroupCoordinator(
+            self.budgets[rank], token_bytes=1, is_dummy=self.group.is_dummy(rank)
+        )
+        return self.coordinators[rank]
+
     # ------------------------------------------------------------------ what happens on one rank
 
     def open(self, room: int, rank: int) -> None:
-        """A rank hears of a room; its senders welcome it."""
-        core = self.cores[rank]
-        self.do(rank, core.open(RoomKey(room), self.addresses, now=0.0))
+        """A rank opens a room, which no rank but the first can refuse; its senders welcome it."""
+        core, key = self.cores[rank], RoomKey(room)
+        try:
+            self.do(rank, core.open(key, self.addresses, now=0.0))
+        except (OverloadedError, UsageError) as error:
+            if rank == 0:
+                raise
+            self.do(rank, core.open_failed(key, str(error), now=0.0))
         for address, session in core.lanes.sessions.items():
             if session.wire is None:
                 welcome = Welcome(
@@ -106,6 +125,27 @@ class Ranks:
             number, sent = len(lane.round_sizes) - 1, lane.granted_tokens
             self.hear(rank, key, Status, poll=Poll.TRANSFERRING, round=number, sent_tokens=sent)
 
+    def ready(self, *rooms: int, total: int = 200) -> None:
+        """Rooms are opened and announced on every rank."""
+        for room in rooms:
+            for rank in range(self.group.size):
+                self.open(room, rank)
+                for lane in self.lanes_of(rank, room):
+                    self.announce(rank, lane, total)
+
+    def land_all(self, room: int) -> None:
+        """All of a room lands on every rank."""
+        for rank, core in enumerate(self.cores):
+            while lanes := [
+                key for key in self.lanes_of(rank, room) if core.lanes.transfers[key].open_rounds
+            ]:
+                for key in lanes:
+                    self.land(rank, key)
+
+    def causes(self) -> list[list[tuple[int, Cause]]]:
+        """How rooms ended, rank by rank, in order."""
+        return [[(room, cause) for room, cause, _ in ends] for ends in self.ends]
+
     def end(self, rank: int, key: RoomKey, cause: Cause) -> None:
         """The sender ends a lane."""
         self.hear(rank, key, Ended, cause=cause, detail="by its sender")
@@ -135,32 +175,38 @@ class Ranks:
             elif isinstance(action, Failed):
                 self.ends[rank].append((action.key.room, action.cause, action.detail))
 
-    # ------------------------------------------------------------------ turns
+    # ------------------------------------------------------------------ agreement steps
 
-    def say(self, rank: int) -> None:
-        """A rank says its facts; when all have, all are agreed on, and wait for each rank to conclude."""
-        self.said[rank] = self.cores[rank].facts()
-        if len(self.said) == self.group.size:
-            facts = unpack(agree(map(pack, self.said.values())))
+    def contribute(self, rank: int) -> None:
+        """A rank contributes its facts; when all have, they are agreed, and wait for each rank to conclude."""
+        self.contributed[rank] = self.coordinators[rank].facts()
+        if len(self.contributed) == self.group.size:
+            facts = self.last_agreed = unpack(agree(map(pack, self.contributed.values())))
             self.agreed = dict.fromkeys(range(self.group.size), facts)
-            self.said = {}
+            self.contributed = {}
 
     def conclude(self, rank: int) -> None:
-        """A rank hears what is agreed."""
-        self.do(rank, self.cores[rank].on_agreed(self.agreed.pop(rank), now=0.0))
+        """A rank gets what is agreed."""
+        decisions = self.coordinators[rank].on_agreed(self.agreed.pop(rank))
+        self.do(rank, self.cores[rank].on_decided(decisions, now=0.0))
 
-    def turn(self) -> None:
-        """A whole turn."""
+    def step(self) -> None:
+        """A whole step."""
         for rank in range(self.group.size):
-            self.say(rank)
+            self.contribute(rank)
         for rank in range(self.group.size):
             self.conclude(rank)
 
-    def turns(self) -> int:
-        """As many as anybody wants; returns how many that were."""
+    @property
+    def has_news(self) -> bool:
+        """Whether any rank needs a step."""
+        return any(coordinator.has_news() for coordinator in self.coordinators.values())
+
+    def steps(self) -> int:
+        """As many as the ranks need; returns how many that were."""
         count = 0
-        while any(core.wants_turn() for core in self.cores):
-            self.turn()
+        while self.has_news:
+            self.step()
             count += 1
             assert count < 1000, "the ranks never come to rest"
         return count

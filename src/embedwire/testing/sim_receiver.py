@@ -27,6 +27,7 @@ from embedwire.protocol.actions import (
     Revoke,
     Send,
 )
+from embedwire.protocol.coordinator import Coordinator, LocalCoordinator
 from embedwire.protocol.handshake import Offered
 from embedwire.protocol.messages import Cause, Grant, Message, RoomKey, decode_for_receiver
 from embedwire.protocol.receiver_core import ReceiverCore
@@ -103,6 +104,7 @@ class ReceiverNode:
             limits=setup.limits,
             group=self.group,
             rank=self.rank,
+            coordinator=self._coordinator(),
         )
         self.assemblies: dict[RoomKey, Cells] = {}
         self.grants: defaultdict[RoomKey, list[Grant]] = defaultdict(list)
@@ -113,6 +115,9 @@ class ReceiverNode:
         self._is_busy = False
         for sender in sorted(self.subscriptions):
             self._subscribe(sender)
+
+    def _coordinator(self) -> Coordinator:
+        return LocalCoordinator(self.budget, token_bytes=TOKEN_BYTES)
 
     def target(self, is_cut: Callable[[], bool]) -> Target:
         """The memory that a sender may write to."""
@@ -240,7 +245,7 @@ class ReceiverNode:
             )
 
     def _finish(self, key: RoomKey, finished: Finished) -> None:
-        if self.core.is_dummy:
+        if self.group.is_dummy(self.rank):
             self._end(key, finished)
             return
         held = self.assemblies[key]

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from embedwire.errors import OverloadedError
 from embedwire.limits import Limits
 from embedwire.protocol.actions import Heard, Peer
 from embedwire.protocol.messages import Message, RoomKey
-from embedwire.protocol.topology import ALONE, Delivery, RankGroup
+from embedwire.protocol.topology import Delivery, RankGroup
 from embedwire.testing.sim_checks import Checks, check_rest
-from embedwire.testing.sim_group import EncoderGroup, Group
+from embedwire.testing.sim_group import EncoderGroup, Group, RankNode
 from embedwire.testing.sim_link import Link, Weather
 from embedwire.testing.sim_receiver import ReceiverNode, ReceiverSetup
 from embedwire.testing.sim_sender import SenderNode, SenderSetup
@@ -85,7 +86,7 @@ class World:
         delivery: Delivery = "replicate",
         hosts: Sequence[str] = (),
         agreement_timeout_s: float = 10.0,
-        turn_s: tuple[float, float] = (0.0005, 0.005),
+        step_s: tuple[float, float] = (0.0005, 0.005),
         **setup: object,
     ) -> Group:
         """A language server of several ranks, all on one host unless told; ``setup`` are fields of each one's ReceiverSetup."""
@@ -95,31 +96,35 @@ class World:
             ranks,
             timeline=self.timeline,
             agreement_timeout_s=agreement_timeout_s,
-            turn_s=turn_s,
+            step_s=step_s,
         )
         for rank in range(ranks.size):
-            group.nodes.append(self.add_receiver(f"{address}/{rank}", group=group, rank=rank, **setup))
+            node = RankNode(
+                f"{address}/{rank}", group=ranks, rank=rank, on_end=group.on_end, **self._of_receiver(setup)
+            )
+            group.nodes.append(node)
+            self._add(node)
         return group
 
-    def add_receiver(
-        self, address: str = "language-1", *, group: Group | None = None, rank: int = 0, **setup: object
-    ) -> ReceiverNode:
-        """A language server, or one rank of it; ``setup`` are fields of ReceiverSetup."""
-        node = ReceiverNode(
-            address,
-            replace(ReceiverSetup(self.limits), **setup),  # type: ignore[arg-type]
-            timeline=self.timeline,
-            say=self._to_sender,
-            is_gone=self._is_gone,
-            group=group.ranks if group is not None else ALONE,
-            rank=rank,
-            on_end=group.on_end if group is not None else None,
-            on_heard=self._on_heard,
-        )
-        self.receivers[address] = node
+    def add_receiver(self, address: str = "language-1", **setup: object) -> ReceiverNode:
+        """A language server of one rank; ``setup`` are fields of ReceiverSetup."""
+        node = ReceiverNode(address, **self._of_receiver(setup))
+        self._add(node)
+        return node
+
+    def _of_receiver(self, setup: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "setup": replace(ReceiverSetup(self.limits), **setup),
+            "timeline": self.timeline,
+            "say": self._to_sender,
+            "is_gone": self._is_gone,
+            "on_heard": self._on_heard,
+        }
+
+    def _add(self, node: ReceiverNode) -> None:
+        self.receivers[node.address] = node
         self._life_of[self._new_life()] = node
         node.start(self._lives)
-        return node
 
     @property
     def nodes(self) -> list[SenderNode | ReceiverNode]:

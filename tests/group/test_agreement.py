@@ -1,4 +1,4 @@
-"""Agreement: what ranks say, as numbers, and what the minimum makes of it."""
+"""Agreement: the facts of ranks, as numbers, and the minimum over them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedwire.group.agreement import NEUTRAL, NO_LIMIT, WIDTH, DisagreementError, Facts, agree, pack, unpack
 from embedwire.limits import SLOTS_MAX, TOKENS_MAX
-from embedwire.protocol.agreement import (
-    NEUTRAL,
-    NO_LIMIT,
-    WIDTH,
-    DisagreementError,
-    Facts,
-    RoomFacts,
-    agree,
-    pack,
-    unpack,
-)
+from embedwire.protocol.coordinator import RoomFacts
 from embedwire.protocol.messages import Cause
 from embedwire.protocol.states import Poll
 
@@ -37,7 +28,7 @@ ROOM = st.builds(
 )
 FACTS = st.builds(
     Facts,
-    turn=st.integers(1, 2**40),
+    step=st.integers(1, 2**40),
     free_bytes=st.integers(0, NO_LIMIT),
     rooms=st.lists(ROOM, max_size=20).map(tuple),
 )
@@ -61,7 +52,7 @@ def test_there_and_back(facts: Facts) -> None:
 @given(FACTS)
 def test_a_dummy_changes_nothing(facts: Facts) -> None:
     """The facts of a dummy rank are the neutral element of the reduction."""
-    dummy = Facts(facts.turn, NO_LIMIT, (NEUTRAL,) * len(facts.rooms))
+    dummy = Facts(facts.step, NO_LIMIT, (NEUTRAL,) * len(facts.rooms))
     assert agreed(facts, dummy) == agreed(dummy, facts) == facts
 
 
@@ -98,12 +89,12 @@ def test_who_is_elsewhere_is_found_out(other: Facts) -> None:
     """Ranks at different steps or with different rooms get an error, and no rank acts on the result."""
     facts = Facts(7, 1, (NEUTRAL,))
     for said in ([facts, other], [other, facts], [facts, facts, other]):
-        with pytest.raises(DisagreementError, match=r"turns 7 to [78], with [012] to [12] rooms"):
+        with pytest.raises(DisagreementError, match=r"steps 7 to [78], with [012] to [12] rooms"):
             agreed(*said)
 
 
 @pytest.mark.failure_mode("ranks-admit-different-rooms")
-def test_a_full_turn() -> None:
+def test_a_full_step() -> None:
     """As many rooms as there are slots."""
     facts = Facts(1, 0, (replace(NEUTRAL, total_tokens=5),) * SLOTS_MAX)
     assert unpack(pack(facts)) == facts

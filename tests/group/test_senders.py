@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from embedwire import Field, Layout, ReceiverEndpoint, SenderEndpoint
-from embedwire.endpoint.sender_group import FollowingSender, LeadingSender
 from embedwire.errors import TransferError
+from embedwire.group import FollowingSender, LeadingSender
 
 LAYOUT = Layout("ITEM", (Field("embeddings", "float32", (4,)),))
 WAIT_S = 20

@@ -1,4 +1,4 @@
-"""Groups of ranks at the endpoint, in one process: turns, lanes, shared assemblies, and what becomes of them when a rank is lost."""
+"""Receivers that are ranks of a group, in one process: agreement steps, lanes, shared assemblies, and the loss of a rank."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import zmq
 
-from embedwire.endpoint import ReceiverEndpoint, Reception, SenderEndpoint, member
-from embedwire.endpoint.turns import MISSED_MAX, Beats, Seat
+from embedwire.endpoint import ReceiverEndpoint, Reception, SenderEndpoint
 from embedwire.errors import TransferError, TransportError, UsageError
-from embedwire.protocol.agreement import WIDTH, agree
+from embedwire.group import RankConfig, member
+from embedwire.group.agreement import WIDTH, agree
+from embedwire.group.driver import MISSED_MAX, Heartbeat
 from embedwire.protocol.topology import RankGroup
 from embedwire.testing.payload import payload
 
@@ -58,9 +59,16 @@ class Group:
         self._lock = threading.Lock()
         self.ranks: list[ReceiverEndpoint] = []
         for rank in range(group.size):
-            seat = Seat(group, rank, f"ipc://{directory}/turns", self.meeting, timeout_s=TIMEOUT_S)
-            heard = None if rank == 0 else self._hear(rank)
-            self.ranks.append(stage.receiver(seat=seat, on_room=heard, on_lost=self.lost.append, **settings))
+            config = RankConfig(
+                group,
+                rank,
+                address=f"ipc://{directory}/agreement",
+                collective=self.meeting,
+                timeout_s=TIMEOUT_S,
+                on_room=None if rank == 0 else self._hear(rank),
+                on_lost=self.lost.append,
+            )
+            self.ranks.append(stage.receiver(place=config, **settings))
         self.senders: list[SenderEndpoint] = [
             stage.sender(rank=rank, ranks=senders) for rank in range(senders)
         ]
@@ -73,18 +81,18 @@ class Group:
             return self.receptions.setdefault((room, rank), Future())
 
     def rest(self) -> None:
-        """Wait until no rank holds anything, and no turn is under way or asked for."""
+        """Wait until no rank holds anything, and no step is under way or requested."""
         self.receptions.clear()
         self.stage.wait_idle()
-        self.wait_between_turns()
+        self.wait_between_steps()
 
-    def wait_between_turns(self) -> None:
+    def wait_between_steps(self) -> None:
         members = [rank._member for rank in self.ranks]
 
         def is_quiet() -> bool:
-            before = {turn for member in members for turn in (member.turn, member.turns_total)}
+            before = {step for member in members for step in (member.step, member.steps_total)}
             threading.Event().wait(0.1)  # for what is on its way between the ranks
-            return len(before) == 1 and before == {member.turns_total for member in members}
+            return len(before) == 1 and before == {member.steps_total for member in members}
 
         self.stage.until(is_quiet)
 
@@ -114,7 +122,7 @@ def make_group(stage: Any, tmp_path: Path) -> Iterator[Callable[..., Group]]:
 def test_where_one_rank_alone_receives_there_is_no_collective(
     make_group: Callable[..., Group], stage: Any
 ) -> None:
-    """What rank 0 says is what all would agree on, so it decides, success and failure alike; the others hear of it in the turn."""
+    """Rank 0's facts are what all would agree on, so it decides, success and failure alike; the others get them in the step."""
     made = make_group(RankGroup.on_one_host(3))
     made.offer(7, 100)
     for reception in made.open(7):
@@ -178,10 +186,10 @@ def test_ranks_on_two_hosts(make_group: Callable[..., Group], stage: Any) -> Non
     assert made.senders[0].stats().bytes_total == 2 * 700 * stage.layout.token_bytes
 
 
-def test_many_rooms_take_few_turns_and_an_idle_group_none(
+def test_many_rooms_take_few_steps_and_an_idle_group_none(
     make_group: Callable[..., Group], stage: Any
 ) -> None:
-    """One collective a turn, of one width; no turn without news. A turn serves many rooms: fewer turns than two a room."""
+    """One collective a step, of one width; no step without news. A step serves many rooms: fewer steps than two a room."""
     made = make_group(RankGroup.on_one_host(2, delivery="replicate"), num_blocks=4, block_size=64)
     rooms = range(1, 101)
     for room in rooms:
@@ -192,12 +200,12 @@ def test_many_rooms_take_few_turns_and_an_idle_group_none(
         stage.check(reception, 60)
     del receptions, reception
     made.rest()
-    turns = made.ranks[0].stats().turns_total
-    assert made.meeting.widths == [WIDTH] * turns
-    assert turns < 200
+    steps = made.ranks[0].stats().turns_total
+    assert made.meeting.widths == [WIDTH] * steps
+    assert steps < 200
     idle = threading.Event()
     assert not idle.wait(0.3)
-    assert made.ranks[0].stats().turns_total == turns
+    assert made.ranks[0].stats().turns_total == steps
 
 
 def test_one_ranks_failure_is_everybodys(make_group: Callable[..., Group], stage: Any) -> None:
@@ -241,13 +249,12 @@ def test_a_rank_that_closes_ends_the_group(make_group: Callable[..., Group], sta
 
 @pytest.fixture
 def stall() -> Iterator[Callable[[ReceiverEndpoint], None]]:
-    """Let a rank take part in no turn any more."""
+    """Let a rank take part in no step any more."""
     go_on = threading.Event()
 
     def stall(rank: ReceiverEndpoint) -> None:
         is_stalled = threading.Event()
-        assert rank._member is not None
-        rank._member._turns._loop.post(lambda: (is_stalled.set(), go_on.wait(20))[0])
+        rank._member._driver._loop.post(lambda: (is_stalled.set(), go_on.wait(20))[0])
         assert is_stalled.wait(20)
 
     yield stall
@@ -263,18 +270,18 @@ def test_a_rank_that_stops_while_nothing_happens(
     """All rooms wait for their encoder, so no rank has anything to report; the stopped rank is still found."""
     made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
     receptions = made.open(7)
-    made.wait_between_turns()
+    made.wait_between_steps()
     stall(made.ranks[rank])
     for other, reception in enumerate(receptions):
         if other != rank:
             failure = stage.failure_of(reception)
             assert failure.cause == "rank_lost"
-            # the latter if it stopped in the midst of a turn
+            # the latter if it stopped in the midst of a step
             assert f"rank {rank} " in failure.detail or "lost its group" in failure.detail
 
 
 def test_an_open_room_is_no_news(make_group: Callable[..., Group], stage: Any) -> None:
-    """It waits for its encoder through many beats. The turns that are held meanwhile lose nobody, and change nothing."""
+    """It waits for its encoder through many heartbeats. The steps meanwhile lose no rank, and change nothing."""
     made = make_group(RankGroup.on_one_host(3, delivery="replicate"))
     receptions = made.open(7)
     before = made.ranks[0].stats().turns_total
@@ -284,14 +291,14 @@ def test_an_open_room_is_no_news(make_group: Callable[..., Group], stage: Any) -
         stage.check(reception, 100)
 
 
-def test_beats() -> None:
-    """What was missed is forgotten with the next turn, and who was stopped for a minute has missed one."""
-    beats = Beats(0.5)
-    for turn in (10.0, 20.0):
-        beats.begin(turn)
-        assert beats.next_due == turn + 0.5
-        assert [beats.miss(turn + at) for at in range(1, MISSED_MAX)] == [False] * (MISSED_MAX - 1)
-    beats.begin(30.0)
+def test_heartbeats() -> None:
+    """A step resets the count, and a rank that was stopped for a minute has missed one."""
+    beats = Heartbeat(0.5)
+    for step in (10.0, 20.0):
+        beats.on_step(step)
+        assert beats.next_due == step + 0.5
+        assert [beats.miss(step + at) for at in range(1, MISSED_MAX)] == [False] * (MISSED_MAX - 1)
+    beats.on_step(30.0)
     assert not beats.miss(90.0)
     assert beats.next_due == 90.5
     assert [beats.miss(90.0 + at) for at in range(1, MISSED_MAX)] == [False] * (MISSED_MAX - 2) + [True]
@@ -300,8 +307,8 @@ def test_beats() -> None:
 def test_no_control_socket_has_a_heartbeat(make_group: Callable[..., Group]) -> None:
     """libzmq ends the process where one falls due while a socket closes whose peer has gone (its issue 4364)."""
     made = make_group(RankGroup.on_one_host(2))
-    turns = [rank._member._turns._socket for rank in made.ranks if rank._member is not None]
-    assert [socket.getsockopt(zmq.HEARTBEAT_IVL) for socket in turns] == [0, 0]
+    sockets = [rank._member._driver._socket for rank in made.ranks]
+    assert [socket.getsockopt(zmq.HEARTBEAT_IVL) for socket in sockets] == [0, 0]
 
 
 @pytest.mark.failure_mode("rank-lost")
