@@ -172,7 +172,7 @@ def test_a_dummy_rank_goes_along() -> None:
     ranks.land_all(1)
     ranks.steps()
     assert ranks.causes() == [[(1, Cause.DONE)]] * 2
-    assert ranks.coordinators[0].step == ranks.coordinators[1].step
+    assert ranks.coordinators[0].last_step() == ranks.coordinators[1].last_step()
 
 
 @pytest.mark.failure_mode("abort-not-propagated")

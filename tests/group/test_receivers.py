@@ -372,3 +372,12 @@ def test_where_rooms_may_be_opened(make_group: Callable[..., Group], stage: Any)
         made.ranks[0].open(7, address)
     first.cancel()
     assert stage.failure_of(first).cause == "aborted"
+
+
+def test_an_address_that_cannot_be_used(stage: Any) -> None:
+    """The receiver is not made, and no thread of it is left."""
+    config = RankConfig(RankGroup.on_one_host(2), 0, "ipc:///nowhere/agreement", collective=Meeting(2))
+    with pytest.raises(TransportError, match="agreement at ipc:///nowhere"):
+        ReceiverEndpoint(stage.layout, place=config)
+    threads = {thread.name for thread in threading.enumerate()}
+    assert not threads & {"embedwire-receiver", "embedwire-agreement-0"}

@@ -32,15 +32,14 @@ class GroupCoordinator(Coordinator):
     """Of one rank of a group. A dummy rank reserves no memory, and its rooms are whole from the start."""
 
     def __init__(self, memory: Memory, *, token_bytes: int, is_dummy: bool) -> None:
-        self.step = 0
-        """The last step that this rank has contributed its facts to."""
         self.queue = AssemblyQueue(token_bytes)
+        self._step = 0
         self._memory = memory
         self._is_dummy = is_dummy
         self._rooms: dict[RoomKey, _Room] = {}
         self._news: set[RoomKey] = set()
         self._in_step: list[tuple[RoomKey, _Room]] = []
-        self._agreed_free_bytes = 0
+        self._known_free_bytes = 0
 
     # ------------------------------------------------------------------ for the core
 
@@ -67,13 +66,17 @@ class GroupCoordinator(Coordinator):
 
     # ------------------------------------------------------------------ for whoever runs the steps
 
+    def last_step(self) -> int:
+        """The last step that this rank has contributed its facts to. May be called from any thread."""
+        return self._step
+
     def has_rooms(self) -> bool:
         """Whether rooms are open. May be called from any thread."""
         return bool(self._rooms)
 
     def has_news(self) -> bool:
         """Whether this rank needs a step: for a room, or for memory that a room waits for."""
-        return bool(self._news) or (bool(self.queue) and self._free_bytes > self._agreed_free_bytes)
+        return bool(self._news) or (bool(self.queue) and self._free_bytes > self._known_free_bytes)
 
     def is_neutral(self) -> bool:
         """Whether this rank's facts change no minimum: it is a dummy rank, and no room has failed here."""
@@ -81,9 +84,9 @@ class GroupCoordinator(Coordinator):
 
     def facts(self) -> Facts:
         """What this rank contributes to the next step. A room that fails after it succeeds all the same, if it is whole on every rank."""
-        self.step += 1
+        self._step += 1
         self._in_step = list(islice(self._rooms.items(), SLOTS_MAX))
-        self._agreed_free_bytes = self._free_bytes
+        self._known_free_bytes = self._free_bytes
         if len(self._rooms) > SLOTS_MAX:
             for key, room in self._in_step:  # to the end: the next step is for the others
                 del self._rooms[key]
@@ -91,7 +94,7 @@ class GroupCoordinator(Coordinator):
         for key, room in self._in_step:
             self._news.discard(key)
             room.known = room.facts.poll
-        return Facts(self.step, self._agreed_free_bytes, tuple(room.facts for _, room in self._in_step))
+        return Facts(self._step, self._known_free_bytes, tuple(room.facts for _, room in self._in_step))
 
     def on_agreed(self, agreed: Facts) -> list[Decision]:
         """The step is over: what follows is the same on every rank, in the same order."""

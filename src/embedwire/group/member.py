@@ -173,7 +173,7 @@ class GroupMember(Member):
 
     @property
     def step(self) -> int:
-        return self.coordinator.step
+        return self.coordinator.last_step()
 
     @property
     def has_rooms(self) -> bool:

@@ -154,7 +154,7 @@ class Group:
             is_able = not (process.is_dead or process.is_frozen or self.is_lost)
             if is_able and not progress.is_waiting and self.nodes[rank].coordinator.has_news():
                 self._wait(rank)
-                self._later(0, partial(self._on_request, self.nodes[rank].coordinator.step))
+                self._later(0, partial(self._on_request, self.nodes[rank].coordinator.last_step()))
 
     def _later(self, rank: int, call: Call) -> None:
         """Something reaches the present life of a rank after a while."""
@@ -179,7 +179,7 @@ class Group:
 
     def _on_request(self, last_step: int) -> None:
         """A rank that has contributed up to ``last_step`` has news. The step that runs may cover them, or another one."""
-        if last_step < self.nodes[0].coordinator.step:
+        if last_step < self.nodes[0].coordinator.last_step():
             return
         if self._step is None:
             self._begin()
@@ -256,7 +256,7 @@ class Group:
         if self.is_lost:
             return  # a rank without the last agreement ends otherwise
         cause, tokens = (end.cause, 0) if isinstance(end, Failed) else (Cause.DONE, end.report.total_tokens)
-        news = (self.nodes[node.rank].coordinator.step, key, cause, tokens)
+        news = (self.nodes[node.rank].coordinator.last_step(), key, cause, tokens)
         count = self._ended[node.rank]
         self._ended[node.rank] += 1
         if count == len(self.ends):
