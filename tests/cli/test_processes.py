@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from queue import Empty
 
+import httpx
 import pytest
 
 from embedwire.cli.processes import SIGNAL_WAIT_S, ChildFailed, Cluster, Voice
@@ -142,3 +143,29 @@ def test_no_wait_for_a_child_keeps_signals_waiting(monkeypatch: pytest.MonkeyPat
         waits.clear()
         cluster.watch(timeout_s=0.0)
         assert waits == [0.0]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("level", ["info", "warning"])
+def test_the_log_level_decides_whether_requests_are_logged(
+    level: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """One line a request, on stderr, and no second one by uvicorn."""
+    ready = tmp_path / "ready.json"
+    command = ["router", "--worker-urls", "http://127.0.0.1:9", "--port", "0", "--ready-file", str(ready)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "embedwire.cli", *command, "--log-level", level],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as router:
+        assert router.stdout is not None
+        router.stdout.readline()  # it is ready
+        url = json.loads(ready.read_text())["url"]
+        assert httpx.get(f"{url}/v1/models", timeout=60, trust_env=False).status_code == 200
+        router.terminate()
+        _, logged = router.communicate(timeout=60)
+    lines = [line for line in logged.splitlines() if "/v1/models" in line]
+    assert len(lines) == (level == "info")
+    assert all(" INFO embedwire.serve.requests GET /v1/models status=200 ms=" in line for line in lines)

@@ -268,3 +268,19 @@ def test_a_text_for_people_is_cut() -> None:
     """What ``cut`` gives always fits into a message."""
     told = Abort(source=1, room=1, cause=Cause.ABORTED, detail=cut("é" * 1000))
     assert decode_for_sender(encode(told)) == told
+
+
+def test_a_grant_is_one_short_line_however_many_blocks_it_has() -> None:
+    grant = Init(
+        source=1,
+        room=7,
+        round=0,
+        start_token=0,
+        allocated_tokens=512,
+        block_indices=tuple(range(512)),
+        ticket=9,
+    )
+    assert repr(grant) == (
+        "Init(source=1, target=0, room=7, attempt=0, lane=0, round=0, start_token=0, allocated_tokens=512, "
+        "blocks=0,1,2,3,… (512), ticket=9)"
+    )

@@ -141,3 +141,16 @@ def test_a_failed_room_hands_over_its_rounds() -> None:
     assert made.quarantined == [granted]
     assert not made.open_rounds
     assert (made.poll, made.is_live, made.end) == (Poll.FAILED, False, (Cause.ABORTED, "gone"))
+
+
+def test_a_room_is_one_line() -> None:
+    made = ReceiverTransfer(RoomKey(7), "encoder-1", opened_at=0.0)
+    assert (
+        repr(made) == "<ReceiverTransfer room=7 attempt=0 lane=0 opening tokens=0/? rounds=0 from=encoder-1>"
+    )
+    made.on_announce(announce())
+    made.grant(tuple(range(8)), block_size=128, ticket=1)
+    made.on_progress(100)
+    assert repr(made) == (
+        "<ReceiverTransfer room=7 attempt=0 lane=0 filling tokens=100/2000 rounds=1 from=encoder-1>"
+    )

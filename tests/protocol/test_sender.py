@@ -9,7 +9,7 @@ import pytest
 from embedwire.errors import ProtocolViolation
 from embedwire.limits import AUX_WORDS, OPEN_ROUNDS_MAX
 from embedwire.protocol.messages import Cause, Init, ResumeTransfer, RoomKey
-from embedwire.protocol.sender import SenderTransfer
+from embedwire.protocol.sender import SenderRoom, SenderTransfer
 from embedwire.protocol.states import Poll, SenderState
 
 SIZES: dict[str, Any] = {"block_size": 128, "num_blocks": 1000}
@@ -157,3 +157,14 @@ def test_a_room_belongs_to_who_opened_it_first() -> None:
     assert made.peer == 5
     told = made.announcement(1, 5)
     assert (told.total_tokens, told.aux[0], told.ready, told.source_ms) == (2000, 2000, True, 1.0)
+
+
+def test_a_room_is_one_line() -> None:
+    made = room()
+    assert made.on_grant(grant(0, 0, tuple(range(8))), **SIZES) is not None
+    made.on_landed(0, 100)
+    line = "<SenderTransfer room=7 attempt=0 lane=0 writing tokens=100/2000 rounds=1 receiver=5>"
+    assert repr(made) == line
+    assert repr(SenderRoom(RoomKey(7), lanes={made.key: made})) == (
+        f"<SenderRoom room=7 attempt=0 end=done lanes=[{line}]>"
+    )

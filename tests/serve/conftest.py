@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
+import logging.handlers
 import queue
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +38,7 @@ from embedwire.serve.run import AppServer
 LAYOUT = multimodal(8)
 MODEL = "tiny"
 WAIT_S = 20.0
+Records = queue.SimpleQueue[logging.LogRecord]
 
 
 @pytest.fixture
@@ -284,3 +288,31 @@ def hang_up_after() -> Callable[[str, Any], AbstractContextManager[socket.socket
             yield connection
 
     return post
+
+
+@pytest.fixture
+def records() -> Iterator[Records]:
+    """All records of this process at DEBUG, of any logger: a request is logged when its client may have read the answer already."""
+    found: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    handler, root = logging.handlers.QueueHandler(found), logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    yield found
+    root.setLevel(level)
+    root.removeHandler(handler)
+
+
+@pytest.fixture
+def next_line(records: Records) -> Callable[[], tuple[str, str]]:
+    """``next_line()``: level and text of the next request's line, without its milliseconds; checks of workers are left out."""
+
+    def get() -> tuple[str, str]:
+        while True:
+            record = records.get(timeout=WAIT_S)
+            text = record.getMessage()
+            if record.name == "embedwire.serve.requests" and record.levelno >= logging.INFO:
+                assert re.search(r" ms=\d+\.\d$", text)
+                return record.levelname, text.rpartition(" ms=")[0]
+
+    return get

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import pytest
-from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
-from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from embedwire.endpoint.stats import ReceiverStats
-from embedwire.serve.metrics import AppMetrics, CountRequests
+from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.openai import Passage
 
 
@@ -80,26 +76,3 @@ def test_two_apps_in_one_process() -> None:
     one, other = AppMetrics(), AppMetrics()
     one.retries.labels("peer_lost").inc()
     assert "embedwire_retries_total[code=peer_lost]" not in samples(other)
-
-
-@pytest.mark.parametrize("is_begun", [False, True])
-def test_a_fault_of_our_own_counts_as_one(is_begun: bool) -> None:
-    """Not as a client that went away. Where an answer has begun, its status has gone out."""
-    metrics = AppMetrics()
-    app = FastAPI()
-    app.add_middleware(CountRequests, metrics=metrics)
-
-    @app.get("/")
-    async def fail() -> StreamingResponse:
-        async def pieces() -> AsyncIterator[bytes]:
-            yield b"a piece"
-            raise RuntimeError("injected")
-
-        if not is_begun:
-            raise RuntimeError("injected")
-        return StreamingResponse(pieces())
-
-    with TestClient(app, raise_server_exceptions=False) as client:
-        client.get("/")
-    status = "200" if is_begun else "500"
-    assert samples(metrics)[f"embedwire_requests_total[route=/][status={status}]"] == 1

@@ -57,7 +57,7 @@ class Server(Group):
     shutdown_s: Seconds = 10.0
     """How long answers under way may go on after SIGTERM or Ctrl-C."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
-    """What is logged to stderr. Messages of the protocol are at debug."""
+    """What is logged to stderr: rooms that failed at warning, one line a request at info, messages of the protocol at debug."""
 
 
 class Member(Group):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -9,13 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from embedwire.endpoint.room_log import ended_as, log_end, progress_of
 from embedwire.endpoint.stats import SendReport
 from embedwire.errors import TransferError, UsageError
 from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.layout import Layout
 from embedwire.memory.source import Source
-from embedwire.protocol.actions import Release
+from embedwire.protocol.actions import Address, Release
 from embedwire.protocol.messages import Cause, RoomKey
+
+logger = logging.getLogger(__name__)
 
 Digests = tuple[int, ...]
 OnFilled = Callable[["Offer", Source, Mapping[RoomKey, Digests], float], None]
@@ -51,6 +55,7 @@ class Offer(Future[SendReport]):
         total_tokens: int,
         aux: tuple[int, ...],
         *,
+        address: Address,
         shares: Mapping[RoomKey, range],
         on_filled: OnFilled,
         on_end: OnEnd,
@@ -60,7 +65,10 @@ class Offer(Future[SendReport]):
         self.key = key
         self.total_tokens = total_tokens
         self.aux = aux
+        self.address = address
         self.shares = shares
+        self.landed: dict[tuple[RoomKey, int], int] = {}
+        """Tokens that have landed, for each round of each lane."""
         self.source: Source | None = None
         self.withdrawn: set[RoomKey] = set()
         self._layout = layout
@@ -68,6 +76,20 @@ class Offer(Future[SendReport]):
         self._on_end = on_end
         self._offered_at = time.monotonic()
         self._is_filled = False
+
+    @property
+    def progress(self) -> str:
+        """Of what this rank sends, to all ranks of the receiver."""
+        return progress_of(sum(self.landed.values()), sum(map(len, self.shares.values())), len(self.landed))
+
+    def __repr__(self) -> str:
+        if self.done():
+            state = ended_as(self.exception())
+        elif self.landed:
+            state = "sending"
+        else:
+            state = "filled" if self._is_filled else "offered"
+        return f"<Offer room={self.key.room} attempt={self.key.attempt} {state} {self.progress} at={self.address}>"
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
         """The source is ready: field name to a C-contiguous array (total_tokens, *field.shape).
@@ -102,6 +124,10 @@ class Offer(Future[SendReport]):
             return TransferError(release.cause.value, release.detail)
         rounds = tuple(tokens for lane in release.lanes for tokens in lane.rounds)
         return SendReport(self.total_tokens, rounds, sum(rounds) * token_bytes)
+
+    def log_end(self, cause: Cause, detail: str) -> None:
+        """Log how the room has ended."""
+        log_end(logger, self.key, cause, detail, progress=self.progress, began_at=self._offered_at)
 
     def fail(self, detail: str) -> None:
         """The source cannot be made: the room ends with cause ``encoder_failed`` on both sides."""

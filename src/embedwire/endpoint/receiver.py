@@ -214,6 +214,7 @@ class ReceiverEndpoint:
     def _open_now(self, key: RoomKey, addresses: Sequence[Address], item: bytes) -> None:
         """Open a room on this rank. What is wrong with it fails the room. On the driver's thread."""
         now = time.monotonic()
+        self._receptions[key].addresses = tuple(addresses)
         try:
             self._connect_all(key, addresses)
             actions = self._core.open(key, addresses, item=item, now=now)
@@ -434,6 +435,7 @@ class ReceiverEndpoint:
         sums = reception.sums[drain.key]
         aux = self._landing.drain(drain, reception.rows, sums)
         digests = sums.digest() if drain.is_last else None
+        self._receptions.drained(drain)
         self._rounds_total += drain.to_token == drain.round.end_token
         self._bytes_total += (drain.to_token - drain.from_token) * self.layout.token_bytes
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections import Counter, defaultdict
@@ -12,12 +13,15 @@ from functools import partial
 
 import numpy as np
 
+from embedwire.endpoint.room_log import ended_as, log_end, progress_of
 from embedwire.endpoint.stats import ReceiveReport
 from embedwire.errors import TransferError, UsageError
 from embedwire.memory.checksum import FieldDigests
 from embedwire.memory.layout import Layout, Rows
-from embedwire.protocol.actions import Finished, RoomReport
+from embedwire.protocol.actions import Address, Drain, Finished, RoomReport
 from embedwire.protocol.messages import Cause, RoomKey
+
+logger = logging.getLogger(__name__)
 
 Arrays = Mapping[str, np.ndarray]
 MakeAssembly = Callable[[int], Arrays]
@@ -25,7 +29,7 @@ MakeAssembly = Callable[[int], Arrays]
 OnCancel = Callable[[RoomKey, str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Received:
     """A whole embedding. ``arrays``: field name to array (total_tokens, *field.shape); ``aux``: sixteen int32, the first is the total.
 
@@ -34,10 +38,15 @@ class Received:
 
     room: int
     attempt: int
-    arrays: Arrays = field(repr=False)
+    arrays: Arrays
     aux: tuple[int, ...]
     report: ReceiveReport
-    _release: Callable[[], None] = field(repr=False, compare=False)
+    _release: Callable[[], None] = field(compare=False)
+
+    def __repr__(self) -> str:
+        report = self.report
+        progress = progress_of(report.total_tokens, report.total_tokens, len(report.rounds))
+        return f"<Received room={self.room} attempt={self.attempt} {progress} transport={report.transport}>"
 
     def release(self) -> None:
         """Say that the arrays are no longer needed. Idempotent."""
@@ -60,9 +69,26 @@ class Reception(Future[Received]):
         self.layout = layout
         self._on_cancel = on_cancel
         self.make_assembly = make_assembly
+        self.opened_at = time.monotonic()
+        self.addresses: tuple[Address, ...] = ()
+        self.total_tokens = 0
+        self.landed_tokens = 0
+        self.rounds = 0
         self.arrays: Arrays = {}
         self.rows: tuple[Rows, ...] = ()  # the same as bytes, checked
         self.sums: defaultdict[RoomKey, FieldDigests] = defaultdict(partial(FieldDigests, layout))
+
+    @property
+    def progress(self) -> str:
+        """Of what comes to this rank over the wire."""
+        return progress_of(self.landed_tokens, self.total_tokens, self.rounds)
+
+    def __repr__(self) -> str:
+        state = "receiving" if self.total_tokens else "opening"
+        if self.done():
+            state = ended_as(self.exception())
+        where = ",".join(self.addresses)
+        return f"<Reception room={self.key.room} attempt={self.key.attempt} {state} {self.progress} from={where}>"
 
     def cancel(self, detail: str = "the client no longer wants it") -> bool:
         """End the room on both sides, with cause ``aborted``; False when it has ended already."""
@@ -116,12 +142,19 @@ class Receptions:
     def assemble(self, key: RoomKey, total_tokens: int, *, make_assembly: MakeAssembly | None) -> None:
         """Make the arrays that a room lands in, as told or as its owner wants them. Raises UsageError where they do not fit."""
         reception = self._open[key]
+        reception.total_tokens = total_tokens
         reception.arrays = (make_assembly or reception.make_assembly)(total_tokens)
         reception.rows = self._layout.rows(reception.arrays)
         if len(reception.rows[0]) != total_tokens:
             raise UsageError(f"an assembly of {len(reception.rows[0])} rows for {total_tokens} tokens")
         if not all(array.flags.writeable for array in reception.arrays.values()):
             raise UsageError("an assembly that can not be written to")
+
+    def drained(self, drain: Drain) -> None:
+        """Tokens of a room are in its assembly."""
+        reception = self._open[drain.key.of_room]
+        reception.landed_tokens += drain.to_token - drain.from_token
+        reception.rounds += drain.to_token == drain.round.end_token
 
     def deliver(
         self, finished: Finished, *, arrays: Arrays | None = None, aux: tuple[int, ...] | None = None
@@ -136,13 +169,22 @@ class Receptions:
         received = Received(key.room, key.attempt, arrays, aux, report, release)
         _when_gone(arrays, partial(self._on_left, key, reservation))
         self.ended[Cause.DONE.value] += 1
+        reception.total_tokens = report.total_tokens
         reception.arrays, reception.rows = {}, ()
+        self._log(reception, Cause.DONE, "")
         reception.set_result(received)
 
     def give_up(self, key: RoomKey, cause: Cause, detail: str) -> None:
         """A room ends without its embedding."""
         self.ended[cause.value] += 1
-        self._open.pop(key).set_exception(TransferError(cause.value, detail))
+        reception = self._open.pop(key)
+        self._log(reception, cause, detail)
+        reception.set_exception(TransferError(cause.value, detail))
+
+    @staticmethod
+    def _log(reception: Reception, cause: Cause, detail: str) -> None:
+        progress, began_at = reception.progress, reception.opened_at
+        log_end(logger, reception.key, cause, detail, progress=progress, began_at=began_at)
 
 
 def _report(room: RoomReport, *, readers: int, token_bytes: int) -> ReceiveReport:

@@ -172,7 +172,14 @@ class SenderEndpoint:
     def _new_offer(self, key: RoomKey, total_tokens: int, aux: tuple[int, ...], *, readers: int = 1) -> Offer:
         shares = self._core.shares(key, total_tokens, readers=readers)
         return Offer(
-            self.layout, key, total_tokens, aux, shares=shares, on_filled=self._fill, on_end=self._end
+            self.layout,
+            key,
+            total_tokens,
+            aux,
+            address=self.address,
+            shares=shares,
+            on_filled=self._fill,
+            on_end=self._end,
         )
 
     def lend(self, key: RoomKey, filling: Filling, *, content_hash: bytes) -> Offer:
@@ -416,6 +423,7 @@ class SenderEndpoint:
         if writer is None or offer.source is None:
             self._written(write, Outcome.LOST)
             return
+        offer.landed.setdefault((write.key, write.round.number), 0)
         writer.submit(
             WriteJob(
                 write=write,
@@ -431,6 +439,7 @@ class SenderEndpoint:
         offer = self._offers.pop(release.key)
         offer.source = None
         self._budget.release(offer.key)
+        offer.log_end(release.cause, release.detail)
         outcome = offer.outcome(release, token_bytes=self.layout.token_bytes)
         if isinstance(outcome, TransferError):
             self._ended[outcome.cause] += 1
@@ -473,6 +482,7 @@ class SenderEndpoint:
         key, number = slot
         with self._landed_lock:
             landed_tokens = self._landed_tokens.pop(slot)
+        self._record(key, number, landed_tokens)
         self._carry_out(self._core.on_landed(key, number, landed_tokens, now=time.monotonic()))
 
     def _written(self, write: Write, outcome: Outcome) -> None:
@@ -482,6 +492,7 @@ class SenderEndpoint:
     def _on_written(self, write: Write, outcome: Outcome) -> None:
         key, number, now = write.key, write.round.number, time.monotonic()
         if outcome is Outcome.LANDED:
+            self._record(key, number, write.round.tokens)
             self._rounds_total += 1
             self._bytes_total += (write.round.tokens - write.landed_tokens) * self.layout.token_bytes
             self._carry_out(self._core.on_written(key, number, now=now))
@@ -489,6 +500,11 @@ class SenderEndpoint:
             self._carry_out(self._core.on_write_lost(key, number, "the write was lost", now=now))
         else:
             self._carry_out(self._core.on_write_unknown(key, number, "the write may still land", now=now))
+
+    def _record(self, key: RoomKey, number: int, landed_tokens: int) -> None:
+        offer = self._offers.get(key.of_room)
+        if offer is not None:
+            offer.landed[key, number] = landed_tokens
 
     def _doubt_ended(self, write: Write) -> None:
         """A write that was reported as unknown can not land any more."""

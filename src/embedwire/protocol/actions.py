@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from embedwire.protocol.messages import Cause, Hello, Message, RoomKey
+from embedwire.protocol.messages import Cause, Hello, Message, RoomKey, in_short
 
 Peer: TypeAlias = int
 """A receiver as its sender knows it: its incarnation."""
@@ -29,6 +29,10 @@ class Round:
     @property
     def end_token(self) -> int:
         return self.start_token + self.tokens
+
+    def __repr__(self) -> str:
+        tokens, blocks = f"{self.start_token}..{self.end_token}", in_short(self.block_indices)
+        return f"<Round {self.number} tokens={tokens} blocks={blocks} ticket={self.ticket}>"
 
 
 # Orders of a sender's core

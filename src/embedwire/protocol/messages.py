@@ -19,7 +19,7 @@ other knowledge are checked while decoding; the rest is checked by the cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from typing import Annotated, NamedTuple, TypeAlias, TypeVar
@@ -192,6 +192,13 @@ class Grant(RoomMessage, frozen=True, kw_only=True):
     block_indices: BlockIndices
     ticket: Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(source={self.source}, target={self.target}, room={self.room}, attempt={self.attempt}, "
+            f"lane={self.lane}, round={self.round}, start_token={self.start_token}, "
+            f"allocated_tokens={self.allocated_tokens}, blocks={in_short(self.block_indices)}, ticket={self.ticket})"
+        )
+
 
 class Init(Grant, tag="init", frozen=True, kw_only=True):
     """Round 0."""
@@ -310,6 +317,12 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes, greeting: Callabl
             if getattr(greeted, "version", PROTOCOL_VERSION) != PROTOCOL_VERSION:
                 return greeted
         raise ProtocolViolation(f"not a message: {error}") from error
+
+
+def in_short(block_indices: Sequence[int]) -> str:
+    """Block indices for a log line: a round may have thousands."""
+    first = ",".join(map(str, block_indices[:4]))
+    return f"{first},… ({len(block_indices)})" if len(block_indices) > 4 else first
 
 
 def cut(detail: str) -> str:

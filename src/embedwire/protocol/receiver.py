@@ -72,6 +72,13 @@ class ReceiverTransfer:
         self.wait_s = 0.0
         self.wire = ""
 
+    def __repr__(self) -> str:
+        progress = f"tokens={self.landed_tokens}/{self.total_tokens or '?'} rounds={len(self.round_sizes)}"
+        return (
+            f"<ReceiverTransfer room={self.key.room} attempt={self.key.attempt} lane={self.key.lane} "
+            f"{self.state.value} {progress} from={self.address}>"
+        )
+
     @property
     def state(self) -> ReceiverState:
         return self.machine.state

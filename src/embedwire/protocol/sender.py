@@ -15,7 +15,7 @@ from embedwire.protocol.messages import Announce, Cause, Grant, RoomKey, Status
 from embedwire.protocol.states import POLL_OF, SENDER_TABLE, Machine, Poll, SenderEvent, SenderState
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class SenderRoom:
     """A room that this side offers: its lanes that begin here and have not ended, the reports of those that have, and the cause of its
     end once a lane has failed."""
@@ -24,6 +24,10 @@ class SenderRoom:
     lanes: dict[RoomKey, SenderTransfer] = field(default_factory=dict)
     reports: list[LaneReport] = field(default_factory=list)
     end: tuple[Cause, str] = (Cause.DONE, "")
+
+    def __repr__(self) -> str:
+        lanes = " ".join(map(repr, self.lanes.values()))
+        return f"<SenderRoom room={self.key.room} attempt={self.key.attempt} end={self.end[0].value} lanes=[{lanes}]>"
 
 
 class SenderTransfer:
@@ -58,6 +62,14 @@ class SenderTransfer:
         self.writes_under_way = 0
         self.end: tuple[Cause, str] | None = None
         self.is_certain = True
+
+    def __repr__(self) -> str:
+        progress = f"tokens={self.sent_tokens}/{self.total_tokens} rounds={len(self.rounds)}"
+        receiver = "" if self.peer is None else f" receiver={self.peer:x}"
+        return (
+            f"<SenderTransfer room={self.key.room} attempt={self.key.attempt} lane={self.key.lane} "
+            f"{self.state.value} {progress}{receiver}>"
+        )
 
     @property
     def state(self) -> SenderState:

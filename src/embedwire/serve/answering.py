@@ -83,6 +83,7 @@ class Answer:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._job: Job | None = None
         self._ended = False
+        self._is_complete = False
         self._began_s = began_s
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -92,6 +93,19 @@ class Answer:
     def usage(self) -> dict[str, int]:
         """So far."""
         return usage_of(self._prompt_tokens, self._completion_tokens)
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """For the log."""
+        ref = self._asked.embedwire_room if isinstance(self._asked, RoomRequest) else None
+        return {
+            "model": self._asked.model,
+            "room": ref and ref.room,
+            "attempt": ref and ref.attempt,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "complete": self._is_complete,
+        }
 
     async def begin(self) -> Delta:
         """Start the job and wait for its first delta, so that a failure before it can still have a status of
@@ -114,6 +128,7 @@ class Answer:
                 case Delta():
                     self._ended = happened.finish_reason is not None
                     _raise_failed(happened)
+                    self._is_complete = self._ended
                     self._completion_tokens += len(happened.token_ids)
                     return happened
                 case EmbedwireError():

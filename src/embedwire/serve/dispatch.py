@@ -53,8 +53,8 @@ class DispatchLimits:
 
 @dataclass(slots=True)
 class Way:
-    """One request under way. ``held`` is the encoder and the attempt that hold memory for it; ``finished`` is
-    set when the answer is complete, so that there is nothing to abort."""
+    """One request under way. ``held`` is the encoder and the attempt that hold memory for it, ``total_tokens`` what that encoder
+    announced; ``finished`` is set when the answer is complete, so that there is nothing to abort."""
 
     raw: Mapping[str, Any]
     asked: ChatRequest
@@ -62,11 +62,17 @@ class Way:
     began_s: float
     room: int
     held: tuple[Worker, int] | None = None
+    total_tokens: int | None = None
     finished: bool = False
 
     @property
     def stream(self) -> bool:
         return bool(self.asked.stream)
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        room = self.room if self.media else None
+        return {"model": self.asked.model, "room": room, "tokens": self.total_tokens}
 
 
 class TakenUp(msgspec.Struct):
@@ -134,6 +140,7 @@ class Dispatch:
         with self._table.loaded(encoder.url, way.media):  # its room is over when the answer begins
             way.held = encoder, number
             taken = await self._encode(way, number, encoder, readers=language.readers)
+            way.total_tokens = taken.total_tokens
             stack.enter_context(self._table.loaded(language.url, taken.total_tokens))
             room = RoomRef(
                 room=way.room,

@@ -29,6 +29,7 @@ from embedwire.serve.faults import ClientGone, json_response
 from embedwire.serve.media import MediaFetcher
 from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.openai import Message, convert, decode_object, plain_messages
+from embedwire.serve.requests import describe
 from embedwire.serve.worker_app import Identity, RegistryLink, worker_app
 
 
@@ -95,11 +96,13 @@ def encoder_app(
         with admission.admitted() as hold:
             body = await read_body(request, body_bytes_max, hold=hold)
             asked = await anyio.to_thread.run_sync(_parse, body)
+            describe(request, model=model, room=asked.room, attempt=asked.attempt)
             try:
                 taken = await unless_disconnected(request, lambda: take_up(asked))
             except ClientGone:
                 await abort(asked.room, asked.attempt, "the router closed its connection")
                 raise
+        describe(request, tokens=taken.total_tokens)
         return json_response(
             {
                 "total_tokens": taken.total_tokens,
@@ -113,6 +116,7 @@ def encoder_app(
         attempt = request.query_params.get("attempt", "0")
         if not (room.isdecimal() and attempt.isdecimal()):
             raise InvalidRequestError("room and attempt are numbers", param="room")
+        describe(request, room=room, attempt=attempt)
         await abort(int(room), int(attempt), "the router ended it")
         return json_response({"room": int(room)})
 

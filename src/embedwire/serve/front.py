@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -38,8 +38,9 @@ from embedwire.serve.faults import (
     unreachable,
 )
 from embedwire.serve.language_app import model_not_found
-from embedwire.serve.metrics import AppMetrics, CountRequests
+from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.openai import DONE_EVENT, decode_object, model_list
+from embedwire.serve.requests import RecordRequests, describe
 from embedwire.serve.watch import WatchTimes, checking_client, every
 from embedwire.serve.worker_app import add_metrics_route
 
@@ -66,12 +67,15 @@ class FrontSettings:
 
 
 class UnderWay(Protocol):
-    """A request that is being served. ``finished`` is set when its answer is complete."""
+    """A request that is being served. ``finished`` is set when its answer is complete. ``facts`` are for the log."""
 
     finished: bool
 
     @property
     def stream(self) -> bool: ...
+
+    @property
+    def facts(self) -> Mapping[str, object]: ...
 
 
 class Answer(Protocol):
@@ -151,7 +155,7 @@ class Front(ABC, Generic[P, W]):
 def front_app(front: Front[P, W]) -> FastAPI:
     """The app. Its workers are looked up when it starts."""
     app = FastAPI(title="Embedwire", lifespan=front.lifespan, openapi_url=None)
-    app.add_middleware(CountRequests, metrics=front.metrics)
+    app.add_middleware(RecordRequests, metrics=front.metrics)
     answer_faults(app)
     add_metrics_route(app, front.metrics)
 
@@ -165,6 +169,7 @@ def front_app(front: Front[P, W]) -> FastAPI:
                     body = await read_body(request, front.settings.body_bytes_max, hold=hold)
                     parsed = await anyio.to_thread.run_sync(front.parse, body)
                     way = stack.enter_context(front.way(parsed, began_s=time.monotonic(), hold=hold))
+                    stack.callback(lambda: describe(request, **way.facts, complete=way.finished))
                     answer = await unless_disconnected(request, lambda: front.open(way, stack))
                     if not way.stream:
                         return await unless_disconnected(request, lambda: relay_whole(answer, way))

@@ -33,6 +33,7 @@ from embedwire.serve.openai import (
     model_list,
     refuse_what_changes_meaning,
 )
+from embedwire.serve.requests import describe
 from embedwire.serve.worker_app import Identity, RegistryLink, worker_app
 
 
@@ -63,6 +64,7 @@ def language_app(
         answer = Answer(service, asked, began_s=began_s, default_max_tokens=default_max_tokens)
         writer = AnswerWriter(model, bool(asked.return_token_ids))
         async with AsyncExitStack() as stack:
+            stack.callback(lambda: describe(request, **answer.facts))
             stack.push_async_callback(answer.close)
             first = await unless_disconnected(request, answer.begin)
             metrics.observe(answer.passage)

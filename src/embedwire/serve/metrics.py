@@ -14,7 +14,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedwire.serve.openai import Passage
 
@@ -100,34 +99,3 @@ class SnapshotCollector(Collector):
         """Nothing: what there is shows in the first snapshot, which must not be taken while the app is being
         built."""
         return iter(())
-
-
-class CountRequests:
-    """ASGI middleware: counts requests by route and status. One that ended without a status counts as 499, or as 500 where that is our own
-    fault."""
-
-    def __init__(self, app: ASGIApp, metrics: AppMetrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status: int | None = None
-
-        async def send_and_look(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        with self._metrics.under_way.track_inprogress():
-            try:
-                await self._app(scope, receive, send_and_look)
-            except Exception:
-                status = status or 500
-                raise
-            finally:
-                route = getattr(scope.get("route"), "path", "other")
-                self._metrics.requests.labels(route, status or 499).inc()

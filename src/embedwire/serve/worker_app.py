@@ -26,8 +26,9 @@ from embedwire.limits import INCARNATION_MAX
 from embedwire.memory.layout import Layout
 from embedwire.registry import WILDCARDS, Role, Worker
 from embedwire.serve.faults import answer_faults, json_response
-from embedwire.serve.metrics import AppMetrics, CountRequests
+from embedwire.serve.metrics import AppMetrics
 from embedwire.serve.registration import RegistrationTimes, registered
+from embedwire.serve.requests import RecordRequests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ def worker_app(
             yield
 
     app = FastAPI(title=f"Embedwire {identity.role}", lifespan=lifespan, openapi_url=None)
-    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(RecordRequests, metrics=metrics)
     answer_faults(app)
     add_metrics_route(app, metrics)
 

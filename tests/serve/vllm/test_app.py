@@ -657,3 +657,10 @@ def test_settings_are_checked() -> None:
         VllmLimits(item_deadline_s=0)
     with pytest.raises(ConfigurationError, match="remembered_max"):
         VllmLimits(remembered_max=-1)
+
+
+def test_the_log_line_of_a_request(servers: Any, post: Any, chat: Any, next_line: Any) -> None:
+    servers.encoder(), servers.language()
+    assert post(servers.router(), chat("what?", b"one")).status_code == 200
+    line = "POST /v1/chat/completions status=200 model=tiny items=1 tokens=100 complete=True"
+    assert next_line() == ("INFO", line)

@@ -10,7 +10,7 @@ the failure says otherwise.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -68,11 +68,18 @@ class VllmWay:
     asked: Asked
     began_s: float
     hold: Hold
+    total_tokens: int | None = None
+    """Of all its media items, once they are encoded."""
     finished: bool = False
 
     @property
     def stream(self) -> bool:
         return self.asked.stream
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        items = len(self.asked.media) or None
+        return {"model": self.asked.model, "items": items, "tokens": self.total_tokens}
 
 
 class VllmDispatch:
@@ -136,6 +143,7 @@ class VllmDispatch:
         began_s = time.monotonic()
         encoded = await self._encode(items, attempts)
         passage = _passage(encoded, encode_ms=(time.monotonic() - began_s) * 1000)
+        way.total_tokens = passage.total_tokens or None
         language = attempts.pick(Role.LANGUAGE, model=way.asked.model)
         stack.enter_context(self._table.loaded(language.url, passage.total_tokens + self._max_tokens(way)))
         ticket = stack.enter_context(self.ends.ticket())
