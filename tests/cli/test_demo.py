@@ -71,18 +71,18 @@ def test_a_demo_that_is_stopped_leaves_nothing(
 
 def test_other_ids_are_not_taken_for_the_same() -> None:
     ids = list(range(MAX_TOKENS))
-    assert demo._same_ids(ids, ids).holds
-    assert not demo._same_ids(ids, [*ids[:-1], 99]).holds
-    assert not demo._same_ids(ids[:-1], ids).holds
-    assert "from token 3 on" in demo._same_ids(ids, [*ids[:3], 99]).detail
+    assert demo.same_ids(ids, ids).holds
+    assert not demo.same_ids(ids, [*ids[:-1], 99]).holds
+    assert not demo.same_ids(ids[:-1], ids).holds
+    assert "from token 3 on" in demo.same_ids(ids, [*ids[:3], 99]).detail
 
 
 def test_a_server_that_was_killed_or_a_file_left_behind_is_no_clean_end(tmp_path: Path) -> None:
     left = tmp_path / "embedwire-0"
     left.touch()
-    assert demo._ended_cleanly({"router": 0}, {str(tmp_path / "gone")}).holds
-    assert not demo._ended_cleanly({"router": 0}, {str(left)}).holds
-    assert not demo._ended_cleanly({"router": -9}, set()).holds
+    assert demo.ended_cleanly({"router": 0}, {str(tmp_path / "gone")}).holds
+    assert not demo.ended_cleanly({"router": 0}, {str(left)}).holds
+    assert not demo.ended_cleanly({"router": -9}, set()).holds
 
 
 @pytest.mark.model

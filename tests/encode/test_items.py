@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
@@ -15,7 +16,7 @@ import pytest
 from embedwire.encode.items import ItemShelf
 from embedwire.endpoint import ReceiverEndpoint, Reception
 from embedwire.errors import NeverFitsError, OverloadedError, TransferError, UsageError
-from embedwire.limits import DEFAULT_LIMITS, Limits
+from embedwire.limits import Limits
 from embedwire.memory.layout import item
 from embedwire.protocol.messages import Announce
 
@@ -52,9 +53,16 @@ def until(condition: Callable[[], bool]) -> None:
 
 def asked_for(reader: ReceiverEndpoint, shelf: ItemShelf, name: bytes) -> Reception:
     """Ask for an item that is being made, and wait until the question has come in."""
+    round_trip(reader, shelf)
     reception = fetch(reader, shelf, name)
-    until(lambda: bool(shelf._coming.get(name)))
+    round_trip(reader, shelf)
     return reception
+
+
+def round_trip(reader: ReceiverEndpoint, shelf: ItemShelf) -> None:
+    """Afterwards the session is open, and what was asked before over the same connection has come in."""
+    shelf.put(b"marker", rows(1, 9))
+    assert value_of(fetch(reader, shelf, b"marker"), 1) == 9
 
 
 def value_of(reception: Reception, tokens: int) -> float:
@@ -88,18 +96,15 @@ def test_several_readers_fetch_one_item(reader: Any) -> None:
         assert fetched[0].result().report.rounds != (300,)
 
 
-def test_an_item_that_is_here_is_announced_once(monkeypatch: Any) -> None:
+def test_an_item_that_is_here_is_announced_once(caplog: Any) -> None:
     """Each message wakes two threads on its way."""
     patient = Limits(retry_s=5.0, peer_silence_s=20.0)  # nothing is asked twice
     with ItemShelf(LAYOUT) as shelf, ReceiverEndpoint(LAYOUT, limits=patient) as reader:
         shelf.put(b"a", rows(60, 1))
-        said: list[object] = []
-        say = shelf._endpoint._say
-        monkeypatch.setattr(
-            shelf._endpoint, "_say", lambda peer, message: (said.append(message), say(peer, message))
-        )
-        assert value_of(fetch(reader, shelf, b"a"), 60) == 1
-        announced = [message for message in said if isinstance(message, Announce)]
+        with caplog.at_level(logging.DEBUG, "embedwire.endpoint.sender"):
+            assert value_of(fetch(reader, shelf, b"a"), 60) == 1
+        sent = [r.args[1] for r in caplog.records if r.msg.startswith("> ") and isinstance(r.args, tuple)]
+        announced = [message for message in sent if isinstance(message, Announce)]
         assert [message.ready for message in announced] == [True]
 
 
@@ -118,13 +123,11 @@ def test_an_unknown_item_is_refused_at_once(reader: Any) -> None:
 def test_who_was_given_up_on_and_asks_again_is_served_once(reader: Any) -> None:
     """The first question waited too long for an item that takes its time, and was still on the list when the same room asked anew: it
     is lent for that room once, and to who stands behind it in line."""
-    with ItemShelf(LAYOUT, limits=Limits(retry_s=0.05, open_wait_s=0.2)) as shelf:
+    with ItemShelf(LAYOUT, limits=Limits(retry_s=0.05, open_wait_s=2.0)) as shelf:
         shelf.expect(b"slow")
         assert cause_of(reader.open(5, shelf.address, item=b"slow")) == "unknown_room"
-        core = shelf._endpoint._core
-        shelf._endpoint.loop.call(lambda: setattr(core, "limits", DEFAULT_LIMITS))
         waiting = [reader.open(room, shelf.address, item=b"slow") for room in (5, 6)]
-        until(lambda: len(shelf._coming[b"slow"]) >= 3)
+        round_trip(reader, shelf)
         shelf.put(b"slow", rows(5, 3))
         assert [value_of(reception, 5) for reception in waiting] == [3, 3]
 
@@ -146,6 +149,7 @@ def test_an_item_that_can_not_be_made(reader: Any) -> None:
         with pytest.raises(UsageError):
             shelf.put(b"odd", {"embeddings": np.zeros((3, 8), np.float32)})
         assert cause_of(waiting) == "encoder_failed"
+        until(lambda: rooms_of(shelf) == 0)
         shelf.put(b"x", rows(10, 4))
         assert value_of(fetch(reader, shelf, b"x"), 10) == 4
 
@@ -170,13 +174,18 @@ def lent(shelf: ItemShelf, name: bytes, tokens: int) -> Iterator[None]:
     """Somebody fetches an item as long as the block runs: he has no memory for it until then."""
     with ReceiverEndpoint(LAYOUT, num_blocks=1, block_size=1, assembly_bytes=15 * 64) as slow:
         held = fetch(slow, shelf, name).result(PATIENCE_S)
-        until(lambda: not shelf._kept[name].lent)
+        until(lambda: rooms_of(shelf) == 0)
         waiting = fetch(slow, shelf, name)
-        until(lambda: bool(shelf._kept[name].lent))
+        until(lambda: rooms_of(shelf) == 1)
         yield
         held.release()
         assert value_of(waiting, tokens) == 1
-        until(lambda: not shelf._kept[name].lent)
+        until(lambda: rooms_of(shelf) == 0)
+
+
+def rooms_of(shelf: ItemShelf) -> int:
+    """How many rooms its items are being fetched in."""
+    return sum(shelf.stats().rooms.values())
 
 
 def test_an_item_that_is_being_fetched_is_not_given_up() -> None:
@@ -201,7 +210,9 @@ def test_what_does_not_fit_now_takes_nobody_s_place() -> None:
         shelf.put(b"large", rows(11, 3))
         assert shelf.expect(b"lent")
         assert not shelf.expect(b"idle")
-        assert shelf._lent_bytes == 0
+        shelf.put(b"all memory there is", rows(20, 4))
+        assert shelf.expect(b"large")
+        assert shelf.expect(b"idle")
 
 
 def test_a_sender_without_items(reader: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -184,10 +185,36 @@ def test_who_tries_again_while_it_closes_is_refused(stage: Any, side: str) -> No
     assert refused == [f"the {side} is closed"]
 
 
-def test_who_comes_while_a_sender_closes_gets_no_writer(stage: Any) -> None:
-    """Its hello may arrive when the others' writers have been told to end; nobody would tell this one."""
-    sender, receiver = stage.sender(limits=stage.quick), stage.receiver(limits=stage.quick)
-    sender.loop.call(sender._end_all)
-    reception = receiver.open(1, sender.address)
-    assert "shutting down" in stage.failure_of(reception).detail
-    assert not sender.loop.call(lambda: sender._writers)
+def test_who_comes_while_a_sender_closes_gets_no_writer(stage: Any, brake: Any) -> None:
+    """Its hello may arrive when the others' writers have been told to end; nobody would tell this one. Here the sender waits for a writer
+    that is held up."""
+    held = brake()
+    sender, receiver = stage.sender(limits=replace(stage.quick, write_timeout_s=20.0)), stage.receiver()
+    stage.offer(sender, 1, TOKENS)
+    receiver.open(1, sender.address)
+    held.wait_reached()
+    before = writers()
+    closer = threading.Thread(target=sender.close)
+    closer.start()
+    stage.until(lambda: is_closed(sender))
+    late = stage.receiver(limits=stage.quick)
+    assert "shutting down" in stage.failure_of(late.open(1, sender.address)).detail
+    assert writers() == before != set()
+    held.release()
+    closer.join(30)
+    assert not closer.is_alive()
+    stage.until(lambda: not writers() & before)
+
+
+def is_closed(sender: Any) -> bool:
+    try:
+        sender.offer(3, total_tokens=1).abort()
+    except UsageError as error:
+        return "closed" in str(error)
+    return False
+
+
+def writers() -> set[threading.Thread]:
+    """Those that write; not those that end one."""
+    threads = (t for t in threading.enumerate() if t.name.startswith("embedwire-writer"))
+    return {thread for thread in threads if not thread.name.endswith("-close")}

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from embedwire.endpoint.identity import identity_of
-from embedwire.limits import MESSAGE_BYTES_MAX, PROTOCOL_VERSION
+from embedwire.limits import MESSAGE_BYTES_MAX, PROTOCOL_VERSION, ROOM_MAX
 from embedwire.protocol import messages
 from embedwire.testing.payload import payload
 
@@ -48,18 +48,33 @@ def router(context: Any) -> tuple[Any, str]:
     return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def hello(receiver: Any, *, source: int = ME, **other: Any) -> messages.Hello:
-    """A hello as the given receiver would say it, under the name of ``source``."""
-    offered = receiver._core.lanes.offered
-    right = {
-        "version": PROTOCOL_VERSION,
-        "nonce": 1,
-        "fields": offered.fields,
-        "block_size": offered.block_size,
-        "num_blocks": offered.num_blocks,
-        "wires": offered.wires,
-    }
-    return messages.Hello(source=source, **right | other)
+def hello_of(context: Any, receiver: Any) -> messages.Hello:
+    """What a receiver sends first to any sender. This one refuses it, and so ends the room that it was for."""
+    socket, address = router(context)
+    reception = receiver.open(ROOM_MAX, address)
+    identity, frame = socket.recv_multipart()
+    sent = messages.decode_for_sender(frame)
+    assert isinstance(sent, messages.Hello)
+    cause = messages.Cause.HANDSHAKE
+    refused = messages.Refused(source=77, target=sent.source, nonce=sent.nonce, cause=cause, detail="no")
+    socket.send_multipart([identity, messages.encode(refused)])
+    assert reception.exception(30) is not None
+    socket.close(linger=0)
+    return sent
+
+
+def hello(context: Any, receiver: Any, *, source: int = ME, **other: Any) -> messages.Hello:
+    """A hello as the given receiver would send it, under the name of ``source``."""
+    return msgspec.structs.replace(hello_of(context, receiver), source=source, **other)
+
+
+def incarnation_of(context: Any, sender: Any) -> int:
+    """A sender names it to any peer that it has no session with."""
+    socket = dealer(context, sender.address)
+    socket.send(messages.encode(messages.Ping(source=ME)))
+    incarnation: int = read(socket, messages.Stranger).source
+    socket.close(linger=0)
+    return incarnation
 
 
 def read(socket: Any, kind: type) -> Any:
@@ -139,7 +154,7 @@ def test_garbage_ends_the_session_of_who_sent_it(stage: Any, context: Any) -> No
     """The rooms of that receiver end with a cause; rooms of other receivers go on."""
     sender, receiver = stage.sender(), stage.receiver()
     socket = dealer(context, sender.address)
-    socket.send(messages.encode(hello(receiver)))
+    socket.send(messages.encode(hello(context, receiver)))
     mine = sender.offer(1, total_tokens=TOKENS)
     others = sender.offer(2, total_tokens=TOKENS)
     reception = receiver.open(2, sender.address)
@@ -161,12 +176,12 @@ def test_a_message_under_anothers_name(stage: Any, context: Any, brake: Any) -> 
     stage.offer(sender, 1, TOKENS)
     reception = receiver.open(1, sender.address)
     held.wait_reached()
-    victim, target = receiver._core.incarnation, sender._core.incarnation
+    victim, target = hello_of(context, receiver).source, incarnation_of(context, sender)
     socket = dealer(context, sender.address)
     for message in (
         messages.Abort(source=victim, target=target, room=1, cause=messages.Cause.ABORTED),
         messages.Done(source=victim, target=target, room=1),
-        hello(receiver, source=victim, fields=("other",)),
+        hello(context, receiver, source=victim, fields=("other",)),
     ):
         socket.send(messages.encode(message))
     stage.until(lambda: sender.stats().frames_refused_total == 3)
@@ -180,9 +195,9 @@ def with_a_thief(stage: Any, context: Any, *, takes_its_identity: bool) -> tuple
     offer = sender.offer(1, total_tokens=TOKENS)
     reception = receiver.open(1, sender.address)
     stage.until(lambda: sender.stats().rooms.get("announced") == 1)
-    victim = receiver._core.incarnation
+    victim, target = hello_of(context, receiver).source, incarnation_of(context, sender)
     thief = dealer(context, sender.address, identity_of(victim, sender.address if takes_its_identity else ""))
-    thief.send(messages.encode(messages.Ping(source=victim, target=sender._core.incarnation)))
+    thief.send(messages.encode(messages.Ping(source=victim, target=target)))
     read(thief, messages.Pong)
     return sender, receiver, offer, reception
 
@@ -210,7 +225,7 @@ def test_grants_that_lie(stage: Any, context: Any) -> None:
     """Wrong sizes, blocks and rounds end their own room before a byte is written."""
     sender, receiver = stage.sender(), stage.receiver(num_blocks=8)
     socket = dealer(context, sender.address)
-    socket.send(messages.encode(hello(receiver)))
+    socket.send(messages.encode(hello(context, receiver)))
     target = read(socket, messages.Welcome).source
     right = {"round": 0, "start_token": 0, "allocated_tokens": 256, "block_indices": (0, 1), "ticket": 1}
     lies = [
@@ -245,7 +260,7 @@ def test_a_region_that_is_none(stage: Any, context: Any, descriptor: bytes) -> N
     sender, receiver = stage.sender(), stage.receiver()
     socket = dealer(context, sender.address)
     wires = ((stage.wire, descriptor), ("no such", b""))
-    socket.send(messages.encode(hello(receiver, wires=wires)))
+    socket.send(messages.encode(hello(context, receiver, wires=wires)))
     refused = read(socket, messages.Refused)
     assert refused.cause == "wire_failed"
     assert "no such: not offered" in refused.detail

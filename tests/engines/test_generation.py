@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from embedwire.encode.interface import ChatPrompt
+from embedwire.engines.transformers.answer import Answer
 from embedwire.engines.transformers.encoder import TransformersEncoder
 from embedwire.engines.transformers.generation import TransformersLanguage, _end_ids
+from embedwire.engines.transformers.language import LanguageHalf
+from embedwire.engines.transformers.scheduler import Scheduler
 from embedwire.errors import ConfigurationError, InvalidRequestError, OverloadedError, UsageError
 from embedwire.language.interface import AssembledPrompt, Delta, LanguageEngine, SamplingParams
 
@@ -81,6 +85,7 @@ class Brake(Reader):
 @pytest.fixture(scope="module")
 def make_engine(tiny_model_dir: Callable[[str], Path]) -> Iterator[Callable[..., TransformersLanguage]]:
     engines: list[TransformersLanguage] = []
+    before = set(threading.enumerate())
 
     def make(family: str = "qwen2_5_vl", *, directory: Path | None = None, **settings: Any) -> Any:
         path = directory or tiny_model_dir(family)
@@ -90,12 +95,22 @@ def make_engine(tiny_model_dir: Callable[[str], Path]) -> Iterator[Callable[...,
     yield make
     for engine in engines:
         engine.close()
-        assert not engine._thread.is_alive()
+    assert not [t for t in threading.enumerate() if t.name == "language" and t not in before]
 
 
 @pytest.fixture(scope="module")
 def engine(make_engine: Callable[..., TransformersLanguage]) -> TransformersLanguage:
     return make_engine()
+
+
+@pytest.fixture(scope="module")
+def decode(tiny_model_dir: Callable[[str], Path]) -> Callable[..., str]:
+    """``decode(ids, family="qwen2_5_vl")``: their text, all at once and without the special tokens."""
+
+    def text(ids: list[int], family: str = "qwen2_5_vl") -> str:
+        return str(Tokenizer.from_file(str(tiny_model_dir(family) / "tokenizer.json")).decode(ids))
+
+    return text
 
 
 def ask(engine: TransformersLanguage, tokens: int = 9, **sampling: Any) -> Reader:
@@ -113,7 +128,7 @@ def make_prompt(tokens: int) -> AssembledPrompt:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
 def test_one_answer_is_what_the_undivided_model_generates(
-    family: str, dtype: str, make_engine, undivided
+    family: str, dtype: str, make_engine, undivided, decode
 ) -> None:
     """From the chat to the text; alone, so in bfloat16 too."""
     engine, model = make_engine(family, dtype=dtype), undivided(family, dtype)
@@ -123,7 +138,7 @@ def test_one_answer_is_what_the_undivided_model_generates(
     with torch.inference_mode():
         expected = model.generate(torch.tensor(ids)[None].long(), max_new_tokens=40, do_sample=False)
     assert reader.wait().ids == expected[0, len(ids) :].tolist()
-    assert reader.text == engine._chat.backend.decode(reader.ids, skip_special_tokens=True)
+    assert reader.text == decode(reader.ids, family)
     assert len(set(reader.ids)) > 4
 
 
@@ -174,7 +189,7 @@ def test_ids_and_text_of_many_are_each_ones_own(engine) -> None:
 
 
 def test_an_end_token_ends_the_answer_and_is_not_in_its_text(
-    make_engine, tiny_model_dir, tmp_path: Path, engine
+    make_engine, tiny_model_dir, tmp_path: Path, engine, decode
 ) -> None:
     """The generation settings may name several; ``ignore_eos`` goes past them."""
     whole = ask(engine).wait()
@@ -187,11 +202,11 @@ def test_an_end_token_ends_the_answer_and_is_not_in_its_text(
     own = make_engine(directory=directory)
     ended = ask(own, ignore_eos=False).wait()
     assert (ended.ids, ended.end) == (whole.ids[: end + 1], "stop")
-    assert ended.text == own._chat.backend.decode(whole.ids[:end])
+    assert ended.text == decode(whole.ids[:end])
     assert ask(own).wait().ids == whole.ids
 
 
-def test_a_stop_string_across_tokens_ends_the_answer(engine) -> None:
+def test_a_stop_string_across_tokens_ends_the_answer(engine, decode) -> None:
     """The stop is not in the text, in no delta; its tokens are among the ids."""
     whole = ask(engine, max_tokens=30).wait()
     stop = whole.text[9:13]
@@ -199,7 +214,7 @@ def test_a_stop_string_across_tokens_ends_the_answer(engine) -> None:
     stopped = ask(engine, max_tokens=30, stop=("not in the text", stop)).wait()
     assert (stopped.text, stopped.end) == (whole.text[:start], "stop")
     assert len(stopped.ids) < 30
-    assert engine._chat.backend.decode(stopped.ids).startswith(whole.text[:start] + stop)
+    assert decode(stopped.ids).startswith(whole.text[:start] + stop)
 
 
 def test_what_only_begins_like_a_stop_is_given_out_in_the_end(engine) -> None:
@@ -273,7 +288,7 @@ def test_an_error_in_a_step_reaches_its_reader_and_the_thread_lives_on(engine, m
     """An exception in a step reaches the caller of that answer; the thread goes on."""
     before = ask(engine).wait()
     with monkeypatch.context() as broken:
-        broken.setattr(engine._half, "decode", lambda *_, **__: 1 / 0)
+        broken.setattr(LanguageHalf, "decode", lambda *_, **__: 1 / 0)
         failed = ask(engine).wait()
     assert (failed.end, failed.deltas[-1].error) == ("error", "ZeroDivisionError: division by zero")
     assert failed.ids == before.ids[:1]
@@ -282,9 +297,10 @@ def test_an_error_in_a_step_reaches_its_reader_and_the_thread_lives_on(engine, m
 
 def test_an_idle_thread_takes_no_turns(make_engine, monkeypatch) -> None:
     """One turn a token, however long the engine has waited before."""
-    own, turns = make_engine(), []
-    turn = own._scheduler.turn
-    monkeypatch.setattr(own._scheduler, "turn", lambda: turns.append(None) or turn())
+    turns: list[None] = []
+    turn = Scheduler.turn
+    monkeypatch.setattr(Scheduler, "turn", lambda scheduler: turns.append(None) or turn(scheduler))
+    own = make_engine()
     for _ in range(3):
         ask(own, max_tokens=10).wait()
     own.close()
@@ -292,15 +308,17 @@ def test_an_idle_thread_takes_no_turns(make_engine, monkeypatch) -> None:
 
 
 def test_close_cancels_what_runs_and_what_waits(make_engine) -> None:
-    own = make_engine(max_batch=1)
+    own = make_engine(max_batch=1, max_waiting=1)
     brake, waiting = Brake(1), Reader()
     own.submit(make_prompt(4), SamplingParams(max_tokens=50, ignore_eos=True), on_delta=brake)
-    own.submit(make_prompt(4), SamplingParams(), on_delta=waiting)
     brake.wait_at(1)
+    own.submit(make_prompt(4), SamplingParams(), on_delta=waiting)
     closer = threading.Thread(target=own.close)
     closer.start()
-    with own._wakeup:
-        assert own._wakeup.wait_for(lambda: own._is_closing, TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while "shutting down" not in refusal_of(own):  # until then the queue is full
+        assert time.monotonic() < deadline
+        os.sched_yield()
     brake.release(1)
     closer.join(TIMEOUT_S)
     assert not closer.is_alive()
@@ -344,24 +362,38 @@ def test_settings_out_of_range_are_named(name: str, tiny_model_dir) -> None:
         TransformersLanguage(str(tiny_model_dir("qwen2_5_vl")), **{name: 0})
 
 
-def test_who_is_cancelled_while_others_are_dropped_is_dropped_next() -> None:
-    """It is cancelled on another thread, at any moment: nobody may leave the queue without an end."""
+def refusal_of(engine: TransformersLanguage) -> str:
+    """Why it takes no other prompt."""
+    with pytest.raises(OverloadedError) as caught:
+        ask(engine)
+    return str(caught.value)
 
-    class Fickle(Mock):
-        looks = 0
 
-        @property
-        def is_cancelled(self) -> bool:
-            self.looks += 1
-            return self.looks > 1
+class CancelledMeanwhile(Answer):
+    """An answer that is cancelled right after the engine has looked at it once."""
 
-    engine = TransformersLanguage.__new__(TransformersLanguage)
-    engine._wakeup, engine._refused, engine._runner = threading.Condition(), [], Mock()
-    first, second = Mock(is_cancelled=True), Fickle()
-    engine._waiting = deque([(first, "a"), (second, "b")])
-    engine._drop_cancelled()
-    assert [answer for answer, _ in engine._waiting] == [second]
-    engine._drop_cancelled()
-    assert not engine._waiting
-    for answer in (first, second):
-        answer.end.assert_called_once_with("cancelled")
+    looks = 0
+
+    @property
+    def is_cancelled(self) -> bool:
+        self.looks += 1
+        return self.looks > 1
+
+    @is_cancelled.setter
+    def is_cancelled(self, _: bool) -> None:
+        pass
+
+
+def test_who_is_cancelled_while_others_are_dropped_is_dropped_next(make_engine) -> None:
+    """It is cancelled on another thread, at any moment: nobody may leave the queue without an end. Here, between two looks at it while
+    another leaves."""
+    own = make_engine(max_batch=1)
+    brake, readers = Brake(1), [Reader(), Reader()]
+    own.submit(make_prompt(4), SamplingParams(max_tokens=4, ignore_eos=True), on_delta=brake)
+    brake.wait_at(1)
+    first, second = (own.submit(make_prompt(5), SamplingParams(), on_delta=reader) for reader in readers)
+    first.cancel()
+    second.__class__ = CancelledMeanwhile
+    brake.release(1)
+    assert [reader.wait().end for reader in readers] == ["cancelled", "cancelled"]
+    assert brake.wait().end == "length"

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
+from embedwire.engines.transformers.language import LanguageHalf
 from embedwire.engines.transformers.parallel import TensorParallel
 from embedwire.errors import ConfigurationError, RankError
 from embedwire.language.interface import AssembledPrompt
@@ -111,7 +112,7 @@ def test_an_error_at_rank_0_ends_the_group(tiny_model_dir, tmp_path: Path, monke
     with Group(2) as group:
         with group.engine(tiny_model_dir("llava"), tmp_path) as engine:
             with monkeypatch.context() as patch:
-                patch.setattr(engine._half, "decode", lambda *_, **__: 1 / 0)
+                patch.setattr(LanguageHalf, "decode", lambda *_, **__: 1 / 0)
                 assert ask(engine, TEXT).wait().end == "error"
             with pytest.raises(RankError, match="division by zero"):
                 ask(engine, TEXT)

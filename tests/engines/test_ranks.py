@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -14,12 +15,13 @@ import pytest
 from embedwire.encode.interface import ChatPrompt
 from embedwire.engines.transformers.encoder import TransformersEncoder
 from embedwire.engines.transformers.language import load_language_half
+from embedwire.engines.transformers.ranks import LeadingRunner
 from embedwire.engines.transformers.reference import greedy_ids
 from embedwire.errors import InvalidRequestError
 from embedwire.language.interface import AssembledPrompt
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the other processes can import it by its name
-from rank_worker import STEPS, Group, Reader, ask, save_prompt, weights_of
+from rank_worker import STEPS, TIMEOUT_S, Group, Reader, ask, save_prompt, weights_of
 
 pytestmark = [pytest.mark.model, pytest.mark.e2e]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava")
@@ -94,7 +96,7 @@ def check_shares(whole: dict[str, tuple[int, int]], shares: list[dict[str, tuple
 
 @pytest.mark.failure_mode("abort-not-propagated", "block-freed-twice")
 def test_answers_come_and_go_and_every_copy_is_let_go_once(
-    group, case, tiny_model_dir, tmp_path: Path
+    group, case, tiny_model_dir, tmp_path: Path, monkeypatch
 ) -> None:
     """Cancelled in the prompt, in the queue and in a step; refused; ended with the first token."""
     (image, text), (image_ids, text_ids) = case("qwen2_5_vl")
@@ -119,19 +121,20 @@ def test_answers_come_and_go_and_every_copy_is_let_go_once(
             ask(engine, keyed[3], top_p=2.0)
         assert ask(engine, keyed[4], max_tokens=1).wait().ids == image_ids[:1]
         in_its_prompt: Any = Reader()
-        step = engine._scheduler.turn
+        with monkeypatch.context() as patched:
+            asked, read = threading.Event(), LeadingRunner.prefill
 
-        def cancelling_turn() -> None:
-            step()
-            if engine._scheduler._prefill is not None:
+            def cancelled_after_its_first_chunk(*arguments: Any, **part: int) -> Any:
+                logits = read(*arguments, **part)
+                assert asked.wait(TIMEOUT_S)
                 in_its_prompt.answer.cancel()
+                return logits
 
-        engine._scheduler.turn = cancelling_turn
-        with engine._wakeup:
+            patched.setattr(LeadingRunner, "prefill", cancelled_after_its_first_chunk)
             ask(engine, keyed[5], in_its_prompt)
-        assert in_its_prompt.wait().end == "cancelled"
+            asked.set()
+            assert in_its_prompt.wait().end == "cancelled"
         assert in_its_prompt.ids == []
-        engine._scheduler.turn = step
         assert ask(engine, text).wait().ids == text_ids
     for error, read in group.hear():
         assert error is None

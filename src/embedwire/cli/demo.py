@@ -117,7 +117,7 @@ def demo(
         status.update("asking the undivided model, in a process of its own")
         expected = _undivided_ids(name, images, dtype=dtype, device=device)
     ids = answer["choices"][0]["token_ids"]
-    claims.insert(0, _same_ids(ids, expected))
+    claims.insert(0, same_ids(ids, expected))
     _show(answer, claims, is_random=model is None)
     write_json(
         json,
@@ -167,7 +167,7 @@ def _serve_and_ask(
     return answer, [
         *_passage_claims(answer["embedwire"]),
         whole,
-        _ended_cleanly(codes, {*segments, *(f"/proc/{pid}" for pid in pids)}),
+        ended_cleanly(codes, {*segments, *(f"/proc/{pid}" for pid in pids)}),
     ]
 
 
@@ -229,7 +229,7 @@ def _pool_is_whole(url: str) -> Claim:
     )
 
 
-def _ended_cleanly(codes: Mapping[str, int], paths: set[str]) -> Claim:
+def ended_cleanly(codes: Mapping[str, int], paths: set[str]) -> Claim:
     bad = [f"{name}: exit code {code}" for name, code in codes.items() if code]
     left = sorted(filter(os.path.exists, paths))
     detail = "; ".join([*bad, *(f"left behind: {path}" for path in left)])
@@ -240,7 +240,7 @@ def _ended_cleanly(codes: Mapping[str, int], paths: set[str]) -> Claim:
     )
 
 
-def _same_ids(ids: Sequence[int], expected: Sequence[int]) -> Claim:
+def same_ids(ids: Sequence[int], expected: Sequence[int]) -> Claim:
     same = list(ids) == list(expected)
     where = next(
         (i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b),
