@@ -45,6 +45,7 @@ check: setup
 	$(VENV)/bin/ruff format --check src tests docs examples
 	$(VENV)/bin/ruff check src tests docs examples
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file tests/mypy.ini
 	$(VENV)/bin/lint-imports
 	$(PY) -m pytest -q tests/test_structure.py
 

@@ -34,7 +34,7 @@ def marked_tests(root: Path) -> list[MarkedTest]:
 def marks_of(source: str, file: str) -> list[MarkedTest]:
     """The marks of one file. Raises ValueError for a marker with an argument that is no literal, or where this module does not look."""
     tree = ast.parse(source, filename=file)
-    calls = {call for call in ast.walk(tree) if kind_of(call)}
+    calls = {call for call in ast.walk(tree) if isinstance(call, ast.Call) and kind_of(call)}
     for call in calls:
         if not ids_of(call):
             raise ValueError(f"{file}:{call.lineno}: a marker takes literal ids")

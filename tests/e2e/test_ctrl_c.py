@@ -114,7 +114,8 @@ def test_ctrl_c_with_requests_under_way(
         up.process.send_signal(signal.SIGINT)
         out, err = up.process.communicate(timeout=ENDED_S)
         assert (up.process.returncode, err) == (0, ""), out + err
-        for ended in (lambda: list(lines), *(other.result for other in others)):
+        ends: list[Callable[[], object]] = [lambda: list(lines), *(other.result for other in others)]
+        for ended in ends:
             with suppress(httpx.TransportError):  # cut off
                 ended()
     assert left_of(held) == {"processes": set(), "ports": set(), "segments": set()}

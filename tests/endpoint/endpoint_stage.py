@@ -103,8 +103,10 @@ class Stage:
             self.until(lambda r=receiver: _is_idle_receiver(r), otherwise=receiver.stats)
 
     def close(self) -> None:
-        for endpoint in (*self.receivers, *self.senders):
-            endpoint.close()
+        for receiver in self.receivers:
+            receiver.close()
+        for sender in self.senders:
+            sender.close()
 
 
 def _is_idle_sender(sender: SenderEndpoint) -> bool:

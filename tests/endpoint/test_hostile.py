@@ -227,8 +227,14 @@ def test_grants_that_lie(stage: Any, context: Any) -> None:
     socket = dealer(context, sender.address)
     socket.send(messages.encode(hello(context, receiver)))
     target = read(socket, messages.Welcome).source
-    right = {"round": 0, "start_token": 0, "allocated_tokens": 256, "block_indices": (0, 1), "ticket": 1}
-    lies = [
+    right: dict[str, Any] = {
+        "round": 0,
+        "start_token": 0,
+        "allocated_tokens": 256,
+        "block_indices": (0, 1),
+        "ticket": 1,
+    }
+    lies: list[dict[str, Any]] = [
         {"allocated_tokens": 250},
         {"block_indices": (0, 0)},
         {"block_indices": (0, 8)},
@@ -318,7 +324,7 @@ def test_a_sender_that_lies(stage: Any, context: Any) -> None:
         reception = receiver.open(number, address)
         for kind, lie in lines:
             identity, frame = socket.recv_multipart()
-            said = messages.decode_for_sender(frame)
+            said: Any = messages.decode_for_sender(frame)
             while kind is messages.Announce and not isinstance(said, messages.Open):
                 said = messages.decode_for_sender(socket.recv_multipart()[1])
             while kind is messages.Status and not isinstance(said, messages.Init):

@@ -121,8 +121,8 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        settings = {"size": size, "address": address, "start_timeout_s": TIMEOUT_S} | settings
         on_broken = settings.pop("on_broken", None)
+        settings = {"size": size, "address": address, "start_timeout_s": TIMEOUT_S, **settings}
         self.processes: list[ForkServerProcess] = []
         self.pipes: list[Connection] = []
         for rank in range(1, size):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_every_rank_has_what_one_rank_makes(family: str, group: Group, tiny_mode
     media = [picture(84, 56, 1), picture(56, 112, 2), picture(56, 56, 3)]
     prompts = [chat(media), chat(media[:1]), chat([])]
     prepared = [replace(engine.prepare(prompt), key=(n, 0)) for n, prompt in enumerate(prompts)]
-    encoded = list(engine.encode(prepared))
+    encoded: list[Any] = list(engine.encode(prepared))
     engine.close()
     others = group.hear()
     for n, (own, one) in enumerate(zip(encoded, alone.encode(prepared), strict=True)):
@@ -83,7 +84,7 @@ def chat(media: list[bytes]) -> ChatPrompt:
     return ChatPrompt([{"role": "user", "content": [*parts, {"type": "text", "text": "Which?"}]}], media)
 
 
-def check_equal(own: dict[str, np.ndarray], other: dict[str, np.ndarray], *, atol: float) -> None:
+def check_equal(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], *, atol: float) -> None:
     assert own.keys() == other.keys()
     for name, array in own.items():
         assert array.dtype == other[name].dtype

@@ -152,6 +152,7 @@ def test_both_halves_say_what_the_undivided_model_says(
     chat = [{"role": "user", "content": [{"type": "image"}] * 3 + [{"type": "text", "text": "Which?"}]}]
     media = [picture(84, 56, 1), picture(56, 112, 2), picture(56, 56, 3)]
     prepared = encoder.prepare(ChatPrompt(chat, media))
+    arrays: Any
     (arrays,) = encoder.encode([prepared])
     prompt = AssembledPrompt(**arrays, mrope_position_delta=prepared.mrope_position_delta)
     reader, engine = Reader(), make_engine(family, dtype=dtype)
@@ -224,7 +225,7 @@ def test_what_only_begins_like_a_stop_is_given_out_in_the_end(engine) -> None:
 
 
 def test_a_seed_repeats_an_answer_among_others(engine) -> None:
-    params = {"temperature": 1.0, "seed": 5}
+    params: dict[str, Any] = {"temperature": 1.0, "seed": 5}
     alone = ask(engine, **params).wait()
     beside = [ask(engine, tokens, temperature=1.0, seed=tokens) for tokens in (4, 30)]
     again = ask(engine, **params).wait()
@@ -358,8 +359,9 @@ def test_end_tokens_are_those_of_the_generation_settings_if_there_are_any(
     "name", ["max_batch", "max_waiting", "prefill_chunk_tokens", "max_cache_tokens", "threads"]
 )
 def test_settings_out_of_range_are_named(name: str, tiny_model_dir) -> None:
+    setting: dict[str, Any] = {name: 0}
     with pytest.raises(ConfigurationError, match=f"{name} has to be at least 1, got 0"):
-        TransformersLanguage(str(tiny_model_dir("qwen2_5_vl")), **{name: 0})
+        TransformersLanguage(str(tiny_model_dir("qwen2_5_vl")), **setting)
 
 
 def refusal_of(engine: TransformersLanguage) -> str:

@@ -115,7 +115,9 @@ def caught_prompt(kwargs: dict[str, Any], ids: torch.Tensor, *, delta: int) -> A
     return AssembledPrompt(
         fill_ids=ids.int().numpy(),
         input_embeddings=as_array(embeddings),
-        mrope_positions=positions[-3:, 0].T.int().contiguous().numpy() if has_mrope else None,
+        mrope_positions=None
+        if positions is None or not has_mrope
+        else positions[-3:, 0].T.int().contiguous().numpy(),
         mrope_position_delta=delta,
         deepstack_embeddings=None if deepstack is None else as_array(deepstack),
     )
@@ -158,7 +160,7 @@ def test_every_logit_equals_the_undivided_model(
 
 def own_layout(half: LanguageHalf, prompt: AssembledPrompt) -> AssembledPrompt:
     """A text-only prompt reaches the undivided text model without what the layout names: fill it up."""
-    missing = {
+    missing: dict[str, Any] = {
         field.name: np.zeros((len(prompt.fill_ids), *field.shape), field.numpy_dtype)
         for field in half.layout
         if getattr(prompt, field.name) is None

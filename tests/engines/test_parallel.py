@@ -62,7 +62,7 @@ def test_a_killed_rank_ends_all_answers_and_all_ranks(tiny_model_dir, tmp_path: 
     with Group(4, on_broken=broken.append) as group:
         with group.engine(tiny_model_dir("qwen2_5_vl"), tmp_path) as engine:
             victim = group.processes[1]
-            first = Reader(4, lambda: os.kill(victim.pid, signal.SIGKILL))
+            first = Reader(4, victim.kill)
             for reader in [ask(engine, TEXT, first), ask(engine, TEXT), ask(engine, TEXT)]:
                 assert reader.wait().end == "error"
                 assert reader.deltas[-1].error.startswith("RankError: the tensor-parallel group is broken")
@@ -80,7 +80,8 @@ def test_a_stalled_rank_ends_the_step(tiny_model_dir, tmp_path: Path) -> None:
     with Group(2, timeout_s=1.0) as group:
         with group.engine(tiny_model_dir("qwen2_5_vl"), tmp_path) as engine:
             victim = group.processes[0]
-            reader = ask(engine, TEXT, Reader(4, lambda: os.kill(victim.pid, signal.SIGSTOP)))
+            stop = psutil.Process(victim.pid).suspend
+            reader = ask(engine, TEXT, Reader(4, stop))
             assert reader.wait().end == "error"
         victim.kill()
         assert group.close() == [-signal.SIGKILL]

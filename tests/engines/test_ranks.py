@@ -49,6 +49,7 @@ def case(tiny_model_dir, picture) -> Callable[[str], tuple[list[AssembledPrompt]
             content = [*parts, {"type": "text", "text": "What is in the image?"}]
             chat = ChatPrompt([{"role": "user", "content": content}], media)
             prepared = encoder.prepare(chat)
+            arrays: Any
             (arrays,) = encoder.encode([prepared])
             if not media:
                 arrays = {"fill_ids": arrays["fill_ids"]}
@@ -124,7 +125,7 @@ def test_answers_come_and_go_and_every_copy_is_let_go_once(
         with monkeypatch.context() as patched:
             asked, read = threading.Event(), LeadingRunner.prefill
 
-            def cancelled_after_its_first_chunk(*arguments: Any, **part: int) -> Any:
+            def cancelled_after_its_first_chunk(*arguments: Any, **part: Any) -> Any:
                 logits = read(*arguments, **part)
                 assert asked.wait(TIMEOUT_S)
                 in_its_prompt.answer.cancel()

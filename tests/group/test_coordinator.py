@@ -156,6 +156,7 @@ def test_one_rank_knows_the_total() -> None:
         ranks.open(1, rank)
     ranks.announce(0, key(1, 0), 2000)
     ranks.steps()
+    assert ranks.last_agreed is not None
     assert [agreed.total_tokens for agreed in ranks.last_agreed.rooms] == [2000]
     assert not any(coordinator.queue for coordinator in ranks.coordinators.values())
     assert ranks.steps() == 0

@@ -87,7 +87,7 @@ class Group:
         self.wait_between_steps()
 
     def wait_between_steps(self) -> None:
-        members = [rank._member for rank in self.ranks]
+        members: list[Any] = [rank._member for rank in self.ranks]
 
         def is_quiet() -> bool:
             before = {step for member in members for step in (member.step, member.steps_total)}
@@ -254,7 +254,8 @@ def stall() -> Iterator[Callable[[ReceiverEndpoint], None]]:
 
     def stall(rank: ReceiverEndpoint) -> None:
         is_stalled = threading.Event()
-        rank._member._driver._loop.post(lambda: (is_stalled.set(), go_on.wait(20))[0])
+        member: Any = rank._member
+        member._driver._loop.post(lambda: (is_stalled.set(), go_on.wait(20))[0])
         assert is_stalled.wait(20)
 
     yield stall
@@ -307,7 +308,8 @@ def test_heartbeats() -> None:
 def test_no_control_socket_has_a_heartbeat(make_group: Callable[..., Group]) -> None:
     """libzmq ends the process where one falls due while a socket closes whose peer has gone (its issue 4364)."""
     made = make_group(RankGroup.on_one_host(2))
-    sockets = [rank._member._driver._socket for rank in made.ranks]
+    members: list[Any] = [rank._member for rank in made.ranks]
+    sockets = [member._driver._socket for member in members]
     assert [socket.getsockopt(zmq.HEARTBEAT_IVL) for socket in sockets] == [0, 0]
 
 

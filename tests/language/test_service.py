@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ class Listener:
 class Rig:
     """A sender, a receiver of four blocks, and the service between them and the engine."""
 
-    def __init__(self, **more: int) -> None:
+    def __init__(self, **more: Any) -> None:
         self.engine = SteppedEngine()
         self.sender = SenderEndpoint(LAYOUT)
         self.receiver = ReceiverEndpoint(LAYOUT, num_blocks=4, block_size=8, limits=Limits(window_rounds=1))

@@ -207,5 +207,5 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
-TestAllocatorMachine.pytestmark = [pytest.mark.invariant("conservation")]
+TestAllocatorMachine.pytestmark = [pytest.mark.invariant("conservation")]  # type: ignore[attr-defined]
 TestAllocatorMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -46,9 +46,9 @@ from embedwire.protocol.messages import (
 )
 from embedwire.protocol.states import Poll
 
-LIFE = {"source": INCARNATION_MAX, "target": 7}
-ROOM = {"room": ROOM_MAX, "attempt": 3}
-GRANT = {
+LIFE: dict[str, Any] = {"source": INCARNATION_MAX, "target": 7}
+ROOM: dict[str, Any] = {"room": ROOM_MAX, "attempt": 3}
+GRANT: dict[str, Any] = {
     "round": 2,
     "start_token": 128,
     "allocated_tokens": 256,

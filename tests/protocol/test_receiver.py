@@ -21,7 +21,7 @@ SUMS = (9,)
 
 
 def announce(total: int = 2000, **other: Any) -> Announce:
-    content = {
+    content: dict[str, Any] = {
         "total_tokens": total,
         "aux": aux_of(total),
         "content_hash": b"h",

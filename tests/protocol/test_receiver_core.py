@@ -48,7 +48,7 @@ from embedwire.protocol.receiver_lanes import IDLE_S
 from embedwire.protocol.states import Poll, ReceiverState
 
 ME, SENDER, ADDRESS, KEY = 5, 11, "tcp://encoder:1", RoomKey(7)
-FROM = {"source": SENDER, "target": ME}
+FROM: dict[str, Any] = {"source": SENDER, "target": ME}
 
 
 def sent(actions: list[ReceiverAction]) -> list[Message]:
@@ -76,7 +76,12 @@ class Bench:
 
     def welcome(self, source: int = SENDER, **other: Any) -> Welcome:
         nonce = self.core.lanes.sessions[ADDRESS].nonce
-        content = {"version": PROTOCOL_VERSION, "nonce": nonce, "fields": ("a",), "wire": self.wire} | other
+        content: dict[str, Any] = {
+            "version": PROTOCOL_VERSION,
+            "nonce": nonce,
+            "fields": ("a",),
+            "wire": self.wire,
+        } | other
         return Welcome(source=source, target=ME, **content)
 
     def open(self, key: RoomKey = KEY, now: float = 0.0) -> None:
@@ -86,7 +91,7 @@ class Bench:
 
     def announce(self, key: RoomKey = KEY, total: int = 300, **other: Any) -> list[ReceiverAction]:
         aux = (total, *[0] * (AUX_WORDS - 1))
-        content = {
+        content: dict[str, Any] = {
             "total_tokens": total,
             "aux": aux,
             "content_hash": b"",
@@ -396,7 +401,7 @@ def test_what_is_not_for_us_or_not_from_our_sender_is_nothing() -> None:
     """Messages with another target, another source or another address are ignored."""
     bench = Bench()
     bench.fill()
-    ended = {"room": 7, "cause": Cause.ABORTED}
+    ended: dict[str, Any] = {"room": 7, "cause": Cause.ABORTED}
     assert bench.hear(Ended(source=SENDER, target=99, **ended)) == []
     assert bench.hear(Ended(source=99, target=ME, **ended)) == []
     assert bench.core.on_message(Ended(**FROM, **ended), "tcp://other:1", now=1.0) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from embedwire.limits import AUX_WORDS
@@ -111,7 +113,7 @@ def test_two_lanes_become_whole() -> None:
 
 @pytest.mark.failure_mode("part-taken-for-whole-room")
 @pytest.mark.parametrize("other", [{"content_hash": b"x"}, {"aux": (600, 1, *[0] * (AUX_WORDS - 2))}])
-def test_senders_that_announce_different_contents(other: dict[str, object]) -> None:
+def test_senders_that_announce_different_contents(other: dict[str, Any]) -> None:
     """Parts that are announced with different contents end the room."""
     ranks = Ranks(ALONE, senders=2)
     ranks.open(1, 0)

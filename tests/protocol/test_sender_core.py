@@ -47,7 +47,7 @@ from embedwire.protocol.states import Poll
 
 SENDER, PEER, KEY = 11, 5, RoomKey(7)
 DIGESTS = {KEY: (9,)}
-TO = {"source": PEER, "target": SENDER}
+TO: dict[str, Any] = {"source": PEER, "target": SENDER}
 
 
 def hello(source: int = PEER, **other: Any) -> Hello:
@@ -372,7 +372,7 @@ def test_a_doubt_lasts_until_there_is_proof() -> None:
     (certain,) = said(bench.core.on_doubt_ended(PEER, KEY))
     assert isinstance(certain, Ended)
     assert certain.certain
-    assert bench.core.on_doubt_ended(PEER, (99, 0)) == []
+    assert bench.core.on_doubt_ended(PEER, RoomKey(99)) == []
 
 
 def test_another_receiver_does_not_get_the_room() -> None:
@@ -523,7 +523,8 @@ def test_an_item_that_is_refused_on_another_rank_of_the_encoder() -> None:
     core.on_attached(PEER, "shm")
     core.on_message(Open(**TO, room=7, item=b"hash"), now=1.0)
     (ended,) = said(core.fail(KEY, Cause.UNKNOWN_ITEM, "nothing is kept here", now=1.0))
-    assert (type(ended), ended.key, ended.cause) == (Ended, KEY, Cause.UNKNOWN_ITEM)
+    assert isinstance(ended, Ended)
+    assert (ended.key, ended.cause) == (KEY, Cause.UNKNOWN_ITEM)
 
 
 def test_a_receiver_that_had_two_lanes_of_a_room_is_lost() -> None:

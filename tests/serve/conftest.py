@@ -174,12 +174,12 @@ class LanguageDouble:
         on_report: Callable[[TransferReport, int], None],
         on_delta: Callable[[Delta], None],
         on_error: Callable[[EmbedwireError], None],
-    ) -> JobDouble | None:
+    ) -> JobDouble:
         (address,) = addresses
         encoder = self.encoders[address]
         taken = encoder.rooms.pop((room, attempt), None)
-        broken = encoder.breaks or (TransferError("unknown_room") if taken is None else None)
-        if broken:
+        if encoder.breaks or taken is None:
+            broken = encoder.breaks or TransferError("unknown_room")
             threading.Thread(target=on_error, args=[broken], daemon=True).start()
             return JobDouble([], sampling, steps=None, on_delta=lambda _delta: None)
         report = TransferReport(room, "shm", taken.total_tokens, (1024, 976), 64000, 12.5, 3.25, 64000)

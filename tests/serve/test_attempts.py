@@ -34,7 +34,8 @@ def pick(attempts: Attempts) -> str:
 
 
 async def test_a_failed_attempt_is_followed_by_one_on_another_worker() -> None:
-    attempts, events = attempts_on(table_of("http://a", "http://b")), []
+    attempts = attempts_on(table_of("http://a", "http://b"))
+    events: list[str] = []
 
     async def attempt(number: int, held: AsyncExitStack) -> str:
         url = pick(attempts)

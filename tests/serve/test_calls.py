@@ -33,7 +33,7 @@ async def test_a_connection_is_not_kept_until_the_server_hangs_up(
         return JSONResponse(request.client.port)
 
     server = cluster.run(app)
-    worker = Worker(url=server.url, role=Role.ENCODER, model="m", fingerprint=0, incarnation=1)
+    worker = Worker(url=server.url, role=Role.ENCODER, model="m", fingerprint="0", incarnation=1)
     made = WorkerCalls(Registry(), connect_timeout_s=3)
 
     async def port() -> int:

@@ -75,7 +75,14 @@ def test_refusals(cluster: Any, chat: Any, error: Exception, status: int, code: 
 
 def test_a_wrong_field_is_named(cluster: Any, chat: Any) -> None:
     _, server = cluster.add_encoder()
-    for change in ({"room": 0}, {"room": 2**63}, {"room": "1"}, {"attempt": -1}, {"messages": []}):
+    changes: list[dict[str, Any]] = [
+        {"room": 0},
+        {"room": 2**63},
+        {"room": "1"},
+        {"attempt": -1},
+        {"messages": []},
+    ]
+    for change in changes:
         answer = encode(server.url, room(chat, 1) | change)
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == next(iter(change))

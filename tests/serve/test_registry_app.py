@@ -169,7 +169,7 @@ def test_goodbye_of_an_old_life_is_not_heard(cluster: Any) -> None:
     httpx.post(f"{registry.url}/workers", content=msgspec.json.encode(worker))
 
     def goodbye(incarnation: int) -> bool:
-        params = {"url": worker.url, "incarnation": incarnation}
+        params: dict[str, Any] = {"url": worker.url, "incarnation": incarnation}
         removed: bool = httpx.delete(f"{registry.url}/workers", params=params).json()["removed"]
         return removed
 

@@ -98,7 +98,7 @@ class Served:
         )
         for close in (self.language.close, answer.close, encode.close):
             stack.callback(close)
-        common = {"model": "tiny", "layout": LAYOUT}
+        common: dict[str, Any] = {"model": "tiny", "layout": LAYOUT}
         stats = {"sender": self.sender.stats, "encode": encode.stats}
         self.a = cluster.run(
             encoder_app(encode, control_addresses=[self.sender.address], metrics=AppMetrics(stats), **common)

@@ -132,7 +132,7 @@ class State:
         return (
             tuple(_core(core, ranks.coordinators[rank]) for rank, core in enumerate(ranks.cores)),
             tuple(tuple((room, cause) for room, cause, _ in ends) for ends in ranks.ends),
-            tuple(tuple(sorted(budget._reserved)) for budget in ranks.budgets),
+            tuple(frozenset(budget._reserved) for budget in ranks.budgets),
             tuple((rank, facts.free_bytes, facts.rooms) for rank, facts in sorted(ranks.contributed.items())),
             tuple((rank, facts.free_bytes, facts.rooms) for rank, facts in sorted(ranks.agreed.items())),
             tuple(self.opened) if self.is_begun else (),

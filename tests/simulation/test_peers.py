@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from embedwire.testing.simulation import FENCED, ONE_SIDED, Transfer, WireFaults
 WIRES = (FENCED, ONE_SIDED)
 
 
-def pair(**receiver: object) -> tuple[World, SenderNode, ReceiverNode]:
+def pair(**receiver: Any) -> tuple[World, SenderNode, ReceiverNode]:
     """A world of one sender, whose slices take a tenth of a second, and one receiver with a pool of 8 blocks; one round at a time."""
     world = World(limits=Limits(window_rounds=1))
     sender = world.add_sender(faults=WireFaults(slice_s=(0.1, 0.1)))
@@ -30,7 +31,7 @@ def pair(**receiver: object) -> tuple[World, SenderNode, ReceiverNode]:
 
 def is_in(transfer: Transfer, state: ReceiverState | SenderState) -> Callable[[], bool]:
     """Whether the room of that side is in that state."""
-    node = transfer.receiver if isinstance(state, ReceiverState) else transfer.sender
+    node: Any = transfer.receiver if isinstance(state, ReceiverState) else transfer.sender
 
     def condition() -> bool:
         rooms = node.core.lanes.transfers if isinstance(node, ReceiverNode) else node.core.transfers
@@ -67,7 +68,7 @@ def test_abort_in_every_state(state: ReceiverState | SenderState, side: str, wir
         world.link.rules.append(lambda e: () if isinstance(e.message, Open) and e.message.room == 7 else None)
         world.run(for_s=0.1)
     world.run_until(is_in(transfer, state))
-    {"sender": sender, "receiver": receiver}[side].abort(transfer.key)
+    (sender if side == "sender" else receiver).abort(transfer.key)
     world.link.rules.clear()
     following = world.request(8, 3000)
     world.settle()
@@ -89,7 +90,7 @@ def test_abort_during_a_write(side: str, wire: str) -> None:
     transfer = world.request(7, 1024)
     world.run_until(lambda: bool(sender.writes))
     world.run(for_s=0.05)
-    {"sender": sender, "receiver": receiver}[side].abort(transfer.key)
+    (sender if side == "sender" else receiver).abort(transfer.key)
     world.run(for_s=0.02)
     assert transfer.key in sender.core.rooms, "its write is under way"
     assert sender.budget.used_bytes == 1024 * TOKEN_BYTES
@@ -412,7 +413,7 @@ def test_every_cell_says_whose_it_is(wire: str) -> None:
     receiver = world.add_receiver(num_blocks=6, default_allocate_tokens=128, wire=wire)
     transfers = [world.request(room, 400 + room) for room in range(1, 61)]
     for room in range(3, 61, 3):
-        world.after(0.02 * room, lambda room=room: receiver.abort(RoomKey(room)))  # type: ignore[misc]
+        world.after(0.02 * room, lambda room=room: receiver.abort(RoomKey(room)))
     world.settle()
     ends = [t.receiver_end for t in transfers]
     assert ends.count(Cause.DONE) >= 40

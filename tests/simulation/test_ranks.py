@@ -367,7 +367,7 @@ def never_fit(world: World, group: Group) -> None:
     [(corrupt, Cause.CORRUPT), (lose_peer, Cause.PEER_LOST), (never_fit, Cause.NEVER_FITS)],
     ids=lambda part: getattr(part, "__name__", ""),
 )
-def test_a_failure_on_one_rank(fault, cause: Cause) -> None:  # type: ignore[no-untyped-def]
+def test_a_failure_on_one_rank(fault, cause: Cause) -> None:
     """A failure on rank 1 ends the room on all ranks with one cause, and the next room is served."""
     world = World()
     sender = world.add_encoder_group("encoder-1", 2, faults=WireFaults(slice_s=(0.2, 0.2)))

@@ -61,6 +61,7 @@ def test_aux_is_read_from_round_0_only() -> None:
     """8192 tokens in blocks 0–63, 976 in 64–71, whose aux rows are 0: the total stays 9168."""
     world, transfer = transfer_alone(9168, 8192, num_blocks=128)
     assert [g.block_indices for g in transfer.grants] == [tuple(range(64)), tuple(range(64, 72))]
+    assert isinstance(transfer.receiver, ReceiverNode)
     memory = transfer.receiver.memory
     assert memory.aux[0] == aux_of(RoomKey(7), 9168)
     assert memory.aux[64] == (0,) * 16

@@ -43,7 +43,7 @@ class OneSided(OneSidedInbound):
 class Port:
     """A port under test, raw connections to it, and the beginning of the answer to a greeting. ``breaks`` is called as a session begins."""
 
-    def __init__(self, use: str, **limits: float) -> None:
+    def __init__(self, use: str, **limits: Any) -> None:
         limits = LIMITS | limits
         self.sockets: list[socket.socket] = []
         self.breaks: Callable[[], None] = lambda: None
@@ -58,7 +58,7 @@ class Port:
                 "tcp": (TcpInbound, frames.Descriptor, frames.WELCOME),
                 "onesided": (OneSided, greeting.Descriptor, b"EWp1"),
             }[use]
-            self.owner, self.magic = self._region(base, limits), base.magic
+            self.owner, self.magic = self._region(base, limits), base.magic  # type: ignore[type-abstract]
             target: Any = msgspec.msgpack.decode(self.owner.descriptor(), type=format_)
             self.number, self.nonce = target.port, target.nonce
 
@@ -75,7 +75,7 @@ class Port:
     def _region(self, base: type[ListeningInbound], limits: dict[str, Any]) -> ListeningInbound:
         port = self
 
-        class Limited(base):  # type: ignore[misc, valid-type]
+        class Limited(base):  # type: ignore[valid-type]
             def _begin_session(self, session: Connection) -> Any:
                 port.breaks()
                 return super()._begin_session(session)

@@ -200,7 +200,8 @@ def test_a_sweep_between_creation_and_lock_costs_a_second_try(
     inbound: ShmInbound, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new file without its lock looks like one of a dead receiver: its creator has to notice."""
-    honest, paths = shm._try_lock, []
+    honest = shm._try_lock
+    paths: list[str] = []
 
     def swept_first(fd: int, kind: int, at: int) -> bool:
         if kind == fcntl.F_WRLCK and not paths:

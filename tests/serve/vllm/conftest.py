@@ -246,7 +246,7 @@ class Servers:
     def router(self, **how: Any) -> str:
         """The router's URL."""
         limits = VllmLimits(**{k: how.pop(k) for k in tuple(how) if k in VllmLimits.__dataclass_fields__})
-        settings = {
+        settings: dict[str, Any] = {
             "encoder_urls": [s.url for s in self.encoder_servers],
             "language_urls": [s.url for s in self.language_servers],
             "media_limits": MediaLimits(allow_private_media=True),

@@ -126,7 +126,8 @@ def test_options_of_media_reach_both_sides(servers: Any, post: Any, chat: Any, n
         assert seen["mm_processor_kwargs"] == {"max_pixels": 784}
         assert seen["media_io_kwargs"] == {"image": {"a": 1}}
         assert seen["messages"][0]["content"][0]["image_url"]["detail"] == "low"
-    for changed in ({"mm_processor_kwargs": {"max_pixels": 785}}, {"media_io_kwargs": {}}):
+    changes: list[dict[str, Any]] = [{"mm_processor_kwargs": {"max_pixels": 785}}, {"media_io_kwargs": {}}]
+    for changed in changes:
         assert post(router, body | changed).status_code == 200
     body["messages"][0]["content"][0]["image_url"]["detail"] = "high"
     assert post(router, body).status_code == 200

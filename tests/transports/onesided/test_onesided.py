@@ -110,6 +110,15 @@ class Out(OneSidedOutbound):
         return Sending()
 
 
+def held_until(event: threading.Event) -> Callable[[], None]:
+    """What returns once the event is set."""
+
+    def hold() -> None:
+        event.wait(PATIENCE_S)
+
+    return hold
+
+
 @pytest.fixture(autouse=True)
 def engines() -> Iterator[None]:
     """All engines of a test are destroyed at its end."""
@@ -118,7 +127,8 @@ def engines() -> Iterator[None]:
     Sending.fate.clear()
     yield
     Sending.connects = staticmethod(lambda: None)
-    eventually(lambda: not any(engine.is_open for engine in (*Receiving.made, *Sending.made)))
+    made: list[Any] = [*Receiving.made, *Sending.made]
+    eventually(lambda: not any(engine.is_open for engine in made))
 
 
 @pytest.fixture
@@ -206,7 +216,7 @@ def test_a_slow_engine_delays_no_other_sender(inbound: In) -> None:
     with greet(inbound, 9) as early:
         assert welcomed(early)
         ends = threading.Event()
-        Receiving.made[0].on_close = lambda: ends.wait(PATIENCE_S) and None
+        Receiving.made[0].on_close = held_until(ends)
     inbound.goes_on.clear()
     target = greeting.decode_descriptor(inbound.descriptor(), wire="test")
     senders = [greet(inbound, sender_token) for sender_token in (1, 2, 3)]
@@ -285,7 +295,7 @@ def test_a_doubt_ends_when_the_receiver_wakes(frozen_receiver: Any, outbound: Ou
 def test_an_engine_that_hangs_in_connect_is_left_behind(inbound: In, outbound: Out) -> None:
     inbound.allocate(4096).release()
     goes_on = threading.Event()
-    Sending.connects = staticmethod(lambda: goes_on.wait(PATIENCE_S) and None)
+    Sending.connects = staticmethod(held_until(goes_on))
     with pytest.raises(TransportError, match="in time"):
         outbound.connect(inbound.descriptor(), sender_token=7, timeout_s=0.1)
     goes_on.set()
@@ -356,7 +366,7 @@ def test_a_host_out_of_reach_is_not_proof_that_a_session_has_ended() -> None:
 
 def test_registered_memory_is_read_where_it_lies(inbound: In, outbound: Out) -> None:
     memory = inbound.allocate(4096)
-    source = np.arange(2000, dtype=np.uint16).view(np.uint8)
+    source: Any = np.arange(2000, dtype=np.uint16).view(np.uint8)
     region = connect(outbound, inbound)
     outbound.register(memoryview(source))  # after the session has begun
     view = memoryview(source)
@@ -379,7 +389,7 @@ def test_staged_pieces_are_joined_and_bounded() -> None:
         taken.append(len(taken) % PARTS)
         return taken[-1]
 
-    made = list(batches([Piece(memoryview(large), 3)], staging, registered, take_part=take))
+    made = list(batches([Piece(large.data, 3)], staging, registered, take_part=take))
     assert [len(batch.runs) for batch in made] == [1] * (PARTS + 1)
     assert sum(batch.nbytes for batch in made) == large.nbytes
     neighbours = [piece(offset, 3, seed=offset) for offset in range(0, 300, 3)]
