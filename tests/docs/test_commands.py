@@ -1,4 +1,4 @@
-"""Commands that the pages show in ``console`` blocks: those that can be are run, page by page, in order; the rest are looked up.
+"""Commands that the pages show in ``console`` blocks: those that can be are run once, page by page, in order; the rest are looked up.
 
 A line that begins with ``$`` is a command; lines behind it are what it prints, and are compared. Each page has a directory of its own
 that looks like the repository.
@@ -29,11 +29,12 @@ NOT_RUN = {
     r"embedwire (up|registry|encoder|language|router)( .*)?": "runs until it is stopped; tests/cli does",
     r"embedwire demo .*": "loads torch in five processes and more; tests/cli does",
     r"embedwire ask .*": "needs running servers; tests/cli does",
-    r"embedwire bench transfer": "takes a minute; a smaller one is run",
+    r"embedwire bench transfer( --repeat \d+)?": "takes a minute; a smaller one is run",
+    r"embedwire bench transfer --ranks .*": "takes a minute; tests/bench measures ranks",
     r"embedwire bench wires( .*)?": "needs libraries that may be missing; tests/bench does",
     r"python -m pytest .*": "tests do not run tests; that its paths exist is checked",
     r"python -m embedwire\.engines\.transformers\.footprint .*": "loads a model three times; tests/engines does",
-    r"embedwire tiny-model .* --family .*": "loads torch once more; tests/cli does",
+    r"embedwire (doctor|tiny-model .* --family .*)": "loads torch once more; tests/cli does",
 }
 """Commands that are shown and not run, as regular expressions, and why. Their options are checked all the same."""
 
@@ -56,14 +57,17 @@ def reason_not_to_run(command: str) -> str | None:
 
 
 def pages_to_run() -> list[Any]:
-    """Pages with a command to run; those that load torch are marked."""
-    found = []
+    """Pages with what is run for them: a command that several pages show with the same output is run for the first. Those that load torch
+    are marked."""
+    found, known = [], set[tuple[str, str]]()
     for page in PAGES:
-        runs = [command for command, _ in commands(page) if not reason_not_to_run(command)]
-        loads_torch = any(re.match(r"embedwire (tiny-model|doctor)", command) for command in runs)
-        if runs:
+        runs = [(c, printed) for c, printed in commands(page) if not reason_not_to_run(c)]
+        new = [run for run in runs if run not in known]
+        known.update(new)
+        if new:
+            loads_torch = any(command.startswith("embedwire tiny-model") for command, _ in new)
             marks = [pytest.mark.model] if loads_torch else []
-            found.append(pytest.param(page, id=str(page.relative_to(ROOT)), marks=marks))
+            found.append(pytest.param(new, id=str(page.relative_to(ROOT)), marks=marks))
     return found
 
 
@@ -71,15 +75,13 @@ ALL = [(page, command) for page in PAGES for command, _ in commands(page)]
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("page", pages_to_run())
-def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runs", pages_to_run())
+def test_the_commands_of_a_page_run(runs: list[tuple[str, str]], tmp_path: Path) -> None:
     for name in ("docs", "examples", "src", "tests", "Makefile", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     paths = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDWIRE_")}
-    for command, printed in commands(page):
-        if reason_not_to_run(command):
-            continue
+    for command, printed in runs:
         ran = subprocess.run(
             ["bash", "-c", command],
             cwd=tmp_path,
