@@ -50,12 +50,19 @@ def test_the_divided_model_answers_as_the_undivided_one(
     assert "Gibberish" in ended.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("number", "is_drawn"), [(signal.SIGTERM, True), (signal.SIGHUP, False)])
 def test_a_demo_that_is_stopped_leaves_nothing(
-    number: signal.Signals, environment: dict[str, str], tmp_path: Path
+    number: signal.Signals, is_drawn: bool, environment: dict[str, str], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """By ``timeout``, a job that is cancelled, or a terminal that is closed."""
-    command = [sys.executable, "-m", "embedwire.cli", "demo"]
+    """By ``timeout``, a job that is cancelled, or a terminal that is closed; with a model of its own, or a given one, for which it need
+    not load torch."""
+    command = [
+        sys.executable,
+        "-m",
+        "embedwire.cli",
+        "demo",
+        *([] if is_drawn else ["--model", str(tiny_model)]),
+    ]
     with subprocess.Popen(command, env=environment | {"TMPDIR": str(tmp_path)}) as process:
         try:
             deadline = time.monotonic() + 60
