@@ -20,7 +20,7 @@ from embedwire.group.driver import MISSED_MAX, Heartbeat
 from embedwire.protocol.topology import RankGroup
 from embedwire.testing.payload import payload
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 5.0
 
 
 class Meeting:
