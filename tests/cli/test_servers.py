@@ -21,7 +21,7 @@ def test_a_port_that_is_taken_is_said(embedwire: Run) -> None:
         port = taken.getsockname()[1]
         ended = embedwire("registry", "--port", port)
     assert ended.returncode == 2
-    assert f"can not listen on 127.0.0.1:{port}" in ended.stderr
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
 
 
 def flags_of(command: list[str]) -> dict[str, str]:

@@ -185,7 +185,7 @@ def test_several_language_servers_fetch_only_what_they_are_asked_for(
         (("up", "a", "--model", "b"), "give the model once"),
         (("router", "--engine", "vllm"), "registry_url or the URLs of language servers"),
         (("router", "--engine", "vllm", "--worker-urls", "http://a"), "encoder and language"),
-        (("up", "a", "--engine", "vllm", "--host", "203.0.113.1"), "can not listen on 203.0.113.1"),
+        (("up", "a", "--engine", "vllm", "--host", "203.0.113.1"), "cannot listen on 203.0.113.1"),
         (("up", "a", "--engine", "vllm", "--vllm-connector", "[1]"), "JSON object: it is no object"),
         (("up", "a", "--engine", "vllm", "--vllm-connector", '{"a": 1}'), "unknown field `a`"),
         (("up", "a", "--engine", "vllm", "--encoder-tensor-parallel-size", "2"), "--vllm-encoder-args"),

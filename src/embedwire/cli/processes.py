@@ -114,7 +114,7 @@ def check_can_listen(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise ConfigurationError(f"can not listen on {host}:{port}: {error}") from None
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {error}") from None
 
 
 def serve(
@@ -133,7 +133,7 @@ def serve(
             app, host=settings.host, port=port, shutdown_s=settings.shutdown_s, on_ready=on_ready
         )
     except OSError as error:
-        raise ConfigurationError(f"can not listen on {settings.host}:{port}: {error}") from None
+        raise ConfigurationError(f"cannot listen on {settings.host}:{port}: {error}") from None
     server.serve()
     # a second one would interrupt the cleanup, and leave shared memory behind
     for number in end_signals():

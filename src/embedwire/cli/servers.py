@@ -290,7 +290,7 @@ def _running(command: Sequence[str], *, end_within_s: float) -> Iterator[subproc
             command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), start_new_session=True
         )
     except OSError as error:
-        raise EmbedwireError(f"vLLM can not be started: {error}") from None
+        raise EmbedwireError(f"vLLM cannot be started: {error}") from None
     try:
         yield process
     finally:
